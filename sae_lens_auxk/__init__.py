@@ -1,0 +1,53 @@
+"""Auxiliary losses against dead latents, as SAELens training architectures.
+
+Importing the package registers six architectures with SAELens: ``auxk-topk``,
+``auxk-batchtopk``, ``auxk-matryoshka-batchtopk``, ``auxk-jumprelu``, ``auxk-standard`` and
+``auxk-gated``. Which auxiliary loss one trains with is said by the fields of
+:class:`AuxConfig`; what they save for inference is plain SAELens.
+"""
+
+from importlib.metadata import version
+
+from sae_lens_auxk.architectures import (
+    AuxKBatchTopKTrainingSAE,
+    AuxKBatchTopKTrainingSAEConfig,
+    AuxKGatedTrainingSAE,
+    AuxKGatedTrainingSAEConfig,
+    AuxKJumpReLUTrainingSAE,
+    AuxKJumpReLUTrainingSAEConfig,
+    AuxKMatryoshkaBatchTopKTrainingSAE,
+    AuxKMatryoshkaBatchTopKTrainingSAEConfig,
+    AuxKStandardTrainingSAE,
+    AuxKStandardTrainingSAEConfig,
+    AuxKTopKTrainingSAE,
+    AuxKTopKTrainingSAEConfig,
+    register_architectures,
+)
+from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.run_length import warn_in_every_trainer
+from sae_lens_auxk.runner import runner_config
+
+__version__ = version("sae-lens-auxk")
+
+__all__ = [
+    "AuxConfig",
+    "AuxKBatchTopKTrainingSAE",
+    "AuxKBatchTopKTrainingSAEConfig",
+    "AuxKGatedTrainingSAE",
+    "AuxKGatedTrainingSAEConfig",
+    "AuxKJumpReLUTrainingSAE",
+    "AuxKJumpReLUTrainingSAEConfig",
+    "AuxKMatryoshkaBatchTopKTrainingSAE",
+    "AuxKMatryoshkaBatchTopKTrainingSAEConfig",
+    "AuxKStandardTrainingSAE",
+    "AuxKStandardTrainingSAEConfig",
+    "AuxKTopKTrainingSAE",
+    "AuxKTopKTrainingSAEConfig",
+    "AuxLossInputs",
+    "register_aux_loss",
+    "runner_config",
+]
+
+register_architectures()
+warn_in_every_trainer()

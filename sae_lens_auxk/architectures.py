@@ -1,0 +1,261 @@
+"""The six architectures: SAELens's training SAEs joined with the auxiliary loss.
+
+Only what an architecture says about itself stands here: its name, what it is for inference,
+and what a pre-activation must exceed to fire.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_class,
+    register_sae_training_class,
+)
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.gated_sae import (
+    GatedSAE,
+    GatedSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+)
+from sae_lens.saes.jumprelu_sae import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+)
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.standard_sae import (
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+)
+from sae_lens.saes.topk_sae import (
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from typing_extensions import override
+
+from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.aux_losses import AuxLossInputs
+from sae_lens_auxk.aux_training import AuxTraining
+from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
+
+# SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
+# and fails the second time; Gated's own losses compare raw with normalised activations.
+RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
+
+
+@dataclass
+class AuxKTopKTrainingSAEConfig(AuxConfig, TopKTrainingSAEConfig):
+    """``auxk-topk``: the fields of SAELens's TopKTrainingSAEConfig and of AuxConfig."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-topk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+
+class AuxKTopKTrainingSAE(AuxTraining, TopKTrainingSAE):
+    """TopK (Gao et al. 2024); saved for inference as SAELens's ``topk``."""
+
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
+        acts = feature_acts.detach().to_dense()
+        smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
+        return smallest.masked_fill(smallest.isinf(), 0.0)
+
+
+@dataclass
+class AuxKBatchTopKTrainingSAEConfig(AuxConfig, BatchTopKTrainingSAEConfig):
+    """``auxk-batchtopk``: the fields of SAELens's BatchTopKTrainingSAEConfig and of AuxConfig."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-batchtopk"
+
+
+class AuxKBatchTopKTrainingSAE(AuxTraining, BatchTopKTrainingSAE):
+    """BatchTopK (Bussmann et al. 2024); saved for inference as SAELens's ``jumprelu``."""
+
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(): ``topk_threshold``, the moving average that inference will use."""
+        return self.topk_threshold
+
+
+@dataclass
+class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTrainingSAEConfig):
+    """``auxk-matryoshka-batchtopk``: SAELens's fields for Matryoshka and those of AuxConfig.
+
+    ``use_matryoshka_aux_loss=False`` takes the residual of the whole SAE and all its dead
+    latents; True adds up the loss of each level, with the level's own residual, dead latents
+    and ``k_aux``.
+    """
+
+    unsupported_normalizations: ClassVar[tuple[str, ...]] = RUN_TIME_NORMALIZATIONS
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-matryoshka-batchtopk"
+
+
+class AuxKMatryoshkaBatchTopKTrainingSAE(AuxTraining, MatryoshkaBatchTopKTrainingSAE):
+    """Matryoshka BatchTopK (Bussmann et al. 2025); saved for inference as ``jumprelu``."""
+
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(): ``topk_threshold``, the moving average that inference will use."""
+        return self.topk_threshold
+
+    @override
+    def _levels(
+        self, record: AuxLossInputs, feature_acts: torch.Tensor
+    ) -> Iterator[AuxLossInputs]:
+        if not self.cfg.use_matryoshka_aux_loss:
+            yield record
+            return
+        with torch.no_grad():
+            inner = list(self._iterable_decode(feature_acts, include_outer_loss=False))
+        start = 0
+        for end, reconstruction in [*inner, (self.cfg.d_sae, None)]:
+            dead = record.dead[start:end]
+            norm = record.decoder_norm
+            yield replace(
+                record,
+                # The outermost level is the SAE itself, so its residual is there already.
+                residual=record.residual if reconstruction is None else record.x - reconstruction,
+                hidden_pre=record.hidden_pre[:, start:end],
+                dead=dead,
+                dead_latents=dead.nonzero().squeeze(1),
+                W_dec=record.W_dec[start:end],
+                decoder_norm=None if norm is None else norm[start:end],
+            )
+            start = end
+
+
+@dataclass
+class AuxKJumpReLUTrainingSAEConfig(AuxConfig, JumpReLUTrainingSAEConfig):
+    """``auxk-jumprelu``: the fields of SAELens's JumpReLUTrainingSAEConfig and of AuxConfig."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-jumprelu"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return JumpReLUSAEConfig
+
+
+class AuxKJumpReLUTrainingSAE(AuxTraining, JumpReLUTrainingSAE):
+    """JumpReLU (Rajamanoharan et al. 2024); saved for inference as SAELens's ``jumprelu``."""
+
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(d_sae,): the learned thresholds, with their graph."""
+        return self.threshold
+
+
+@dataclass
+class AuxKStandardTrainingSAEConfig(AuxConfig, StandardTrainingSAEConfig):
+    """``auxk-standard``: the fields of SAELens's StandardTrainingSAEConfig and of AuxConfig."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-standard"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return StandardSAEConfig
+
+
+class AuxKStandardTrainingSAE(AuxTraining, StandardTrainingSAE):
+    """ReLU with an L1 penalty; saved for inference as SAELens's ``standard``."""
+
+
+@dataclass
+class AuxKGatedTrainingSAEConfig(AuxConfig, GatedTrainingSAEConfig):
+    """``auxk-gated``: the fields of SAELens's GatedTrainingSAEConfig and of AuxConfig."""
+
+    unsupported_normalizations: ClassVar[tuple[str, ...]] = RUN_TIME_NORMALIZATIONS
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-gated"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return GatedSAEConfig
+
+
+class AuxKGatedTrainingSAE(AuxTraining, GatedTrainingSAE):
+    """Gated (Rajamanoharan et al. 2024); saved for inference as SAELens's ``gated``.
+
+    ``h`` is SAELens's ``hidden_pre``: the magnitude path's pre-activation. A latent whose gate
+    is closed gets its gradient through the weights that both paths share.
+    """
+
+
+class _TopKFromCheckpoint(InferenceFromCheckpoint, TopKSAE):
+    plain_class = TopKSAE
+
+
+class _JumpReLUFromCheckpoint(InferenceFromCheckpoint, JumpReLUSAE):
+    plain_class = JumpReLUSAE
+
+
+class _StandardFromCheckpoint(InferenceFromCheckpoint, StandardSAE):
+    plain_class = StandardSAE
+
+
+class _GatedFromCheckpoint(InferenceFromCheckpoint, GatedSAE):
+    plain_class = GatedSAE
+
+
+ARCHITECTURES: dict[
+    str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig], type[SAE[Any]]]
+] = {
+    config_class.architecture(): (training_class, config_class, inference_class)
+    for training_class, config_class, inference_class in (
+        (AuxKTopKTrainingSAE, AuxKTopKTrainingSAEConfig, _TopKFromCheckpoint),
+        (AuxKBatchTopKTrainingSAE, AuxKBatchTopKTrainingSAEConfig, _JumpReLUFromCheckpoint),
+        (
+            AuxKMatryoshkaBatchTopKTrainingSAE,
+            AuxKMatryoshkaBatchTopKTrainingSAEConfig,
+            _JumpReLUFromCheckpoint,
+        ),
+        (AuxKJumpReLUTrainingSAE, AuxKJumpReLUTrainingSAEConfig, _JumpReLUFromCheckpoint),
+        (AuxKStandardTrainingSAE, AuxKStandardTrainingSAEConfig, _StandardFromCheckpoint),
+        (AuxKGatedTrainingSAE, AuxKGatedTrainingSAEConfig, _GatedFromCheckpoint),
+    )
+}
+
+
+def register_architectures() -> None:
+    """Register with SAELens every architecture whose name is not taken yet."""
+    for name, (training_class, config_class, inference_class) in ARCHITECTURES.items():
+        if name not in SAE_TRAINING_CLASS_REGISTRY:
+            register_sae_training_class(name, training_class, config_class)
+        if name not in SAE_CLASS_REGISTRY:
+            register_sae_class(name, inference_class, config_class)

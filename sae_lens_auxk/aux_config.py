@@ -1,0 +1,183 @@
+"""The config fields that every architecture of this package adds, and their validation."""
+
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, get_args
+
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+
+from sae_lens_auxk.aux_losses import AUX_LOSSES, AuxLoss, DeadCriterion
+
+AuxBias = Literal["decoder", "matched", "none"]
+
+
+@dataclass(kw_only=True)
+class AuxConfig:
+    """
+    Fields that choose and schedule the auxiliary loss. A mixin for SAELens's training configs.
+
+    Every loss is summed over d_in and averaged over the batch, as SAELens's MSE is.
+
+    Args:
+        aux_variant (str): The auxiliary loss: "auxk", "reanimation", "straight_through",
+            "pre_activation", "ghost_gradients", "multi_topk" (TopK family only), "none", or a
+            name given to register_aux_loss.
+        aux_loss_coefficient (float | None): What the auxiliary loss is multiplied by, alpha.
+            None: the variant's published value (auxk 1/32, reanimation 1e-3, straight_through
+            1/32, pre_activation 3e-6, ghost_gradients 1, multi_topk 1/8). SAELens's own TopK
+            loss, which this replaces, has 1.
+        k_aux (int | None): How many dead latents, those with the largest pre-activation, auxk
+            and straight_through use in each row. None: d_in // 2 (Gao et al. 2024, B.1).
+        aux_bias (Literal["decoder", "matched", "none"]): What auxk adds to the dead latents'
+            reconstruction of the residual r. "decoder": b_dec, so that dead latents are pulled
+            toward r - b_dec (sparsify removed its own as a bug, #132 and #134). "matched":
+            b_dec there and a constant b_dec on r, as in Gao et al.'s code: the value of "none",
+            with a gradient to b_dec. "none": nothing, as in Gao et al.'s paper and SAELens.
+        aux_relu (bool): Whether auxk and multi_topk pass their activations through a ReLU, as
+            Gao et al.'s code does. False: negative pre-activations count as they are.
+        dead_criterion (Literal["tokens", "steps", "batch"] | None): When a latent is dead.
+            "tokens": silent for dead_threshold_tokens. "steps": by SAELens's own mask (silent
+            for more than dead_feature_window steps). "batch": silent in this batch. None:
+            "batch" for reanimation, else "tokens".
+        dead_threshold_tokens (int): Tokens of silence after which a latent is dead, with
+            dead_criterion="tokens". A run with fewer training tokens never sees an auxiliary
+            loss, and is warned about.
+        aux_warm_up_steps (int): Steps over which the coefficient grows linearly from 0.
+        aux_decay_start_step (int | None): Step at which the coefficient starts to fall
+            linearly to 0. None: never. Needs aux_decay_steps.
+        aux_decay_steps (int): Steps that the fall to 0 takes.
+    """
+
+    aux_variant: str = "auxk"
+    aux_loss_coefficient: float | None = None
+    k_aux: int | None = 512
+    aux_bias: AuxBias = "decoder"
+    aux_relu: bool = False
+    dead_criterion: DeadCriterion | None = None
+    dead_threshold_tokens: int = 10_000_000
+    aux_warm_up_steps: int = 0
+    aux_decay_start_step: int | None = None
+    aux_decay_steps: int = 0
+
+    unsupported_normalizations: ClassVar[tuple[str, ...]] = ()
+    """Values of ``normalize_activations`` that the architecture cannot be trained with."""
+
+    def __post_init__(self) -> None:
+        _validate(self)
+        metadata: Any = self.metadata
+        if isinstance(metadata, dict):  # as SAEConfig.from_dict hands it over
+            self.metadata = SAEMetadata(**metadata)
+        super().__post_init__()  # type: ignore[misc]
+
+    @property
+    def aux_loss(self) -> AuxLoss:
+        """The registered loss that ``aux_variant`` names."""
+        return AUX_LOSSES[self.aux_variant]
+
+    @property
+    def resolved_dead_criterion(self) -> DeadCriterion:
+        """``dead_criterion``, or the variant's own where that is None."""
+        return self.dead_criterion or self.aux_loss.default_dead_criterion
+
+    def aux_coefficient_at(self, step: int) -> float:
+        """The scheduled coefficient at a training step, counted from 0.
+
+        Warm-up is SAELens's: ``step / aux_warm_up_steps`` of the full value, so 0 at first.
+        """
+        coefficient = self.aux_loss_coefficient
+        if coefficient is None:
+            coefficient = self.aux_loss.default_coefficient
+        if step < self.aux_warm_up_steps:
+            return coefficient * step / self.aux_warm_up_steps
+        if self.aux_decay_start_step is None or step < self.aux_decay_start_step:
+            return coefficient
+        decayed = (step - self.aux_decay_start_step) / self.aux_decay_steps
+        return coefficient * max(0.0, 1.0 - decayed)
+
+
+def _validate(cfg: Any) -> None:
+    """Raise a ValueError that names field, value and what is allowed."""
+    if cfg.aux_variant not in AUX_LOSSES:
+        _reject(
+            cfg,
+            "aux_variant",
+            f"one of {', '.join(AUX_LOSSES)} (a loss of your own must be registered with "
+            "register_aux_loss first)",
+        )
+    is_topk = isinstance(cfg, TopKTrainingSAEConfig)
+    if cfg.aux_loss.topk_only and not is_topk:
+        allowed = ", ".join(n for n, loss in AUX_LOSSES.items() if not loss.topk_only)
+        _reject(cfg, "aux_variant", f"for {cfg.architecture()}, which has no k, one of {allowed}")
+
+    _require_int(cfg, "d_in", minimum=1)
+    _require_int(cfg, "d_sae", minimum=1)
+    if cfg.aux_loss_coefficient is not None:
+        _require_number(cfg, "aux_loss_coefficient", "None or a finite number >= 0")
+        if cfg.aux_loss_coefficient < 0:
+            _reject(cfg, "aux_loss_coefficient", "None or a finite number >= 0")
+    _require_int(cfg, "k_aux", minimum=1, optional=True)
+    _require_choice(cfg, "aux_bias", get_args(AuxBias))
+    if not isinstance(cfg.aux_relu, bool):
+        _reject(cfg, "aux_relu", "True or False")
+    if cfg.dead_criterion is not None:
+        _require_choice(cfg, "dead_criterion", (None, *get_args(DeadCriterion)))
+    _require_int(cfg, "dead_threshold_tokens", minimum=1)
+    _require_int(cfg, "aux_warm_up_steps", minimum=0)
+    _require_int(cfg, "aux_decay_start_step", minimum=0, optional=True)
+    _require_int(cfg, "aux_decay_steps", minimum=0)
+    if cfg.aux_decay_steps > 0 and cfg.aux_decay_start_step is None:
+        _reject(cfg, "aux_decay_steps", "0 unless aux_decay_start_step is set")
+    if cfg.aux_decay_start_step is not None:
+        if cfg.aux_decay_steps == 0:
+            _reject(cfg, "aux_decay_steps", ">= 1 where aux_decay_start_step is set")
+        if cfg.aux_decay_start_step < cfg.aux_warm_up_steps:
+            _reject(
+                cfg,
+                "aux_decay_start_step",
+                f">= aux_warm_up_steps ({cfg.aux_warm_up_steps}): warm-up must end first",
+            )
+
+    if is_topk:
+        allowed = f"more than 0 and at most d_sae ({cfg.d_sae})"
+        _require_number(cfg, "k", allowed)
+        if not 0 < cfg.k <= cfg.d_sae:
+            _reject(cfg, "k", allowed)
+    if cfg.normalize_activations in cfg.unsupported_normalizations:
+        _reject(
+            cfg,
+            "normalize_activations",
+            f"for {cfg.architecture()} anything but {' and '.join(cfg.unsupported_normalizations)}"
+            ", under which SAELens's training step of this architecture fails or is wrong",
+        )
+    if getattr(cfg, "use_matryoshka_aux_loss", False) and not cfg.aux_loss.uses_dead_latents:
+        _reject(
+            cfg,
+            "use_matryoshka_aux_loss",
+            f"False with aux_variant={cfg.aux_variant!r}, which has no dead latents to assign "
+            "to levels",
+        )
+
+
+def _reject(cfg: Any, field: str, allowed: str) -> None:
+    raise ValueError(f"{field}={getattr(cfg, field)!r} is not allowed: it must be {allowed}.")
+
+
+def _require_choice(cfg: Any, field: str, choices: tuple[Any, ...]) -> None:
+    if getattr(cfg, field) not in choices:
+        _reject(cfg, field, f"one of {', '.join(map(repr, choices))}")
+
+
+def _require_number(cfg: Any, field: str, allowed: str) -> None:
+    value = getattr(cfg, field)
+    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+        _reject(cfg, field, allowed)
+
+
+def _require_int(cfg: Any, field: str, *, minimum: int, optional: bool = False) -> None:
+    value = getattr(cfg, field)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        _reject(cfg, field, f"{'None or ' if optional else ''}an integer >= {minimum}")

@@ -1,0 +1,48 @@
+"""AuxK: the dead latents nearest to firing reconstruct what the live ones left over."""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+
+
+@register_aux_loss("auxk", default_coefficient=1 / 32, uses_k_aux=True)
+def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
+    """``mean_b || sum_{i in T_b} h_bi W_i + bias - r_b ||^2``.
+
+    ``T_b``: the ``min(k_aux, |D|)`` dead latents with the largest ``h_b``. The bias is what
+    ``cfg.aux_bias`` says. Its gradient reaches the parameters of the selected dead latents
+    and ``b_dec``, never a live latent.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2 (no
+    bias) and their published code ("matched"). Not taken over from SAELens's own loss: its
+    factor ``min(|D| / k_aux, 1)``, which no source has.
+    """
+    acts = keep_largest(inputs.dead_hidden_pre(), k_aux_of(inputs, cfg))
+    if cfg.aux_relu:
+        acts = acts.relu()
+    reconstruction = (acts @ inputs.dead_decoder()).to(inputs.x.dtype)
+    target = inputs.residual
+    if cfg.aux_bias != "none":
+        reconstruction = reconstruction + inputs.b_dec
+    if cfg.aux_bias == "matched":
+        target = target + inputs.to_output_units(inputs.b_dec.detach())
+    error = inputs.to_output_units(reconstruction) - target
+    return error.square().sum(dim=-1).mean()
+
+
+def k_aux_of(inputs: AuxLossInputs, cfg: Any) -> int:
+    """``cfg.k_aux``, or ``d_in // 2`` (Gao et al., appendix B.1) where it is None."""
+    return inputs.x.shape[-1] // 2 if cfg.k_aux is None else cfg.k_aux
+
+
+def keep_largest(h: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, n): ``h`` with all but the ``k`` largest entries of each row set to 0.
+
+    Where ``k >= n`` this is ``h`` itself.
+    """
+    if k >= h.shape[1]:
+        return h
+    values, indices = h.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(h).scatter(-1, indices, values)

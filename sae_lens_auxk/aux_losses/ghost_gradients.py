@@ -1,0 +1,34 @@
+"""Ghost gradients: dead latents, seen through exp, reconstruct the residual."""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+
+
+@register_aux_loss("ghost_gradients", default_coefficient=1.0)
+def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+    """The MSE between ``r`` and the ghost output, scaled so that its value is the main MSE.
+
+    The ghost output is ``sum_{i in D} exp(h_bi) W_i``, scaled in each row to half the norm
+    of ``r_b``. Both scales are constants to the gradient. Each row's largest ``h`` is taken
+    off before exp: the scale to half the residual's norm takes a common factor out again,
+    value and gradient, and exp of an LLM's pre-activations overflows.
+
+    Source: Anthropic, Circuits Updates January 2024, "Ghost Grads"; left by them in March
+    2024. Prior art, kept as a baseline.
+    """
+    h = inputs.dead_hidden_pre().to(inputs.x.dtype)
+    acts = (h - h.detach().amax(dim=-1, keepdim=True)).exp()
+    W = inputs.dead_decoder()
+    ghost = inputs.to_output_units(acts.to(W.dtype) @ W)
+
+    residual = inputs.residual
+    tiny = torch.finfo(ghost.dtype).tiny
+    with torch.no_grad():
+        half_norm = residual.norm(dim=-1, keepdim=True) / 2
+        scale = half_norm / ghost.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    ghost_mse = (ghost * scale - residual).square().sum(dim=-1).mean()
+    main_mse = residual.square().sum(dim=-1).mean()
+    return ghost_mse * (main_mse / ghost_mse.detach().clamp(min=tiny))

@@ -1,0 +1,34 @@
+"""Multi-TopK: reconstruct the input a second time, with four times as many latents."""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+
+
+@register_aux_loss(
+    "multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True
+)
+def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
+    """``mean_b || x - decode(top 4k of h) ||^2``.
+
+    The ``4k`` largest ``h`` of each row, dead or alive, so all parameters move. BatchTopK's
+    ``k`` is an average; ``int(4 k)`` latents are taken in every row there.
+
+    Source: Gao et al. 2024, section 4.3 (Multi-TopK, ``L(k) + L(4k) / 8``).
+    """
+    k = min(int(4 * cfg.k), inputs.hidden_pre.shape[1])
+    values, latents = inputs.hidden_pre.topk(k, dim=-1, sorted=False)
+    if cfg.aux_relu:
+        values = values.relu()
+    W = inputs.W_dec
+    if inputs.decoder_norm is not None:
+        values = values / inputs.decoder_norm[latents]
+    # Only the selected rows are read: k of them a sample instead of a (B, d_sae) product.
+    reconstruction = torch.nn.functional.embedding_bag(
+        latents, W, per_sample_weights=values.to(W.dtype), mode="sum"
+    )
+    reconstruction = reconstruction.to(inputs.x.dtype) + inputs.b_dec
+    error = inputs.x - inputs.to_output_units(reconstruction)
+    return error.square().sum(dim=-1).mean()

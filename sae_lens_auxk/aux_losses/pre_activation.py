@@ -1,0 +1,25 @@
+"""Pre-activation loss: a constant push towards the firing threshold."""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+
+
+@register_aux_loss("pre_activation", default_coefficient=3e-6)
+def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+    """``mean_b sum_{i in D} relu(threshold - h_bi)``.
+
+    The threshold is what ``h`` must exceed to fire: the row's smallest active ``h`` (TopK;
+    0 in a row where nothing fired), ``topk_threshold`` (BatchTopK, Matryoshka), the learned
+    one, with its gradient (JumpReLU), 0 (Standard, Gated).
+
+    Source: Anthropic, Circuits Updates January 2025, "Dictionary Learning Optimization
+    Techniques". Deviations: only dead latents are counted (as in SAELens's
+    ``pre_act_loss_coefficient``), and they are not weighted by their decoder norms.
+    """
+    h = inputs.dead_hidden_pre()
+    threshold = inputs.firing_threshold().expand(inputs.hidden_pre.shape)
+    missing = threshold.index_select(1, inputs.dead_latents).to(inputs.x.dtype) - h
+    return missing.relu().sum(dim=-1).mean()

@@ -1,0 +1,23 @@
+"""Reanimation: raise the pre-activations of latents that did not fire in the batch."""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+
+
+@register_aux_loss("reanimation", default_coefficient=1e-3, default_dead_criterion="batch")
+def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+    """``-d_in * mean over (B, d_sae) of h * [dead]``.
+
+    The source subtracts the mean from an MSE that is a mean over elements; the factor
+    ``d_in`` carries its coefficient over to SAELens's MSE, a sum over ``d_in``. "Dead" is
+    "silent in this batch" unless ``cfg.dead_criterion`` says otherwise. Seen to make dense
+    latents when it is too strong.
+
+    Source: Overcomplete, "Handling dead codes in SAEs".
+    """
+    B, d_in = inputs.x.shape
+    total = inputs.dead_hidden_pre().sum(dtype=inputs.x.dtype)
+    return -d_in * total / (B * inputs.d_sae)

@@ -1,0 +1,29 @@
+"""Straight-through: dead latents feel the main loss as if they fired, and nothing else."""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.auxk import k_aux_of, keep_largest
+
+
+@register_aux_loss("straight_through", default_coefficient=1 / 32, uses_k_aux=True)
+def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
+    """``-mean_b sum_{i in T_b} stopgrad(2 r_b . W_i) h_bi``, less its own value: exactly 0.
+
+    The gradient of the main MSE with respect to the activation of a dead latent, passed
+    straight to its pre-activation. No latent is asked to explain the residual on its own,
+    and W_dec gets no gradient but through the norm factor of ``h``, where it has one.
+
+    Source: asked for in SAELens issue #666. ``T_b`` as in AuxK.
+    """
+    with torch.no_grad():
+        residual = inputs.residual
+        if inputs.output_scale is not None:
+            residual = residual * inputs.output_scale
+        W = inputs.dead_decoder()
+        pull = 2 * (residual.to(W.dtype) @ W.T).to(inputs.x.dtype)
+    h = keep_largest(inputs.dead_hidden_pre(), k_aux_of(inputs, cfg))
+    nudge = -(pull * h).sum(dim=-1).mean()
+    return nudge - nudge.detach()

@@ -1,0 +1,321 @@
+"""The seam: where a SAELens training SAE meets an auxiliary loss.
+
+SAELens's trainer calls ``training_forward_pass`` once a step, and that calls
+``calculate_aux_loss``. :class:`AuxTraining` puts itself in front of both: it counts dead
+latents, builds the record that a loss may see, calls the loss by its name and multiplies it
+by the scheduled coefficient.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from typing_extensions import override
+
+from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.aux_losses import AuxLossInputs
+from sae_lens_auxk.dead_latents import count_tokens, fired_in_batch
+from sae_lens_auxk.finite_rows import replace_nonfinite_rows
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+
+    class _Config(AuxConfig, TrainingSAEConfig): ...
+
+    _Base = TrainingSAE[_Config]
+else:
+    _Base = object
+
+AUX_LOSS_KEY = "aux_loss"
+# Without CUDA looking at a tensor is free; with it, every look waits for the device.
+STEPS_BETWEEN_NONFINITE_CHECKS = 100
+
+
+class AuxTraining(_Base):
+    """Mixin in front of a SAELens training SAE; see the module docstring.
+
+    Buffers, both int64, in training checkpoints and not in the saved inference model:
+
+    - ``tokens_since_fired`` (d_sae,): see :mod:`sae_lens_auxk.dead_latents`.
+    - ``training_steps`` (): training steps taken, for the schedule of a resumed run.
+
+    ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient,
+    and the metrics ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used``
+    (dead latents that the loss may use in a row), ``revived_latents`` (dead before the batch,
+    active in it) and ``nonfinite_rows``.
+    """
+
+    tokens_since_fired: torch.Tensor
+    training_steps: torch.Tensor
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        device = self.W_dec.device
+        self.register_buffer(
+            "tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
+        )
+        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self._steps_before_run = 0
+        self._resumed = False
+        self._nonfinite_rows: torch.Tensor | int = 0
+        self._n_finite_rows: torch.Tensor | None = None
+        self._aux_metrics: dict[str, Any] = {}
+
+    # --- the two methods of SAELens that this mixin is about ---------------------------------
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens's training step, on an input of any leading shape (..., d_in).
+
+        A row with a NaN or infinity is replaced by a finite row of the batch, counts no token,
+        and is reported by a warning and the metric ``nonfinite_rows``. A batch with no finite
+        row has a gradient of zero and leaves the counts alone.
+        """
+        sae_in = step_input.sae_in
+        # SAELens's Matryoshka and JumpReLU take 2-D input only, hence the flattening.
+        batch_dims = sae_in.ndim - (2 if self.hook_z_reshaping_mode else 1)
+        leading = sae_in.shape[:batch_dims]
+        flat, n_finite = replace_nonfinite_rows(
+            sae_in.reshape(-1, *sae_in.shape[batch_dims:])
+        )
+        self._n_finite_rows = n_finite
+        self._report_nonfinite_rows(flat.shape[0] - n_finite, step_input.n_training_steps)
+
+        output = super().training_forward_pass(replace(step_input, sae_in=flat))
+
+        output.loss = output.loss * (n_finite > 0)
+        output.metrics.update(self._aux_metrics)
+        output.metrics["nonfinite_rows"] = flat.shape[0] - n_finite
+        self._n_finite_rows = None
+        if len(leading) != 1:
+            for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
+                tensor = getattr(output, name)
+                setattr(output, name, tensor.reshape(*leading, *tensor.shape[1:]))
+        return output
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The architecture's own losses, and ``aux_loss``.
+
+        SAELens's TopK loss (``auxiliary_reconstruction_loss``) is replaced; the losses of the
+        other architectures stay.
+        """
+        losses: dict[str, torch.Tensor] = {}
+        if not isinstance(self, TopKTrainingSAE):
+            own = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            assert isinstance(own, dict)
+            losses.update(own)
+
+        losses[AUX_LOSS_KEY] = self._aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        return losses
+
+    # --- what an architecture says about itself ----------------------------------------------
+
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """What ``h`` must exceed for a latent to fire, broadcastable to (B, d_sae)."""
+        return torch.zeros((), device=self.W_dec.device)
+
+    def _levels(
+        self,
+        record: AuxLossInputs,
+        feature_acts: torch.Tensor,  # noqa: ARG002
+    ) -> Iterator[AuxLossInputs]:
+        """The records whose losses are added up: one, but for Matryoshka's levels."""
+        yield record
+
+    # --- its parts ---------------------------------------------------------------------------
+
+    # The number of dead latents, a shape here, is another one at every step: compiled, this
+    # would be compiled again and again.
+    @torch.compiler.disable
+    def _aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Count the batch, and give the auxiliary loss with its coefficient; sets the metrics."""
+        dead, revived = self._update_dead_latents(step_input, feature_acts)
+        coefficient = self.cfg.aux_coefficient_at(self._schedule_step(step_input))
+        n_dead = dead.sum()
+        self._aux_metrics = {
+            "dead_latents": n_dead,
+            "dead_fraction": n_dead / dead.numel(),
+            "aux_coefficient": coefficient,
+            "k_aux_used": self._k_aux_used(n_dead, coefficient),
+            "revived_latents": revived,
+        }
+        loss = sae_out.new_zeros(())
+        if coefficient == 0:
+            return loss
+        record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead)
+        for level in self._levels(record, feature_acts):
+            if level.dead_latents.numel() > 0 or not self.cfg.aux_loss.uses_dead_latents:
+                loss = loss + coefficient * self.cfg.aux_loss.function(level, self.cfg)
+        return loss
+
+    @torch.no_grad()
+    def _update_dead_latents(
+        self, step_input: TrainStepInput, feature_acts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the batch; return the dead latents (d_sae,) and the number of revived ones."""
+        fired = fired_in_batch(feature_acts)
+        n_tokens: int | torch.Tensor = feature_acts.shape[0]
+        if self._n_finite_rows is not None:
+            n_tokens = self._n_finite_rows
+            fired = fired & (n_tokens > 0)
+        silent_for = self.tokens_since_fired.clone()
+        count_tokens(self.tokens_since_fired, fired, n_tokens)
+
+        match self.cfg.resolved_dead_criterion:
+            case "tokens":
+                dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
+                was_dead = silent_for >= self.cfg.dead_threshold_tokens
+            case "steps":
+                dead = step_input.dead_neuron_mask
+                if dead is None:
+                    dead = torch.zeros_like(fired)
+                was_dead = dead
+            case "batch":
+                dead = ~fired
+                was_dead = silent_for > 0
+        return dead, (was_dead & fired).sum()
+
+    def _record(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+        dead: torch.Tensor,
+    ) -> AuxLossInputs:
+        precise = torch.promote_types(self.dtype, torch.float32)
+        d_in = self.cfg.d_in
+        x = step_input.sae_in.detach().reshape(-1, d_in).to(precise)
+        residual = x - sae_out.detach().reshape(-1, d_in)
+        scale, shift = _output_units(x, self.cfg.normalize_activations)
+        rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+        uses_dead = self.cfg.aux_loss.uses_dead_latents
+        return AuxLossInputs(
+            x=x if shift is None else x - shift,
+            residual=residual,
+            hidden_pre=hidden_pre,
+            dead=dead,
+            # nonzero() waits for the device: only where the loss needs it.
+            dead_latents=dead.nonzero().squeeze(1) if uses_dead else dead.new_empty(0).long(),
+            W_dec=self.W_dec,
+            b_dec=self.b_dec,
+            decoder_norm=self.W_dec.norm(dim=-1) if rescaled else None,
+            output_scale=scale,
+            firing_threshold=lambda: self.firing_threshold(feature_acts),
+            d_sae=self.cfg.d_sae,
+        )
+
+    def _k_aux_used(self, n_dead: torch.Tensor, coefficient: float) -> torch.Tensor:
+        loss = self.cfg.aux_loss
+        if coefficient == 0 or not loss.uses_dead_latents:
+            return torch.zeros_like(n_dead)
+        if not loss.uses_k_aux:
+            return n_dead
+        return n_dead.clamp(max=self.cfg.k_aux or self.cfg.d_in // 2)
+
+    def _schedule_step(self, step_input: TrainStepInput) -> int:
+        """The step that the coefficient's schedule is at, the same in a resumed run.
+
+        SAELens saves a checkpoint before it counts the step that the checkpoint ends with, so
+        its ``n_training_steps`` is one behind after resuming. The first step after resuming
+        finds out by how much.
+        """
+        if self._resumed:
+            self._steps_before_run = int(self.training_steps) - step_input.n_training_steps
+            self._resumed = False
+        step = step_input.n_training_steps + self._steps_before_run
+        self.training_steps.fill_(step + 1)
+        return step
+
+    @torch.compiler.disable
+    def _report_nonfinite_rows(self, n_rows: torch.Tensor, step: int) -> None:
+        self._nonfinite_rows = self._nonfinite_rows + n_rows
+        if n_rows.is_cuda and step % STEPS_BETWEEN_NONFINITE_CHECKS:
+            return
+        if total := int(self._nonfinite_rows):
+            warnings.warn(
+                f"{total} rows of activations with a NaN or infinity by training step {step}; "
+                "each was replaced by a finite row of its batch and not counted as a token",
+                stacklevel=3,
+            )
+            self._nonfinite_rows = 0
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        super().load_weights_from_checkpoint(checkpoint_path)
+        self._resumed = True
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        for name in _COUNTS:
+            state_dict[name] = _to_bytes(state_dict[name])
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        for name in _COUNTS:
+            del state_dict[name]
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        for name in _COUNTS:
+            if name in state_dict:
+                state_dict[name] = _from_bytes(state_dict[name])
+            else:  # a checkpoint of SAELens's own architecture, to be trained on
+                fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
+                state_dict[name] = fresh
+
+
+_COUNTS = ("tokens_since_fired", "training_steps")
+
+
+def _to_bytes(count: torch.Tensor) -> torch.Tensor:
+    """int64 (...) -> uint8 (..., 8).
+
+    SAELens's loader casts every tensor of a checkpoint to the SAE's dtype, and bfloat16 holds
+    no integer above 256 exactly. It does hold a byte.
+    """
+    return count.unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def _from_bytes(count: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`_to_bytes`, from any dtype that holds a byte."""
+    return count.to(torch.uint8).contiguous().view(torch.int64).squeeze(-1)
+
+
+def _output_units(
+    x: torch.Tensor, normalize_activations: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(B, 1) factor and offset that SAELens's run-time normalisation gives the decoder's output.
+
+    The two other modes of ``normalize_activations`` change the data before the SAE sees it.
+    """
+    if normalize_activations == "layer_norm":
+        return x.std(dim=-1, keepdim=True), x.mean(dim=-1, keepdim=True)
+    if normalize_activations == "constant_norm_rescale":
+        return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5, None
+    return None, None
+
+

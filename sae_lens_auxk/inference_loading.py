@@ -1,0 +1,46 @@
+"""Opens a training checkpoint as the inference model that it would be saved as.
+
+SAELens reads ``architecture`` from a checkpoint's config and looks that name up among its
+inference classes. Under this package's names it finds a class of this kind, whose instance
+turns into the plain SAELens class as soon as the weights are there: from then on nothing
+tells it from an SAE loaded out of ``save_inference_model``'s folder.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAEConfig
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    _Base = SAE[Any]
+else:
+    _Base = object
+
+
+class InferenceFromCheckpoint(_Base):
+    """Mixin in front of a SAELens inference SAE, registered under a training architecture."""
+
+    plain_class: ClassVar[type[SAE[Any]]]
+
+    def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False):
+        self._training_cfg = cfg
+        super().__init__(_inference_config(cfg), use_error_term)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        training_class, _ = get_sae_training_class(self._training_cfg.architecture())
+        training_sae = training_class(self._training_cfg)
+        training_sae.process_state_dict_for_loading(state_dict)
+        training_sae.load_state_dict(state_dict, assign=True)
+        inference_state = training_sae.state_dict()
+        training_sae.process_state_dict_for_saving_inference(inference_state)
+        state_dict.clear()
+        state_dict.update(inference_state)
+        del self._training_cfg
+        self.__class__ = self.plain_class
+
+
+def _inference_config(cfg: TrainingSAEConfig) -> SAEConfig:
+    # Through SAELens's own dict, so that the metadata says how the SAE was trained.
+    return SAEConfig.from_dict(cfg.get_inference_sae_cfg_dict())

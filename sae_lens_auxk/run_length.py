@@ -1,0 +1,52 @@
+"""Warns at the start of a run that is too short for any latent to be called dead.
+
+SAELens gives a training SAE no view of the run's length, but every one of its runners makes
+a ``SAETrainer``. This is the one place where the package wraps a piece of SAELens.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_auxk.aux_config import AuxConfig
+
+
+def warn_if_no_latent_can_die(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> None:
+    """Warn if the dead-latent threshold is longer than the run, naming both numbers."""
+    if cfg.aux_variant == "none" or not cfg.aux_loss.uses_dead_latents:
+        return
+    n_samples = trainer_cfg.total_training_samples
+    n_steps = trainer_cfg.total_training_steps
+    match cfg.resolved_dead_criterion:
+        case "tokens" if cfg.dead_threshold_tokens > n_samples:
+            threshold = f"dead_threshold_tokens={cfg.dead_threshold_tokens}"
+            length = f"{n_samples} training tokens"
+        case "steps" if trainer_cfg.dead_feature_window >= n_steps:
+            threshold = f"dead_feature_window={trainer_cfg.dead_feature_window}"
+            length = f"{n_steps} training steps"
+        case _:
+            return
+    warnings.warn(
+        f"{threshold} is longer than this run of {length}: no latent can be dead, so the "
+        f"auxiliary loss {cfg.aux_variant!r} will stay 0",
+        stacklevel=3,
+    )
+
+
+def warn_in_every_trainer() -> None:
+    """Make SAELens's ``SAETrainer`` call :func:`warn_if_no_latent_can_die` when it is made."""
+    trainer_init = SAETrainer.__init__
+    if hasattr(trainer_init, "warns_if_no_latent_can_die"):
+        return
+
+    @functools.wraps(trainer_init)
+    def init(self: Any, cfg: SAETrainerConfig, sae: Any, *args: Any, **kwargs: Any) -> None:
+        trainer_init(self, cfg, sae, *args, **kwargs)
+        if isinstance(sae.cfg, AuxConfig):
+            warn_if_no_latent_can_die(sae.cfg, cfg)
+
+    init.warns_if_no_latent_can_die = True  # type: ignore[attr-defined]
+    SAETrainer.__init__ = init

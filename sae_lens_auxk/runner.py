@@ -1,0 +1,68 @@
+"""``runner_config``: a whole SAELens run out of flat keywords."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+
+def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerConfig[Any]:
+    """Build SAELens's ``LanguageModelSAERunnerConfig`` from an architecture's name and fields.
+
+    Each keyword goes where a field of that name is: to the SAE's config, to the run's, or to
+    its ``LoggingConfig``; ``dtype`` and ``device``, which SAE and run both have, to both.
+
+    Args:
+        architecture: a name in SAELens's training registry, this package's or SAELens's own.
+        keywords: fields of the SAE's config, of LanguageModelSAERunnerConfig, or of
+            LoggingConfig.
+
+    Returns:
+        The config, for ``LanguageModelSAETrainingRunner(cfg).run()``.
+
+    Raises:
+        ValueError: the architecture is unknown, or a value is not allowed.
+        TypeError: a keyword is no field (the nearest name is suggested), or one is missing.
+
+    Example:
+        >>> cfg = runner_config(
+        ...     architecture="auxk-topk", model_name="gpt2", hook_name="blocks.6.hook_resid_pre",
+        ...     dataset_path="Skylion007/openwebtext", is_dataset_tokenized=False,
+        ...     d_in=768, d_sae=12288, k=32, aux_variant="straight_through",
+        ...     training_tokens=100_000_000, log_to_wandb=False, verbose=False,
+        ... )
+        >>> cfg.sae.aux_variant, cfg.model_name, cfg.logger.log_to_wandb
+        ('straight_through', 'gpt2', False)
+    """
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"architecture={architecture!r} is not allowed: it must be one of "
+            f"{', '.join(SAE_TRAINING_CLASS_REGISTRY)}.{_suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
+        )
+    sae_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    sae_fields = {field.name for field in fields(sae_class)}
+    run_fields = {field.name for field in fields(LanguageModelSAERunnerConfig)} - {"sae"}
+    logger_fields = {field.name for field in fields(LoggingConfig)}
+
+    known = sae_fields | run_fields | logger_fields
+    for name in keywords:
+        if name not in known:
+            raise TypeError(
+                f"{name} is no field of {architecture}, of LanguageModelSAERunnerConfig or of "
+                f"LoggingConfig.{_suggest(name, known)}"
+            )
+    logger = {name: value for name, value in keywords.items() if name in logger_fields}
+    if logger and "logger" in keywords:
+        raise TypeError(f"logger and {', '.join(logger)} exclude each other: logger holds them.")
+    run = {name: value for name, value in keywords.items() if name in run_fields}
+    if logger:
+        run["logger"] = LoggingConfig(**logger)
+    sae = sae_class(**{name: value for name, value in keywords.items() if name in sae_fields})
+    return LanguageModelSAERunnerConfig(sae=sae, **run)
+
+
+def _suggest(name: str, known: Any) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,149 @@
+"""The seven losses written out slowly, row by row and latent by latent, in float64.
+
+Nothing of the package is used here: only the formulas. What a reference gets is the SAE's
+own pre-activations with their graph, so that its gradient can be compared too.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Step:
+    x: torch.Tensor  # (B, d_in)
+    sae_out: torch.Tensor  # (B, d_in)
+    h: torch.Tensor  # (B, d_sae), with graph
+    a: torch.Tensor  # (B, d_sae)
+    W_dec: torch.Tensor  # (d_sae, d_in), with graph
+    b_dec: torch.Tensor  # (d_in,), with graph
+    dead: list[bool]
+    rescaled: bool
+    threshold: torch.Tensor | None  # (d_sae,), or None for TopK's own
+    scale: list[float]  # factor from the decoder's output to x, a number a row
+    shift: list[float]  # offset from the decoder's output to x, a number a row
+
+
+def reference_loss(variant: str, step: Step, cfg: Any) -> torch.Tensor:
+    return _LOSSES[variant](step, cfg)
+
+
+def _rows(step: Step) -> range:
+    return range(step.x.shape[0])
+
+
+def _latent(step: Step, i: int) -> torch.Tensor:
+    row = step.W_dec[i]
+    return row / row.pow(2).sum().sqrt() if step.rescaled else row
+
+
+def _residual(step: Step, b: int) -> torch.Tensor:
+    return (step.x[b] - step.sae_out[b]).detach()
+
+
+def _dead(step: Step) -> list[int]:
+    return [i for i, is_dead in enumerate(step.dead) if is_dead]
+
+
+def _nearest(step: Step, b: int, cfg: Any) -> list[int]:
+    k_aux = step.x.shape[1] // 2 if cfg.k_aux is None else cfg.k_aux
+    return sorted(_dead(step), key=lambda i: -step.h[b, i].item())[:k_aux]
+
+
+def _auxk(step: Step, cfg: Any) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for b in _rows(step):
+        error = -_residual(step, b)
+        for i in _nearest(step, b, cfg):
+            act = step.h[b, i]
+            if cfg.aux_relu and act.item() <= 0:
+                continue
+            error = error + step.scale[b] * act * _latent(step, i)
+        if cfg.aux_bias == "decoder":
+            error = error + step.scale[b] * step.b_dec
+        if cfg.aux_bias == "matched":
+            error = error + step.scale[b] * (step.b_dec - step.b_dec.detach())
+        total = total + (error * error).sum()
+    return total / len(_rows(step))
+
+
+def _straight_through_gradient(step: Step, cfg: Any) -> torch.Tensor:
+    """A loss with the gradient that straight_through shall have (its value is another)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for b in _rows(step):
+        for i in _nearest(step, b, cfg):
+            pull = 2 * step.scale[b] * (_residual(step, b) * _latent(step, i)).sum()
+            total = total - pull.detach() * step.h[b, i]
+    return total / len(_rows(step))
+
+
+def _reanimation(step: Step, cfg: Any) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for b in _rows(step):
+        for i in _dead(step):
+            total = total + step.h[b, i]
+    return -step.x.shape[1] * total / (step.h.shape[0] * step.h.shape[1])
+
+
+def _pre_activation(step: Step, cfg: Any) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for b in _rows(step):
+        active = [v for v in step.a[b].tolist() if v > 0]
+        for i in _dead(step):
+            if step.threshold is None:
+                threshold: Any = min(active) if active else 0.0
+            else:
+                threshold = step.threshold[i]
+            missing = threshold - step.h[b, i]
+            if missing.item() > 0:
+                total = total + missing
+    return total / len(_rows(step))
+
+
+def _ghost_gradients(step: Step, cfg: Any) -> torch.Tensor:
+    ghost_total = torch.zeros((), dtype=torch.float64)
+    main_total = 0.0
+    for b in _rows(step):
+        residual = _residual(step, b)
+        # scale cancels in the ratio of norms
+        out = torch.zeros_like(residual)
+        for i in _dead(step):
+            out = out + step.h[b, i].exp() * _latent(step, i)
+        factor = math.sqrt((residual**2).sum().item()) / (
+            2 * math.sqrt((out.detach() ** 2).sum().item())
+        )
+        ghost_total = ghost_total + ((factor * out - residual) ** 2).sum()
+        main_total += (residual**2).sum().item()
+    return ghost_total * (main_total / ghost_total.item()) / len(_rows(step))
+
+
+def _multi_topk(step: Step, cfg: Any) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    n = min(int(4 * cfg.k), step.h.shape[1])
+    for b in _rows(step):
+        chosen = sorted(range(step.h.shape[1]), key=lambda i: -step.h[b, i].item())[:n]
+        out = step.b_dec
+        for i in chosen:
+            if cfg.aux_relu and step.h[b, i].item() <= 0:
+                continue
+            out = out + step.h[b, i] * _latent(step, i)
+        error = step.x[b] - (step.scale[b] * out + step.shift[b])
+        total = total + (error * error).sum()
+    return total / len(_rows(step))
+
+
+def _none(step: Step, cfg: Any) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+_LOSSES = {
+    "auxk": _auxk,
+    "straight_through": _straight_through_gradient,
+    "reanimation": _reanimation,
+    "pre_activation": _pre_activation,
+    "ghost_gradients": _ghost_gradients,
+    "multi_topk": _multi_topk,
+    "none": _none,
+}

@@ -1,0 +1,265 @@
+"""Every loss against the slow reference: value and every parameter's gradient."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_lens_auxk import register_aux_loss
+from sae_lens_auxk.aux_losses import AUX_LOSSES
+from tests.helpers import (
+    ARCHITECTURES,
+    PAIRS,
+    VARIANTS,
+    aux_gradients,
+    aux_loss,
+    aux_value_and_gradients,
+    build_config,
+    build_sae,
+    forward,
+    gradients_of,
+)
+from tests.reference import Step, reference_loss
+
+
+def reference_step(sae: Any, x: torch.Tensor, dead: torch.Tensor) -> Step:
+    """What the reference needs, from the SAE's own encoder and decoder."""
+    acts, h = sae.encode_with_hidden_pre(x)
+    sae_out = sae.decode(acts)
+    threshold = None
+    if sae.cfg.architecture() != "auxk-topk":
+        threshold = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
+        if hasattr(sae, "topk_threshold"):
+            threshold = threshold + sae.topk_threshold
+        if hasattr(sae, "threshold"):
+            threshold = threshold + sae.threshold
+    scale, shift = [], []
+    for row in x.tolist():
+        mean = sum(row) / len(row)
+        if sae.cfg.normalize_activations == "layer_norm":
+            variance = sum((v - mean) ** 2 for v in row) / (len(row) - 1)
+            scale.append(math.sqrt(variance))
+            shift.append(mean)
+        elif sae.cfg.normalize_activations == "constant_norm_rescale":
+            scale.append(math.sqrt(sum(v * v for v in row)) / math.sqrt(len(row)))
+            shift.append(0.0)
+        else:
+            scale.append(1.0)
+            shift.append(0.0)
+    return Step(
+        x=x,
+        sae_out=sae_out,
+        h=h,
+        a=acts,
+        W_dec=sae.W_dec,
+        b_dec=sae.b_dec,
+        dead=dead.tolist(),
+        rescaled=getattr(sae.cfg, "rescale_acts_by_decoder_norm", False),
+        threshold=threshold,
+        scale=scale,
+        shift=shift,
+    )
+
+
+def assert_equals_reference(sae: Any, x: torch.Tensor, dead: torch.Tensor) -> None:
+    variant = sae.cfg.aux_variant
+    if dead.any() or variant == "multi_topk":
+        expected = reference_loss(variant, reference_step(sae, x, dead), sae.cfg)
+    else:
+        expected = torch.zeros((), dtype=torch.float64)
+    expected = expected * sae.cfg.aux_coefficient_at(0)
+    value, gradients = aux_value_and_gradients(sae, x, dead)
+    assert value.dtype == torch.float64
+    if variant == "straight_through":
+        assert value.item() == 0.0
+    else:
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    for name, gradient in gradients_of(expected, sae).items():
+        torch.testing.assert_close(
+            gradients[name].double(), gradient.double(), rtol=1e-6, atol=1e-9, msg=name
+        )
+
+
+@pytest.mark.parametrize(("architecture", "variant"), PAIRS)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_loss_and_gradients_equal_the_reference(
+    architecture: str, variant: str, data: st.DataObject
+) -> None:
+    d_in = data.draw(st.integers(2, 9), "d_in")
+    d_sae = data.draw(st.integers(5, 24), "d_sae")
+    n_rows = data.draw(st.integers(1, 5), "n_rows")
+    fields: dict[str, Any] = {
+        "k_aux": data.draw(st.one_of(st.none(), st.integers(1, 30)), "k_aux"),
+        "aux_bias": data.draw(st.sampled_from(["decoder", "matched", "none"]), "aux_bias"),
+        "aux_relu": data.draw(st.booleans(), "aux_relu"),
+        "apply_b_dec_to_input": data.draw(st.booleans(), "apply_b_dec_to_input"),
+        "aux_loss_coefficient": data.draw(st.sampled_from([None, 0.25, 3.0])),
+    }
+    if "topk" in architecture:
+        fields["k"] = data.draw(st.integers(1, d_sae), "k")
+        fields["rescale_acts_by_decoder_norm"] = data.draw(st.booleans(), "rescale")
+    cfg_class = type(build_config(architecture))
+    modes = ["none", "layer_norm", "constant_norm_rescale"]
+    fields["normalize_activations"] = data.draw(
+        st.sampled_from([m for m in modes if m not in cfg_class.unsupported_normalizations])
+    )
+    torch.manual_seed(data.draw(st.integers(0, 10_000), "seed"))
+    sae = build_sae(
+        architecture,
+        d_in=d_in,
+        d_sae=d_sae,
+        aux_variant=variant,
+        dead_criterion="steps",
+        dtype="float64",
+        **fields,
+    )
+    dead = torch.tensor(data.draw(st.lists(st.booleans(), min_size=d_sae, max_size=d_sae)))
+    assert_equals_reference(sae, torch.randn(n_rows, d_in, dtype=torch.float64), dead)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "multi_topk"])
+def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str) -> None:
+    sae = build_sae(
+        "auxk-matryoshka-batchtopk",
+        d_sae=24,
+        matryoshka_widths=[6, 12, 24],
+        aux_variant=variant,
+        use_matryoshka_aux_loss=True,
+        dead_criterion="steps",
+        k_aux=2,
+        dtype="float64",
+    )
+    x = torch.randn(4, 8, dtype=torch.float64)
+    dead = torch.zeros(24, dtype=torch.bool)
+    dead[[0, 1, 2, 13, 20, 21]] = True  # none in the second level
+
+    whole = reference_step(sae, x, dead)
+    expected = torch.zeros((), dtype=torch.float64)
+    start = 0
+    for end in (6, 12, 24):
+        norms = sae.W_dec.norm(dim=-1)
+        decoded = sae.b_dec + (whole.a / norms)[:, :end] @ sae.W_dec[:end]
+        if dead[start:end].any():
+            level = Step(
+                x=x,
+                sae_out=decoded,
+                h=whole.h[:, start:end],
+                a=whole.a[:, start:end],
+                W_dec=sae.W_dec[start:end],
+                b_dec=sae.b_dec,
+                dead=dead[start:end].tolist(),
+                rescaled=True,
+                threshold=whole.threshold[start:end],
+                scale=whole.scale,
+                shift=whole.shift,
+            )
+            part = reference_loss(variant, level, sae.cfg)
+            if variant == "reanimation":  # a mean over all latents, whichever the level
+                part = part * (end - start) / 24
+            expected = expected + part
+        start = end
+    expected = expected * sae.cfg.aux_coefficient_at(0)
+    value, gradients = aux_value_and_gradients(sae, x, dead)
+    if variant != "straight_through":
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    for name, gradient in gradients_of(expected, sae).items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "coefficient"),
+    [
+        ("auxk", 1 / 32),
+        ("reanimation", 1e-3),
+        ("straight_through", 1 / 32),
+        ("pre_activation", 3e-6),
+        ("ghost_gradients", 1.0),
+        ("multi_topk", 1 / 8),
+        ("none", 0.0),
+    ],
+)
+def test_default_coefficients_are_the_published_ones(variant: str, coefficient: float) -> None:
+    assert build_config("auxk-topk", aux_variant=variant).aux_coefficient_at(0) == coefficient
+
+
+def test_matched_bias_has_the_value_of_none_and_a_gradient_of_its_own() -> None:
+    dead = torch.arange(24) < 10
+    x = torch.randn(6, 8)
+    values, gradients = {}, {}
+    for bias in ("decoder", "matched", "none"):
+        torch.manual_seed(1)
+        sae = build_sae(
+            "auxk-topk", aux_bias=bias, dead_criterion="steps", apply_b_dec_to_input=False
+        )
+        values[bias] = aux_loss(sae, x, dead)
+        gradients[bias] = aux_gradients(sae, x, dead)["b_dec"]
+    torch.testing.assert_close(values["matched"], values["none"])
+    assert not torch.allclose(values["decoder"], values["none"])
+    assert gradients["none"].abs().max() == 0
+    assert gradients["matched"].abs().max() > 0
+    assert gradients["decoder"].abs().max() > 0
+
+
+def test_ghost_gradients_have_the_main_loss_as_value_and_survive_large_pre_activations() -> None:
+    sae = build_sae("auxk-topk", aux_variant="ghost_gradients", dead_criterion="steps")
+    x = torch.randn(6, 8) * 1e4
+    output = forward(sae, x, torch.arange(24) < 10)
+    torch.testing.assert_close(output.losses["aux_loss"], output.losses["mse_loss"])
+    output.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in sae.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ties_are_no_problem(variant: str) -> None:
+    sae = build_sae("auxk-topk", aux_variant=variant, dead_criterion="steps", k_aux=4)
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_enc.zero_()
+    output = forward(sae, torch.randn(5, 8), torch.ones(24, dtype=torch.bool))
+    output.loss.backward()
+    assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_none_takes_no_part_in_the_gradient(architecture: str) -> None:
+    sae = build_sae(architecture, aux_variant="none", dead_criterion="steps")
+    gradients = aux_gradients(sae, torch.randn(5, 8), torch.ones(24, dtype=torch.bool))
+    assert all(g.abs().max() == 0 for g in gradients.values())
+
+
+def test_a_loss_of_ones_own_is_an_aux_variant() -> None:
+    def lift(inputs: Any, cfg: Any) -> torch.Tensor:
+        return -inputs.dead_hidden_pre().mean() * cfg.k_aux
+
+    register_aux_loss("lift", lift, default_coefficient=0.5)
+    try:
+        register_aux_loss("lift", lift, default_coefficient=0.5)  # again is no error
+        with pytest.raises(ValueError, match="'lift' is registered already"):
+            register_aux_loss("lift", lambda inputs, cfg: inputs.x.sum())
+
+        dead = torch.arange(24) < 10
+        sae = build_sae("auxk-gated", aux_variant="lift", dead_criterion="steps", k_aux=7)
+        output = forward(sae, torch.randn(6, 8), dead)
+        expected = -0.5 * 7 * output.hidden_pre[:, :10].mean()
+        torch.testing.assert_close(output.losses["aux_loss"], expected)
+        assert output.metrics["k_aux_used"] == 10
+    finally:
+        del AUX_LOSSES["lift"]
+
+
+def test_a_loss_can_be_registered_by_a_decorator() -> None:
+    try:
+
+        @register_aux_loss("everywhere", default_coefficient=2.0, uses_dead_latents=False)
+        def everywhere(inputs: Any, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+            return inputs.residual.square().sum(dim=-1).mean()
+
+        sae = build_sae("auxk-standard", aux_variant="everywhere")
+        output = forward(sae, torch.randn(6, 8))
+        torch.testing.assert_close(output.losses["aux_loss"], 2 * output.losses["mse_loss"])
+    finally:
+        del AUX_LOSSES["everywhere"]
