@@ -44,6 +44,7 @@ from sae_lens.saes.topk_sae import (
     TopKSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
+    act_times_W_dec,
 )
 from typing_extensions import override
 
@@ -58,7 +59,7 @@ RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 
 
 @dataclass
-class AuxKTopKTrainingSAEConfig(AuxConfig, TopKTrainingSAEConfig):
+class AuxKTopKTrainingSAEConfig(AuxConfig, TopKTrainingSAEConfig):  # type: ignore[misc]
     """``auxk-topk``: the fields of SAELens's TopKTrainingSAEConfig and of AuxConfig."""
 
     @override
@@ -75,6 +76,21 @@ class AuxKTopKTrainingSAE(AuxTraining, TopKTrainingSAE):
     """TopK (Gao et al. 2024); saved for inference as SAELens's ``topk``."""
 
     @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """SAELens's decode, with a gradient also for sparse, rescaled activations.
+
+        SAELens divides the activations by the decoder norms, a product whose backward torch
+        does not have for sparse tensors (seen with torch 2.11 and 2.13). The rows of W_dec
+        divided instead give the same.
+        """
+        if not (feature_acts.is_sparse and self.cfg.rescale_acts_by_decoder_norm):
+            return super().decode(feature_acts)
+        rows = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        sae_out_pre = act_times_W_dec(feature_acts, rows, False) + self.b_dec
+        sae_out_pre = self.run_time_activation_norm_fn_out(self.hook_sae_recons(sae_out_pre))
+        return self.reshape_fn_out(sae_out_pre, self.d_head)
+
+    @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
         acts = feature_acts.detach().to_dense()
@@ -83,7 +99,7 @@ class AuxKTopKTrainingSAE(AuxTraining, TopKTrainingSAE):
 
 
 @dataclass
-class AuxKBatchTopKTrainingSAEConfig(AuxConfig, BatchTopKTrainingSAEConfig):
+class AuxKBatchTopKTrainingSAEConfig(AuxConfig, BatchTopKTrainingSAEConfig):  # type: ignore[misc]
     """``auxk-batchtopk``: the fields of SAELens's BatchTopKTrainingSAEConfig and of AuxConfig."""
 
     @override
@@ -100,9 +116,18 @@ class AuxKBatchTopKTrainingSAE(AuxTraining, BatchTopKTrainingSAE):
         """(): ``topk_threshold``, the moving average that inference will use."""
         return self.topk_threshold
 
+    @override
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
+        before = self.topk_threshold
+        super().update_topk_threshold(acts_topk)
+        if self._n_finite_rows is not None:
+            usable = self._n_finite_rows > 0
+            self.topk_threshold = torch.where(usable, self.topk_threshold, before)
+
 
 @dataclass
-class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTrainingSAEConfig):
+class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]
     """``auxk-matryoshka-batchtopk``: SAELens's fields for Matryoshka and those of AuxConfig.
 
     ``use_matryoshka_aux_loss=False`` takes the residual of the whole SAE and all its dead
@@ -118,18 +143,13 @@ class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTra
         return "auxk-matryoshka-batchtopk"
 
 
-class AuxKMatryoshkaBatchTopKTrainingSAE(AuxTraining, MatryoshkaBatchTopKTrainingSAE):
+class AuxKMatryoshkaBatchTopKTrainingSAE(AuxKBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
     """Matryoshka BatchTopK (Bussmann et al. 2025); saved for inference as ``jumprelu``."""
 
-    @override
-    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """(): ``topk_threshold``, the moving average that inference will use."""
-        return self.topk_threshold
+    cfg: AuxKMatryoshkaBatchTopKTrainingSAEConfig  # type: ignore[assignment]
 
     @override
-    def _levels(
-        self, record: AuxLossInputs, feature_acts: torch.Tensor
-    ) -> Iterator[AuxLossInputs]:
+    def _levels(self, record: AuxLossInputs, feature_acts: torch.Tensor) -> Iterator[AuxLossInputs]:
         if not self.cfg.use_matryoshka_aux_loss:
             yield record
             return
@@ -233,9 +253,7 @@ class _GatedFromCheckpoint(InferenceFromCheckpoint, GatedSAE):
     plain_class = GatedSAE
 
 
-ARCHITECTURES: dict[
-    str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig], type[SAE[Any]]]
-] = {
+ARCHITECTURES: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig], type[SAE[Any]]]] = {
     config_class.architecture(): (training_class, config_class, inference_class)
     for training_class, config_class, inference_class in (
         (AuxKTopKTrainingSAE, AuxKTopKTrainingSAEConfig, _TopKFromCheckpoint),

@@ -10,30 +10,34 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from typing_extensions import override
 
-from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses import AuxLossInputs
+from sae_lens_auxk.aux_losses import AuxLossInputs, DeadCriterion
 from sae_lens_auxk.dead_latents import count_tokens, fired_in_batch
 from sae_lens_auxk.finite_rows import replace_nonfinite_rows
 
 if TYPE_CHECKING:
-    from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+    from sae_lens.saes.sae import TrainingSAE
 
-    class _Config(AuxConfig, TrainingSAEConfig): ...
-
-    _Base = TrainingSAE[_Config]
+    _Base = TrainingSAE[Any]
 else:
     _Base = object
 
 AUX_LOSS_KEY = "aux_loss"
 # Without CUDA looking at a tensor is free; with it, every look waits for the device.
 STEPS_BETWEEN_NONFINITE_CHECKS = 100
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _never_compiled(method: _Method) -> _Method:
+    return torch.compiler.disable(method)  # type: ignore[no-any-return]
 
 
 class AuxTraining(_Base):
@@ -74,15 +78,13 @@ class AuxTraining(_Base):
 
         A row with a NaN or infinity is replaced by a finite row of the batch, counts no token,
         and is reported by a warning and the metric ``nonfinite_rows``. A batch with no finite
-        row has a gradient of zero and leaves the counts alone.
+        row has a gradient of zero and leaves the counts and thresholds alone.
         """
         sae_in = step_input.sae_in
         # SAELens's Matryoshka and JumpReLU take 2-D input only, hence the flattening.
         batch_dims = sae_in.ndim - (2 if self.hook_z_reshaping_mode else 1)
         leading = sae_in.shape[:batch_dims]
-        flat, n_finite = replace_nonfinite_rows(
-            sae_in.reshape(-1, *sae_in.shape[batch_dims:])
-        )
+        flat, n_finite = replace_nonfinite_rows(sae_in.reshape(-1, *sae_in.shape[batch_dims:]))
         self._n_finite_rows = n_finite
         self._report_nonfinite_rows(flat.shape[0] - n_finite, step_input.n_training_steps)
 
@@ -94,8 +96,7 @@ class AuxTraining(_Base):
         self._n_finite_rows = None
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
-                tensor = getattr(output, name)
-                setattr(output, name, tensor.reshape(*leading, *tensor.shape[1:]))
+                setattr(output, name, _unflatten(getattr(output, name), leading))
         return output
 
     @override
@@ -113,7 +114,9 @@ class AuxTraining(_Base):
         """
         losses: dict[str, torch.Tensor] = {}
         if not isinstance(self, TopKTrainingSAE):
-            own = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            own = super().calculate_aux_loss(  # pyright: ignore[reportAbstractUsage]
+                step_input, feature_acts, hidden_pre, sae_out
+            )
             assert isinstance(own, dict)
             losses.update(own)
 
@@ -138,7 +141,7 @@ class AuxTraining(_Base):
 
     # The number of dead latents, a shape here, is another one at every step: compiled, this
     # would be compiled again and again.
-    @torch.compiler.disable
+    @_never_compiled
     def _aux_loss(
         self,
         step_input: TrainStepInput,
@@ -179,7 +182,8 @@ class AuxTraining(_Base):
         silent_for = self.tokens_since_fired.clone()
         count_tokens(self.tokens_since_fired, fired, n_tokens)
 
-        match self.cfg.resolved_dead_criterion:
+        criterion: DeadCriterion = self.cfg.resolved_dead_criterion
+        match criterion:
             case "tokens":
                 dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
                 was_dead = silent_for >= self.cfg.dead_threshold_tokens
@@ -245,7 +249,7 @@ class AuxTraining(_Base):
         self.training_steps.fill_(step + 1)
         return step
 
-    @torch.compiler.disable
+    @_never_compiled
     def _report_nonfinite_rows(self, n_rows: torch.Tensor, step: int) -> None:
         self._nonfinite_rows = self._nonfinite_rows + n_rows
         if n_rows.is_cuda and step % STEPS_BETWEEN_NONFINITE_CHECKS:
@@ -305,6 +309,17 @@ def _from_bytes(count: torch.Tensor) -> torch.Tensor:
     return count.to(torch.uint8).contiguous().view(torch.int64).squeeze(-1)
 
 
+def _unflatten(x: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """(N, ...) -> (*leading, ...), also for the sparse COO that torch cannot reshape."""
+    shape = (*leading, *x.shape[1:])
+    if not x.is_sparse:
+        return x.reshape(shape)
+    x = x.coalesce()
+    rows, *others = x.indices()
+    unraveled = torch.unravel_index(rows, leading) if leading else ()
+    return torch.sparse_coo_tensor(torch.stack([*unraveled, *others]), x.values(), shape)
+
+
 def _output_units(
     x: torch.Tensor, normalize_activations: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -317,5 +332,3 @@ def _output_units(
     if normalize_activations == "constant_norm_rescale":
         return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5, None
     return None, None
-
-

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.llm_sae_training_runner import (
@@ -16,6 +15,7 @@ from sae_lens.llm_sae_training_runner import (
 )
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file
 
 USAGE = """usage: sae-lens-auxk train --architecture NAME [--FIELD VALUE ...]
 

@@ -38,7 +38,7 @@ class InferenceFromCheckpoint(_Base):
         state_dict.clear()
         state_dict.update(inference_state)
         del self._training_cfg
-        self.__class__ = self.plain_class
+        self.__class__ = self.plain_class  # type: ignore[assignment]
 
 
 def _inference_config(cfg: TrainingSAEConfig) -> SAEConfig:

@@ -39,7 +39,8 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise ValueError(
             f"architecture={architecture!r} is not allowed: it must be one of "
-            f"{', '.join(SAE_TRAINING_CLASS_REGISTRY)}.{_suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
+            f"{', '.join(SAE_TRAINING_CLASS_REGISTRY)}."
+            f"{_suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
         )
     sae_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     sae_fields = {field.name for field in fields(sae_class)}

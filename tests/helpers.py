@@ -61,9 +61,7 @@ def randomize_parameters(sae: Any) -> None:
         sae.topk_threshold.fill_(0.7)
 
 
-def step_input(
-    x: torch.Tensor, dead: torch.Tensor | None = None, step: int = 0
-) -> TrainStepInput:
+def step_input(x: torch.Tensor, dead: torch.Tensor | None = None, step: int = 0) -> TrainStepInput:
     return TrainStepInput(
         sae_in=x,
         coefficients={"l1": 0.1, "l0": 0.1},

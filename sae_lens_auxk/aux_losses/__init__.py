@@ -172,6 +172,7 @@ def register_aux_loss(
 
 
 # Each file registers its loss when it is imported; the order is that of messages and docs.
+# pyright: reportUnusedImport=false
 from sae_lens_auxk.aux_losses import (  # noqa: E402, F401, I001
     auxk,
     reanimation,

@@ -7,9 +7,7 @@ import torch
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss(
-    "multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True
-)
+@register_aux_loss("multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True)
 def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || x - decode(top 4k of h) ||^2``.
 

@@ -1,0 +1,120 @@
+"""Fields, schedule, and errors that say what is wrong."""
+
+from typing import Any
+
+import pytest
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from tests.helpers import ARCHITECTURES, PAIRS, build_config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"aux_variant": "auxkk"}, r"aux_variant='auxkk' .* one of auxk, reanimation"),
+        ({"aux_loss_coefficient": -0.1}, r"aux_loss_coefficient=-0.1 .* >= 0"),
+        ({"aux_loss_coefficient": float("nan")}, r"aux_loss_coefficient=nan .* finite"),
+        ({"aux_loss_coefficient": "1/32"}, r"aux_loss_coefficient='1/32'"),
+        ({"k_aux": 0}, r"k_aux=0 .* None or an integer >= 1"),
+        ({"k_aux": -5}, r"k_aux=-5"),
+        ({"k_aux": 2.5}, r"k_aux=2.5"),
+        ({"aux_bias": "enc"}, r"aux_bias='enc' .* 'decoder', 'matched', 'none'"),
+        ({"aux_relu": 1}, r"aux_relu=1 .* True or False"),
+        ({"dead_criterion": "epochs"}, r"dead_criterion='epochs' .* 'tokens', 'steps', 'batch'"),
+        ({"dead_threshold_tokens": 0}, r"dead_threshold_tokens=0 .* >= 1"),
+        ({"dead_threshold_tokens": -1}, r"dead_threshold_tokens=-1"),
+        ({"aux_warm_up_steps": -1}, r"aux_warm_up_steps=-1"),
+        ({"aux_decay_steps": 10}, r"aux_decay_steps=10 .* aux_decay_start_step is set"),
+        ({"aux_decay_start_step": 10}, r"aux_decay_steps=0 .* >= 1"),
+        ({"aux_decay_start_step": -1, "aux_decay_steps": 1}, r"aux_decay_start_step=-1"),
+        (
+            {"aux_warm_up_steps": 20, "aux_decay_start_step": 10, "aux_decay_steps": 5},
+            r"aux_decay_start_step=10 .* aux_warm_up_steps \(20\)",
+        ),
+        ({"k": 25}, r"k=25 .* at most d_sae \(24\)"),
+        ({"k": 0}, r"k=0 .* more than 0"),
+        ({"d_sae": 0}, r"d_sae=0"),
+        ({"d_in": -8}, r"d_in=-8"),
+    ],
+)
+def test_bad_values_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config("auxk-topk", **fields)
+
+
+@pytest.mark.parametrize("architecture", ["auxk-jumprelu", "auxk-standard", "auxk-gated"])
+def test_multi_topk_needs_a_k(architecture: str) -> None:
+    with pytest.raises(ValueError, match="aux_variant='multi_topk' .* has no k"):
+        build_config(architecture, aux_variant="multi_topk")
+
+
+@pytest.mark.parametrize("architecture", ["auxk-gated", "auxk-matryoshka-batchtopk"])
+@pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
+def test_normalisations_that_saelens_cannot_train_are_refused(architecture: str, mode: str) -> None:
+    with pytest.raises(ValueError, match=f"normalize_activations='{mode}' .* {architecture}"):
+        build_config(architecture, normalize_activations=mode)
+
+
+def test_matryoshka_levels_have_no_part_in_multi_topk() -> None:
+    with pytest.raises(ValueError, match="use_matryoshka_aux_loss=True"):
+        build_config(
+            "auxk-matryoshka-batchtopk", aux_variant="multi_topk", use_matryoshka_aux_loss=True
+        )
+
+
+def test_the_coefficient_warms_up_and_decays() -> None:
+    cfg = build_config(
+        "auxk-topk",
+        aux_loss_coefficient=2.0,
+        aux_warm_up_steps=4,
+        aux_decay_start_step=6,
+        aux_decay_steps=4,
+    )
+    values = [cfg.aux_coefficient_at(step) for step in range(13)]
+    assert values == [0, 0.5, 1, 1.5, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0]
+
+
+def test_the_warm_up_is_that_of_saelens() -> None:
+    from sae_lens.training.optim import CoefficientScheduler
+
+    cfg = build_config("auxk-topk", aux_loss_coefficient=2.0, aux_warm_up_steps=7)
+    theirs = CoefficientScheduler(warm_up_steps=7, final_value=2.0)
+    for step in range(10):
+        assert cfg.aux_coefficient_at(step) == pytest.approx(theirs.value)
+        theirs.step()
+
+
+@pytest.mark.parametrize(("architecture", "variant"), PAIRS)
+def test_to_dict_from_dict_round_trip(architecture: str, variant: str) -> None:
+    cfg = build_config(
+        architecture,
+        aux_variant=variant,
+        aux_loss_coefficient=0.5,
+        k_aux=None,
+        aux_bias="matched",
+        aux_relu=True,
+        dead_criterion="steps",
+        dead_threshold_tokens=123,
+        aux_warm_up_steps=1,
+        aux_decay_start_step=2,
+        aux_decay_steps=3,
+    )
+    again = TrainingSAEConfig.from_dict(cfg.to_dict())
+    assert type(again) is type(cfg)
+    assert again.to_dict() == cfg.to_dict()
+    assert again == cfg
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_defaults_are_those_of_the_design(architecture: str) -> None:
+    cfg = build_config(architecture)
+    assert cfg.aux_variant == "auxk"
+    assert cfg.aux_loss_coefficient is None
+    assert cfg.k_aux == 512
+    assert cfg.aux_bias == "decoder"
+    assert cfg.aux_relu is False
+    assert cfg.dead_criterion is None
+    assert cfg.dead_threshold_tokens == 10_000_000
+    assert cfg.aux_warm_up_steps == 0
+    assert cfg.aux_decay_start_step is None
+    assert cfg.aux_decay_steps == 0

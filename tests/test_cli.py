@@ -1,0 +1,82 @@
+"""The command line: SAELens's, with the plugin loaded."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
+from sae_lens_auxk import cli
+from sae_lens_auxk.aux_config import AuxConfig
+from tests.helpers import ARCHITECTURES
+
+
+def test_every_field_reaches_the_config() -> None:
+    flags = (
+        "--architecture auxk-topk --d_in 16 --d_sae 64 --k 8 --aux_variant straight_through "
+        "--aux_loss_coefficient 0.25 --k_aux 7 --aux_bias matched --aux_relu true "
+        "--dead_criterion steps --dead_threshold_tokens 5000 --aux_warm_up_steps 3 "
+        "--aux_decay_start_step 10 --aux_decay_steps 5 --log_to_wandb false "
+        "--training_tokens 77"
+    )
+    cfg: Any = _parse_cfg_args(flags.split())
+    assert cfg.training_tokens == 77
+    sae = cfg.sae
+    assert (sae.architecture(), sae.d_in, sae.d_sae, sae.k) == ("auxk-topk", 16, 64, 8)
+    assert (sae.aux_variant, sae.aux_loss_coefficient, sae.k_aux) == ("straight_through", 0.25, 7)
+    assert (sae.aux_bias, sae.aux_relu, sae.dead_criterion) == ("matched", True, "steps")
+    assert (sae.dead_threshold_tokens, sae.aux_warm_up_steps) == (5000, 3)
+    assert (sae.aux_decay_start_step, sae.aux_decay_steps) == (10, 5)
+
+
+def test_defaults_are_the_configs() -> None:
+    sae: Any = _parse_cfg_args(["--architecture", "auxk-topk", "--log_to_wandb", "false"]).sae
+    for field in dataclasses.fields(AuxConfig):
+        assert getattr(sae, field.name) == field.default
+
+
+def test_a_flag_without_a_value_says_none() -> None:
+    sae: Any = _parse_cfg_args(["--architecture", "auxk-topk", "--k_aux"]).sae
+    assert sae.k_aux is None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_aux_field_is_a_flag_with_help(
+    architecture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train", "--architecture", architecture, "--help"])
+    assert exit_info.value.code == 0
+    usage, options = capsys.readouterr().out.split("options:", 1)
+    assert usage
+    text = " ".join(options.split())
+    for field in dataclasses.fields(AuxConfig):
+        after = text.split(f" --{field.name} ", 1)[1]
+        description = after.split("(default", 1)[0]
+        assert len(description) > 40, f"{field.name} has no help: {description!r}"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tarin"], "'tarin' is no command"),
+        (["train", "--architecture", "auxk-topk", "--k_aux", "0"], "k_aux=0 is not allowed"),
+        (["train", "--architecture", "auxk-topk", "--aux_variant", "x"], "aux_variant='x'"),
+        (["train", "--architecture", "auxk-topk", "--aux_bias", "x"], "aux_bias"),
+        (["train", "--architecture", "auxk-topk", "--nonsense", "1"], "nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = cli.main(args)
+    except SystemExit as error:  # argparse's own way out
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_command_it_says_how_to_use_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "sae-lens-auxk train" in capsys.readouterr().out

@@ -1,0 +1,63 @@
+"""A small randomly initialised GPT-2 and a tokenised data set, for SAELens's runners."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+D_MODEL = 16
+CONTEXT_SIZE = 16
+
+
+def gpt2(seed: int = 0) -> HookedTransformer:
+    """GPT-2's architecture with 2 layers of width 16 and a vocabulary of 50."""
+    torch.manual_seed(seed)
+    return HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=D_MODEL,
+            n_ctx=CONTEXT_SIZE,
+            n_heads=2,
+            d_head=8,
+            d_vocab=50,
+            act_fn="gelu_new",
+            model_name="gpt2",
+            seed=seed,
+        )
+    )
+
+
+def tokens(n_rows: int = 200, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 50, (n_rows, CONTEXT_SIZE), generator=generator)
+    return Dataset.from_list([{"tokens": row} for row in rows.tolist()])
+
+
+def run_fields(**fields: Any) -> dict[str, Any]:
+    """Fields of a short run of SAELens's on the tiny model, in which nothing is shuffled.
+
+    One batch of prompts is one training batch, so that a resumed run, which starts with an
+    empty buffer, sees the same batches as one that was never interrupted.
+    """
+    defaults: dict[str, Any] = {
+        "model_name": "tiny",
+        "hook_name": "blocks.1.hook_resid_pre",
+        "context_size": CONTEXT_SIZE,
+        "streaming": False,
+        "prepend_bos": False,
+        "training_tokens": 20 * 64,
+        "train_batch_size_tokens": 64,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 4,
+        "activations_mixing_fraction": 0.0,
+        "lr": 1e-2,
+        "n_eval_batches": 1,
+        "checkpoint_path": None,
+        "output_path": None,
+        "log_to_wandb": False,
+        "verbose": False,
+        "d_in": D_MODEL,
+        "d_sae": 48,
+    }
+    return {**defaults, **fields}
