@@ -1,0 +1,58 @@
+"""On a GPU, where there is one: the same numbers, and every dtype."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import PAIRS, aux_value_and_gradients, build_sae, build_trainer, kill_latents
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize(("architecture", "variant"), PAIRS)
+def test_equals_cpu(architecture: str, variant: str) -> None:
+    sae = build_sae(
+        architecture,
+        d_in=32,
+        d_sae=128,
+        aux_variant=variant,
+        dead_criterion="steps",
+        dtype="float64",
+    )
+    x, dead = torch.randn(64, 32, dtype=torch.float64), torch.arange(128) < 50
+    on_gpu = copy.deepcopy(sae).to("cuda")
+    value, gradients = aux_value_and_gradients(sae, x, dead)
+    gpu_value, gpu_gradients = aux_value_and_gradients(on_gpu, x.cuda(), dead.cuda())
+    torch.testing.assert_close(gpu_value.cpu(), value)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gpu_gradients[name].cpu(), gradient, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "float64", "autocast", "compile"])
+@pytest.mark.parametrize(("architecture", "variant"), PAIRS)
+def test_trains(architecture: str, variant: str, mode: str) -> None:
+    dtype = mode if mode in ("float32", "bfloat16", "float64") else "float32"
+    sae: Any = build_sae(
+        architecture,
+        d_in=32,
+        d_sae=128,
+        aux_variant=variant,
+        dtype=dtype,
+        dead_threshold_tokens=128,
+        randomize=False,
+    )
+    kill_latents(sae, 40)
+    sae.to("cuda")
+    trainer = build_trainer(sae, device="cuda", autocast=mode == "autocast", lr=1e-3)
+    if mode == "compile":
+        if architecture not in ("auxk-topk", "auxk-jumprelu") or variant not in ("auxk", "none"):
+            pytest.skip("compiled for two architectures and variants, for time")
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass)
+    for _ in range(6):
+        output = trainer.step(torch.randn(64, 32, device="cuda", dtype=getattr(torch, dtype)))
+    assert output.metrics["dead_latents"] >= 20
+    assert all(p.isfinite().all() for p in sae.parameters())
+    if variant not in ("none", "straight_through", "reanimation"):
+        assert output.losses["aux_loss"] > 0
