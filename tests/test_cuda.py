@@ -8,7 +8,8 @@ import torch
 
 from tests.helpers import PAIRS, aux_value_and_gradients, build_sae, build_trainer, kill_latents
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
 
 
 @pytest.mark.parametrize(("architecture", "variant"), PAIRS)
