@@ -4,7 +4,7 @@ SAELens's synthetic models have known features, so that an SAE can be checked ag
 Every variant is trained on the same model with the same seeds; the table has the mean over
 the seeds and, after ±, their standard deviation.
 
-    python examples/synthetic.py 2>synthetic.log      # about 4 minutes on 2 CPU cores
+    python examples/synthetic.py 2>synthetic.log      # about 6 minutes on 2 CPU cores
 """
 
 import warnings

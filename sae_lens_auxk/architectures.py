@@ -93,7 +93,7 @@ class AuxKTopKTrainingSAE(AuxTraining, TopKTrainingSAE):
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
-        acts = feature_acts.detach().to_dense()
+        acts = feature_acts.detach().to_dense().topk(self.cfg.k, dim=-1, sorted=False).values
         smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
         return smallest.masked_fill(smallest.isinf(), 0.0)
 
@@ -158,7 +158,6 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(AuxKBatchTopKTrainingSAE, MatryoshkaBat
         start = 0
         for end, reconstruction in [*inner, (self.cfg.d_sae, None)]:
             dead = record.dead[start:end]
-            norm = record.decoder_norm
             yield replace(
                 record,
                 # The outermost level is the SAE itself, so its residual is there already.
@@ -167,7 +166,6 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(AuxKBatchTopKTrainingSAE, MatryoshkaBat
                 dead=dead,
                 dead_latents=dead.nonzero().squeeze(1),
                 W_dec=record.W_dec[start:end],
-                decoder_norm=None if norm is None else norm[start:end],
             )
             start = end
 

@@ -5,6 +5,7 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
@@ -29,7 +30,8 @@ class AuxConfig:
             1/32, pre_activation 3e-6, ghost_gradients 1, multi_topk 1/8). SAELens's own TopK
             loss, which this replaces, has 1.
         k_aux (int | None): How many dead latents, those with the largest pre-activation, auxk
-            and straight_through use in each row. None: d_in // 2 (Gao et al. 2024, B.1).
+            and straight_through use in each row. None (on the command line, the flag without
+            a value): d_in // 2 (Gao et al. 2024, B.1).
         aux_bias (Literal["decoder", "matched", "none"]): What auxk adds to the dead latents'
             reconstruction of the residual r. "decoder": b_dec, so that dead latents are pulled
             toward r - b_dec (sparsify removed its own as a bug, #132 and #134). "matched":
@@ -42,8 +44,8 @@ class AuxConfig:
             for more than dead_feature_window steps). "batch": silent in this batch. None:
             "batch" for reanimation, else "tokens".
         dead_threshold_tokens (int): Tokens of silence after which a latent is dead, with
-            dead_criterion="tokens". A run with fewer training tokens never sees an auxiliary
-            loss, and is warned about.
+            dead_criterion="tokens". A run with fewer training tokens calls no latent dead, and
+            is warned about.
         aux_warm_up_steps (int): Steps over which the coefficient grows linearly from 0.
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.
@@ -86,6 +88,8 @@ class AuxConfig:
 
         Warm-up is SAELens's: ``step / aux_warm_up_steps`` of the full value, so 0 at first.
         """
+        if self.aux_variant == "none":
+            return 0.0
         coefficient = self.aux_loss_coefficient
         if coefficient is None:
             coefficient = self.aux_loss.default_coefficient
@@ -144,6 +148,16 @@ def _validate(cfg: Any) -> None:
         _require_number(cfg, "k", allowed)
         if not 0 < cfg.k <= cfg.d_sae:
             _reject(cfg, "k", allowed)
+        if not isinstance(cfg, BatchTopKTrainingSAEConfig):
+            _require_int(cfg, "k", minimum=1)
+    if widths := getattr(cfg, "matryoshka_widths", None):
+        increasing = all(isinstance(w, int) for w in widths) and list(widths) == sorted(set(widths))
+        if not increasing or widths[0] < 1 or widths[-1] > cfg.d_sae:
+            _reject(
+                cfg,
+                "matryoshka_widths",
+                f"strictly increasing integers from 1 to d_sae ({cfg.d_sae})",
+            )
     if cfg.normalize_activations in cfg.unsupported_normalizations:
         _reject(
             cfg,

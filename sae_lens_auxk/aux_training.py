@@ -9,7 +9,6 @@ by the scheduled coefficient.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,8 +17,9 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from typing_extensions import override
 
 from sae_lens_auxk.aux_losses import AuxLossInputs, DeadCriterion
+from sae_lens_auxk.aux_losses.auxk import k_aux_of
 from sae_lens_auxk.dead_latents import count_tokens, fired_in_batch
-from sae_lens_auxk.finite_rows import replace_nonfinite_rows
+from sae_lens_auxk.finite_rows import replace_rows, usable_rows
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -29,8 +29,7 @@ else:
     _Base = object
 
 AUX_LOSS_KEY = "aux_loss"
-# Without CUDA looking at a tensor is free; with it, every look waits for the device.
-STEPS_BETWEEN_NONFINITE_CHECKS = 100
+STEPS_BETWEEN_NONFINITE_REPORTS = 100
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -65,8 +64,9 @@ class AuxTraining(_Base):
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64, device=device))
         self._steps_before_run = 0
-        self._resumed = False
+        self._loaded = False
         self._nonfinite_rows: torch.Tensor | int = 0
+        self._next_nonfinite_report = 0
         self._n_finite_rows: torch.Tensor | None = None
         self._aux_metrics: dict[str, Any] = {}
 
@@ -78,15 +78,20 @@ class AuxTraining(_Base):
 
         A row with a NaN or infinity is replaced by a finite row of the batch, counts no token,
         and is reported by a warning and the metric ``nonfinite_rows``. A batch with no finite
-        row has a gradient of zero and leaves the counts and thresholds alone.
+        row has a gradient of zero and leaves the counts and thresholds alone; at the first
+        step of a run it is a ValueError. (Under ``constant_norm_rescale`` a row of zeros is
+        no better than a NaN.)
         """
         sae_in = step_input.sae_in
         # SAELens's Matryoshka and JumpReLU take 2-D input only, hence the flattening.
         batch_dims = sae_in.ndim - (2 if self.hook_z_reshaping_mode else 1)
         leading = sae_in.shape[:batch_dims]
-        flat, n_finite = replace_nonfinite_rows(sae_in.reshape(-1, *sae_in.shape[batch_dims:]))
+        flat = sae_in.reshape(-1, *sae_in.shape[batch_dims:])
+        usable = usable_rows(flat, self.cfg.normalize_activations)
+        flat = replace_rows(flat, usable)
+        n_finite = usable.sum()
         self._n_finite_rows = n_finite
-        self._report_nonfinite_rows(flat.shape[0] - n_finite, step_input.n_training_steps)
+        self._watch_nonfinite_rows(n_finite, flat.shape[0], step_input.n_training_steps)
 
         output = super().training_forward_pass(replace(step_input, sae_in=flat))
 
@@ -157,7 +162,7 @@ class AuxTraining(_Base):
             "dead_latents": n_dead,
             "dead_fraction": n_dead / dead.numel(),
             "aux_coefficient": coefficient,
-            "k_aux_used": self._k_aux_used(n_dead, coefficient),
+            "k_aux_used": 0,
             "revived_latents": revived,
         }
         loss = sae_out.new_zeros(())
@@ -165,8 +170,12 @@ class AuxTraining(_Base):
             return loss
         record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead)
         for level in self._levels(record, feature_acts):
-            if level.dead_latents.numel() > 0 or not self.cfg.aux_loss.uses_dead_latents:
+            n_used = level.dead_latents.numel()
+            if n_used > 0 or not self.cfg.aux_loss.uses_dead_latents:
                 loss = loss + coefficient * self.cfg.aux_loss.function(level, self.cfg)
+            if self.cfg.aux_loss.uses_k_aux:
+                n_used = min(n_used, k_aux_of(self.cfg))
+            self._aux_metrics["k_aux_used"] += n_used
         return loss
 
     @torch.no_grad()
@@ -210,7 +219,6 @@ class AuxTraining(_Base):
         x = step_input.sae_in.detach().reshape(-1, d_in).to(precise)
         residual = x - sae_out.detach().reshape(-1, d_in)
         scale, shift = _output_units(x, self.cfg.normalize_activations)
-        rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
         uses_dead = self.cfg.aux_loss.uses_dead_latents
         return AuxLossInputs(
             x=x if shift is None else x - shift,
@@ -221,57 +229,59 @@ class AuxTraining(_Base):
             dead_latents=dead.nonzero().squeeze(1) if uses_dead else dead.new_empty(0).long(),
             W_dec=self.W_dec,
             b_dec=self.b_dec,
-            decoder_norm=self.W_dec.norm(dim=-1) if rescaled else None,
+            rescaled=getattr(self.cfg, "rescale_acts_by_decoder_norm", False),
             output_scale=scale,
             firing_threshold=lambda: self.firing_threshold(feature_acts),
             d_sae=self.cfg.d_sae,
         )
 
-    def _k_aux_used(self, n_dead: torch.Tensor, coefficient: float) -> torch.Tensor:
-        loss = self.cfg.aux_loss
-        if coefficient == 0 or not loss.uses_dead_latents:
-            return torch.zeros_like(n_dead)
-        if not loss.uses_k_aux:
-            return n_dead
-        return n_dead.clamp(max=self.cfg.k_aux or self.cfg.d_in // 2)
-
     def _schedule_step(self, step_input: TrainStepInput) -> int:
         """The step that the coefficient's schedule is at, the same in a resumed run.
 
         SAELens saves a checkpoint before it counts the step that the checkpoint ends with, so
-        its ``n_training_steps`` is one behind after resuming. The first step after resuming
-        finds out by how much.
+        its ``n_training_steps`` is one behind after resuming. The first step after loading a
+        checkpoint finds out by how much; a new run on loaded weights starts at step 0.
         """
-        if self._resumed:
-            self._steps_before_run = int(self.training_steps) - step_input.n_training_steps
-            self._resumed = False
+        if self._loaded:
+            if step_input.n_training_steps > 0:
+                self._steps_before_run = int(self.training_steps) - step_input.n_training_steps
+            self._loaded = False
         step = step_input.n_training_steps + self._steps_before_run
         self.training_steps.fill_(step + 1)
         return step
 
     @_never_compiled
-    def _report_nonfinite_rows(self, n_rows: torch.Tensor, step: int) -> None:
-        self._nonfinite_rows = self._nonfinite_rows + n_rows
-        if n_rows.is_cuda and step % STEPS_BETWEEN_NONFINITE_CHECKS:
-            return
-        if total := int(self._nonfinite_rows):
-            warnings.warn(
-                f"{total} rows of activations with a NaN or infinity by training step {step}; "
-                "each was replaced by a finite row of its batch and not counted as a token",
-                stacklevel=3,
+    def _watch_nonfinite_rows(self, n_finite: torch.Tensor, n_rows: int, step: int) -> None:
+        self._nonfinite_rows = self._nonfinite_rows + (n_rows - n_finite)
+        if step == 0 and n_finite == 0:
+            raise ValueError(
+                "no row of the first training batch is finite: the activations hold NaN or "
+                "infinity, or the statistics that SAELens estimated for normalize_activations="
+                f"{self.cfg.normalize_activations!r} do"
             )
-            self._nonfinite_rows = 0
+        # To look at a tensor is to wait for the device, so CUDA is looked at now and then.
+        if step >= self._next_nonfinite_report or step == 0:
+            reported = self._report_nonfinite_rows()
+            if reported or n_finite.is_cuda:
+                self._next_nonfinite_report = step + STEPS_BETWEEN_NONFINITE_REPORTS
+
+    def _report_nonfinite_rows(self) -> bool:
+        total = int(self._nonfinite_rows)
+        if total:
+            warnings.warn(
+                f"{total} rows of activations with a NaN or infinity so far; each was replaced "
+                "by a finite row of its batch (a batch without any was skipped) and counted as "
+                "no token",
+                stacklevel=2,
+            )
+        return total > 0
 
     # --- checkpoints -------------------------------------------------------------------------
 
     @override
-    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        super().load_weights_from_checkpoint(checkpoint_path)
-        self._resumed = True
-
-    @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
+        self._report_nonfinite_rows()
         for name in _COUNTS:
             state_dict[name] = _to_bytes(state_dict[name])
 
@@ -284,6 +294,7 @@ class AuxTraining(_Base):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
+        self._loaded = True
         for name in _COUNTS:
             if name in state_dict:
                 state_dict[name] = _from_bytes(state_dict[name])

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def summary(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> st
     if cfg.output_path is not None:
         log_sparsity = load_file(Path(cfg.output_path) / SPARSITY_FILENAME)["sparsity"]
         n_silent = int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())
-        n_steps = cfg.total_training_steps % cfg.feature_sampling_window
+        n_steps = ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+        n_steps %= cfg.feature_sampling_window
         n_train = (n_steps or cfg.feature_sampling_window) * cfg.train_batch_size_tokens
         lines[-1] += f", {n_silent} in the last {n_train} of training"
     return "\n".join(lines)

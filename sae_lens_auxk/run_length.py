@@ -6,6 +6,7 @@ a ``SAETrainer``. This is the one place where the package wraps a piece of SAELe
 
 import functools
 import warnings
+from math import ceil
 from typing import Any
 
 from sae_lens.config import SAETrainerConfig
@@ -19,12 +20,13 @@ def warn_if_no_latent_can_die(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> 
     if cfg.aux_variant == "none" or not cfg.aux_loss.uses_dead_latents:
         return
     n_samples = trainer_cfg.total_training_samples
-    n_steps = trainer_cfg.total_training_steps
+    # SAELens's trainer goes on until it has them all, so its last step may be one more.
+    n_steps = ceil(n_samples / trainer_cfg.train_batch_size_samples)
     match cfg.resolved_dead_criterion:
         case "tokens" if cfg.dead_threshold_tokens > n_samples:
             threshold = f"dead_threshold_tokens={cfg.dead_threshold_tokens}"
             length = f"{n_samples} training tokens"
-        case "steps" if trainer_cfg.dead_feature_window >= n_steps:
+        case "steps" if trainer_cfg.dead_feature_window >= n_steps - 1:
             threshold = f"dead_feature_window={trainer_cfg.dead_feature_window}"
             length = f"{n_steps} training steps"
         case _:

@@ -33,6 +33,7 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config
         ),
         ({"k": 25}, r"k=25 .* at most d_sae \(24\)"),
         ({"k": 0}, r"k=0 .* more than 0"),
+        ({"k": 2.5}, r"k=2.5 .* an integer >= 1"),
         ({"d_sae": 0}, r"d_sae=0"),
         ({"d_in": -8}, r"d_in=-8"),
     ],
@@ -53,6 +54,12 @@ def test_multi_topk_needs_a_k(architecture: str) -> None:
 def test_normalisations_that_saelens_cannot_train_are_refused(architecture: str, mode: str) -> None:
     with pytest.raises(ValueError, match=f"normalize_activations='{mode}' .* {architecture}"):
         build_config(architecture, normalize_activations=mode)
+
+
+@pytest.mark.parametrize("widths", [[0, 24], [10, 5], [10, 10], [48], [12.5, 24], "abc"])
+def test_bad_matryoshka_widths_are_refused(widths: Any) -> None:
+    with pytest.raises(ValueError, match="matryoshka_widths=.* strictly increasing"):
+        build_config("auxk-matryoshka-batchtopk", matryoshka_widths=widths)
 
 
 def test_matryoshka_levels_have_no_part_in_multi_topk() -> None:

@@ -87,6 +87,11 @@ def test_k_aux_used() -> None:
     x = torch.randn(6, 8)
     assert forward(sae, x, torch.arange(24) < 3).metrics["k_aux_used"] == 3
     assert forward(sae, x, torch.arange(24) < 9).metrics["k_aux_used"] == 4
+    levels = build_sae(
+        "auxk-matryoshka-batchtopk", dead_criterion="steps", k_aux=4, use_matryoshka_aux_loss=True
+    )
+    # 6 of the first level, 3 of the second, none of the third
+    assert forward(levels, x, torch.arange(24) < 9).metrics["k_aux_used"] == 4 + 3
     off = build_sae("auxk-topk", dead_criterion="steps", aux_loss_coefficient=0.0)
     assert forward(off, x, torch.arange(24) < 9).metrics["k_aux_used"] == 0
 

@@ -1,12 +1,13 @@
 """NaN and infinity in the activations."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from sae_lens_auxk.finite_rows import replace_nonfinite_rows
-from tests.helpers import ARCHITECTURES, build_sae, build_trainer, forward
+from sae_lens_auxk.finite_rows import replace_rows, usable_rows
+from tests.helpers import ARCHITECTURES, build_config, build_sae, build_trainer, forward
 
 
 def test_rows_are_replaced_by_the_finite_row_above() -> None:
@@ -14,16 +15,20 @@ def test_rows_are_replaced_by_the_finite_row_above() -> None:
     x[0, 1] = torch.nan
     x[2, 0] = torch.inf
     x[3, 2] = -torch.inf
-    replaced, n_finite = replace_nonfinite_rows(x)
-    assert replaced[:, 0].tolist() == [4, 1, 1, 1, 4]
-    assert n_finite == 2
+    usable = usable_rows(x, "none")
+    assert usable.tolist() == [False, True, False, False, True]
+    assert replace_rows(x, usable)[:, 0].tolist() == [4, 1, 1, 1, 4]
+
+
+def test_a_row_of_zeros_has_no_norm_to_rescale_by() -> None:
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert usable_rows(x, "none").tolist() == [True, True]
+    assert usable_rows(x, "constant_norm_rescale").tolist() == [False, True]
 
 
 def test_finite_batches_are_left_alone() -> None:
     x = torch.randn(6, 4)
-    replaced, n_finite = replace_nonfinite_rows(x)
-    assert torch.equal(replaced, x)
-    assert n_finite == 6
+    assert torch.equal(replace_rows(x, usable_rows(x, "layer_norm")), x)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -43,17 +48,45 @@ def test_bad_rows_do_not_reach_weights_or_counts(architecture: str) -> None:
     assert torch.equal(sae.tokens_since_fired[still_silent], before[still_silent] + 14)
 
 
+@pytest.mark.parametrize("mode", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_batch_without_a_finite_row_changes_nothing(architecture: str) -> None:
-    sae = build_sae(architecture, dead_threshold_tokens=5)
+def test_a_batch_without_a_finite_row_has_no_gradient_and_no_count(
+    architecture: str, mode: str
+) -> None:
+    if mode in type(build_config(architecture)).unsupported_normalizations:
+        return
+    sae = build_sae(architecture, dead_threshold_tokens=5, normalize_activations=mode)
     forward(sae, torch.randn(16, 8))
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     with pytest.warns(UserWarning, match="4 rows"):
-        output = forward(sae, torch.full((4, 8), torch.nan))
+        output = forward(sae, torch.full((4, 8), torch.nan), step=1)
     output.loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in sae.parameters())
     for name, buffer in sae.named_buffers():
         assert name == "training_steps" or torch.equal(buffer, before[name])
+
+
+def test_a_run_that_starts_without_a_finite_row_is_stopped() -> None:
+    sae = build_sae("auxk-topk", normalize_activations="expected_average_only_in")
+    with pytest.raises(ValueError, match="no row .* normalize_activations='expected_average"):
+        forward(sae, torch.full((4, 8), torch.nan))
+
+
+def test_reports_are_100_steps_apart_and_the_rest_comes_with_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    sae = build_sae("auxk-topk")
+    bad = torch.randn(4, 8)
+    bad[0] = torch.nan
+    with pytest.warns(UserWarning, match="^1 rows"):
+        forward(sae, bad, step=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward(sae, bad, step=1)
+    with pytest.warns(UserWarning, match="^2 rows"):
+        sae.save_model(tmp_path)
+    with pytest.warns(UserWarning, match="^3 rows"):
+        forward(sae, bad, step=100)
 
 
 def test_finite_batches_do_not_warn() -> None:

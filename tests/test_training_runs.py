@@ -102,6 +102,16 @@ def test_a_resumed_run_is_bit_equal_to_one_never_interrupted(
     assert int(resumed.training_steps) == 20
 
 
+def test_a_new_run_on_loaded_weights_starts_its_schedule_anew(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"aux_decay_start_step": 2, "aux_decay_steps": 2}
+    sae = build_sae("auxk-topk", **fields)
+    for step in range(6):
+        forward(sae, torch.randn(16, 8), step=step)
+    sae.save_model(tmp_path)
+    sae.load_weights_from_checkpoint(tmp_path)
+    assert forward(sae, torch.randn(16, 8), step=0).metrics["aux_coefficient"] == 1 / 32
+
+
 def test_batch_size_may_change_on_the_way(tmp_path: Path) -> None:
     sae = build_sae("auxk-topk", dead_threshold_tokens=40)
     forward(sae, torch.randn(16, 8))
@@ -294,8 +304,8 @@ def test_metrics_go_through_saelens_logger(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ({"dead_threshold_tokens": 5000}, r"dead_threshold_tokens=5000 .* 1280 training tokens"),
         (
-            {"dead_criterion": "steps", "dead_feature_window": 30},
-            r"dead_feature_window=30 .* 20 training steps",
+            {"dead_criterion": "steps", "dead_feature_window": 19},
+            r"dead_feature_window=19 .* 20 training steps",
         ),
     ],
 )

@@ -40,8 +40,8 @@ class AuxLossInputs:
             loss was registered with ``uses_dead_latents=True``.
         W_dec: (d_sae, d_in) decoder weights as they are stored.
         b_dec: (d_in,) decoder bias.
-        decoder_norm: (d_sae,) norms to divide the rows of W_dec by, or None where SAELens
-            does not (``rescale_acts_by_decoder_norm=False``, or an architecture without it).
+        rescaled: whether SAELens multiplies ``h`` by the norms of W_dec's rows and divides the
+            rows by them (``rescale_acts_by_decoder_norm``).
         output_scale: (B, 1) factor from the decoder's output to the units of ``x``, or None.
             It is there under the two run-time modes of ``normalize_activations``.
         firing_threshold: gives what ``h`` must exceed for a latent to fire, in a shape that
@@ -57,7 +57,7 @@ class AuxLossInputs:
     dead_latents: torch.Tensor
     W_dec: torch.Tensor
     b_dec: torch.Tensor
-    decoder_norm: torch.Tensor | None
+    rescaled: bool
     output_scale: torch.Tensor | None
     firing_threshold: Callable[[], torch.Tensor]
     d_sae: int
@@ -69,9 +69,7 @@ class AuxLossInputs:
     def dead_decoder(self) -> torch.Tensor:
         """(n_dead, d_in): the rows ``W_i`` of the dead latents, with their graph."""
         rows = self.W_dec.index_select(0, self.dead_latents)
-        if self.decoder_norm is None:
-            return rows
-        return rows / self.decoder_norm.index_select(0, self.dead_latents).unsqueeze(1)
+        return rows / rows.norm(dim=-1, keepdim=True) if self.rescaled else rows
 
     def to_output_units(self, reconstruction: torch.Tensor) -> torch.Tensor:
         """Bring a decoder output (B, d_in) to the units and precision of ``x``."""
@@ -136,7 +134,8 @@ def register_aux_loss(
         The function, unchanged (or the decorator).
 
     Raises:
-        ValueError: another function has this name already. The same one again is no error.
+        ValueError: another function has this name already. The same one again is no error,
+            nor is a new version of it, as when a notebook's cell is run once more.
 
     Example:
         >>> @register_aux_loss("firing_margin", default_coefficient=1e-3)
@@ -163,12 +162,18 @@ def register_aux_loss(
         uses_k_aux=uses_k_aux,
         topk_only=topk_only,
     )
-    if AUX_LOSSES.setdefault(name, entry) != entry:
+    taken = AUX_LOSSES.get(name)
+    if taken is not None and _origin(taken.function) != _origin(function):
         raise ValueError(
             f"aux_variant {name!r} is registered already, to another loss; "
             f"taken names: {', '.join(sorted(AUX_LOSSES))}"
         )
+    AUX_LOSSES[name] = entry
     return function
+
+
+def _origin(function: AuxLossFn) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 # Each file registers its loss when it is imported; the order is that of messages and docs.

@@ -19,7 +19,7 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     bias) and their published code ("matched"). Not taken over from SAELens's own loss: its
     factor ``min(|D| / k_aux, 1)``, which no source has.
     """
-    acts = keep_largest(inputs.dead_hidden_pre(), k_aux_of(inputs, cfg))
+    acts = keep_largest(inputs.dead_hidden_pre(), k_aux_of(cfg))
     if cfg.aux_relu:
         acts = acts.relu()
     reconstruction = (acts @ inputs.dead_decoder()).to(inputs.x.dtype)
@@ -32,9 +32,9 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     return error.square().sum(dim=-1).mean()
 
 
-def k_aux_of(inputs: AuxLossInputs, cfg: Any) -> int:
+def k_aux_of(cfg: Any) -> int:
     """``cfg.k_aux``, or ``d_in // 2`` (Gao et al., appendix B.1) where it is None."""
-    return inputs.x.shape[-1] // 2 if cfg.k_aux is None else cfg.k_aux
+    return cfg.d_in // 2 if cfg.k_aux is None else cfg.k_aux
 
 
 def keep_largest(h: torch.Tensor, k: int) -> torch.Tensor:

@@ -22,8 +22,8 @@ def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
         values = values.relu()
     # In the precision of x: embedding_bag has no gradient in bfloat16 on CUDA.
     W = inputs.W_dec.to(inputs.x.dtype)
-    if inputs.decoder_norm is not None:
-        values = values / inputs.decoder_norm[latents]
+    if inputs.rescaled:
+        values = values / W.norm(dim=-1)[latents]
     # Only the selected rows are read: k of them a sample instead of a (B, d_sae) product.
     reconstruction = torch.nn.functional.embedding_bag(
         latents, W, per_sample_weights=values.to(W.dtype), mode="sum"

@@ -24,6 +24,6 @@ def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
             residual = residual * inputs.output_scale
         W = inputs.dead_decoder()
         pull = 2 * (residual.to(W.dtype) @ W.T).to(inputs.x.dtype)
-    h = keep_largest(inputs.dead_hidden_pre(), k_aux_of(inputs, cfg))
+    h = keep_largest(inputs.dead_hidden_pre(), k_aux_of(cfg))
     nudge = -(pull * h).sum(dim=-1).mean()
     return nudge - nudge.detach()
