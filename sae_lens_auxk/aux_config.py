@@ -110,7 +110,7 @@ def _validate(cfg: Any) -> None:
             f"one of {', '.join(AUX_LOSSES)} (a loss of your own must be registered with "
             "register_aux_loss first)",
         )
-    is_topk = isinstance(cfg, TopKTrainingSAEConfig)
+    is_topk = issubclass(type(cfg), TopKTrainingSAEConfig)
     if cfg.aux_loss.topk_only and not is_topk:
         allowed = ", ".join(n for n, loss in AUX_LOSSES.items() if not loss.topk_only)
         _reject(cfg, "aux_variant", f"for {cfg.architecture()}, which has no k, one of {allowed}")
@@ -148,7 +148,7 @@ def _validate(cfg: Any) -> None:
         _require_number(cfg, "k", allowed)
         if not 0 < cfg.k <= cfg.d_sae:
             _reject(cfg, "k", allowed)
-        if not isinstance(cfg, BatchTopKTrainingSAEConfig):
+        if not issubclass(type(cfg), BatchTopKTrainingSAEConfig):
             _require_int(cfg, "k", minimum=1)
     if widths := getattr(cfg, "matryoshka_widths", None):
         increasing = all(isinstance(w, int) for w in widths) and list(widths) == sorted(set(widths))

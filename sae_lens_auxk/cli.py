@@ -39,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
     # simple-parsing raises argparse's errors, and passes on those of the configs.
     except Exception as error:
         return _refuse(str(error))
+    # SAELens seeds nothing with its own field; a command should give the same twice.
+    torch.manual_seed(cfg.seed)
     start = time.perf_counter()
     runner = LanguageModelSAETrainingRunner(cfg)
     sae = runner.run()
