@@ -6,6 +6,7 @@ and what a pre-activation must exceed to fire.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +45,6 @@ from sae_lens.saes.topk_sae import (
     TopKSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
-    act_times_W_dec,
 )
 from typing_extensions import override
 
@@ -52,6 +52,7 @@ from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses import AuxLossInputs
 from sae_lens_auxk.aux_training import AuxTraining
 from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
+from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
 
 # SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
 # and fails the second time; Gated's own losses compare raw with normalised activations.
@@ -72,28 +73,16 @@ class AuxKTopKTrainingSAEConfig(AuxConfig, TopKTrainingSAEConfig):  # type: igno
         return TopKSAEConfig
 
 
-class AuxKTopKTrainingSAE(AuxTraining, TopKTrainingSAE):
+class AuxKTopKTrainingSAE(SparseTopK, AuxTraining, TopKTrainingSAE):  # type: ignore[misc]
     """TopK (Gao et al. 2024); saved for inference as SAELens's ``topk``."""
-
-    @override
-    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """SAELens's decode, with a gradient also for sparse, rescaled activations.
-
-        SAELens divides the activations by the decoder norms, a product whose backward torch
-        does not have for sparse tensors (seen with torch 2.11 and 2.13). The rows of W_dec
-        divided instead give the same.
-        """
-        if not (feature_acts.is_sparse and self.cfg.rescale_acts_by_decoder_norm):
-            return super().decode(feature_acts)
-        rows = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
-        sae_out_pre = act_times_W_dec(feature_acts, rows, False) + self.b_dec
-        sae_out_pre = self.run_time_activation_norm_fn_out(self.hook_sae_recons(sae_out_pre))
-        return self.reshape_fn_out(sae_out_pre, self.d_head)
 
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
-        acts = feature_acts.detach().to_dense().topk(self.cfg.k, dim=-1, sorted=False).values
+        if feature_acts.is_sparse and self._step is not None:
+            acts = feature_acts._values().unflatten(0, (-1, int(self.cfg.k)))
+        else:
+            acts = feature_acts.detach().to_dense().topk(int(self.cfg.k), sorted=False).values
         smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
         return smallest.masked_fill(smallest.isinf(), 0.0)
 
@@ -108,7 +97,9 @@ class AuxKBatchTopKTrainingSAEConfig(AuxConfig, BatchTopKTrainingSAEConfig):  # 
         return "auxk-batchtopk"
 
 
-class AuxKBatchTopKTrainingSAE(AuxTraining, BatchTopKTrainingSAE):
+class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
+    SparseBatchTopK, AuxTraining, BatchTopKTrainingSAE
+):
     """BatchTopK (Bussmann et al. 2024); saved for inference as SAELens's ``jumprelu``."""
 
     @override
@@ -143,7 +134,9 @@ class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTra
         return "auxk-matryoshka-batchtopk"
 
 
-class AuxKMatryoshkaBatchTopKTrainingSAE(AuxKBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+class AuxKMatryoshkaBatchTopKTrainingSAE(
+    SparseMatryoshka, AuxKBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE
+):
     """Matryoshka BatchTopK (Bussmann et al. 2025); saved for inference as ``jumprelu``."""
 
     cfg: AuxKMatryoshkaBatchTopKTrainingSAEConfig  # type: ignore[assignment]
@@ -161,13 +154,21 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(AuxKBatchTopKTrainingSAE, MatryoshkaBat
             yield replace(
                 record,
                 # The outermost level is the SAE itself, so its residual is there already.
-                residual=record.residual if reconstruction is None else record.x - reconstruction,
+                residual=record.residual
+                if reconstruction is None
+                else record.x - reconstruction.detach(),
                 hidden_pre=record.hidden_pre[:, start:end],
+                columns=partial(_shifted_columns, record, start),
+                nearest=None,
                 dead=dead,
                 dead_latents=dead.nonzero().squeeze(1),
                 W_dec=record.W_dec[start:end],
             )
             start = end
+
+
+def _shifted_columns(record: AuxLossInputs, start: int, latents: torch.Tensor) -> torch.Tensor:
+    return record.columns(latents + start)
 
 
 @dataclass

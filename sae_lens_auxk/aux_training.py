@@ -9,6 +9,7 @@ by the scheduled coefficient.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from typing_extensions import override
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, DeadCriterion
+from sae_lens_auxk.aux_losses import AuxLossInputs, DeadActivations, DeadCriterion
 from sae_lens_auxk.aux_losses.auxk import k_aux_of
 from sae_lens_auxk.dead_latents import count_tokens, fired_in_batch
 from sae_lens_auxk.finite_rows import replace_rows, usable_rows
@@ -35,7 +36,8 @@ STEPS_BETWEEN_NONFINITE_REPORTS = 100
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _never_compiled(method: _Method) -> _Method:
+def never_compiled(method: _Method) -> _Method:
+    """Leave a method out of ``torch.compile``: it runs as it is, between compiled parts."""
     return torch.compiler.disable(method)  # type: ignore[no-any-return]
 
 
@@ -134,6 +136,14 @@ class AuxTraining(_Base):
         """What ``h`` must exceed for a latent to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
+    def _columns(self, hidden_pre: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives the columns (B, n) of ``h`` at some latents (n,), with their graph."""
+        return partial(hidden_pre.index_select, 1)
+
+    def _nearest(self) -> Callable[[AuxLossInputs, int], DeadActivations] | None:
+        """A faster way to ``AuxLossInputs.nearest_dead``, where an architecture has one."""
+        return None
+
     def _levels(
         self,
         record: AuxLossInputs,
@@ -146,7 +156,7 @@ class AuxTraining(_Base):
 
     # The number of dead latents, a shape here, is another one at every step: compiled, this
     # would be compiled again and again.
-    @_never_compiled
+    @never_compiled
     def _aux_loss(
         self,
         step_input: TrainStepInput,
@@ -224,6 +234,7 @@ class AuxTraining(_Base):
             x=x if shift is None else x - shift,
             residual=residual,
             hidden_pre=hidden_pre,
+            columns=self._columns(hidden_pre),
             dead=dead,
             # nonzero() waits for the device: only where the loss needs it.
             dead_latents=dead.nonzero().squeeze(1) if uses_dead else dead.new_empty(0).long(),
@@ -233,6 +244,7 @@ class AuxTraining(_Base):
             output_scale=scale,
             firing_threshold=lambda: self.firing_threshold(feature_acts),
             d_sae=self.cfg.d_sae,
+            nearest=self._nearest(),
         )
 
     def _schedule_step(self, step_input: TrainStepInput) -> int:
@@ -250,7 +262,7 @@ class AuxTraining(_Base):
         self.training_steps.fill_(step + 1)
         return step
 
-    @_never_compiled
+    @never_compiled
     def _watch_nonfinite_rows(self, n_finite: torch.Tensor, n_rows: int, step: int) -> None:
         self._nonfinite_rows = self._nonfinite_rows + (n_rows - n_finite)
         if step == 0 and n_finite == 0:

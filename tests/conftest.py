@@ -4,6 +4,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# sparsify would use Triton wherever it is installed, also without a GPU.
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 import pytest
 import torch

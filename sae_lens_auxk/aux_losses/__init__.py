@@ -14,10 +14,12 @@ against that MSE what its source meant against its own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
+
+from sae_lens_auxk.ops.topk import top_k
 
 DeadCriterion = Literal["tokens", "steps", "batch"]
 
@@ -35,6 +37,8 @@ class AuxLossInputs:
         residual: (B, d_in) ``r``, detached.
         hidden_pre: (B, d_sae) ``h``, with its graph: it leads to W_enc, b_enc, to b_dec where
             ``apply_b_dec_to_input``, and to the decoder norm where ``h`` is rescaled by it.
+        columns: ``latents (n,) -> (B, n)``, columns of ``h`` with their graph. Cheaper than to
+            index ``hidden_pre``, whose gradient is as large as itself.
         dead: (d_sae,) bool, the dead latents by the config's ``dead_criterion``.
         dead_latents: (n_dead,) int64, the same as indices, ascending. Never empty where the
             loss was registered with ``uses_dead_latents=True``.
@@ -48,11 +52,13 @@ class AuxLossInputs:
             broadcasts to (B, d_sae). A function because TopK must search for it.
         d_sae: number of latents that a mean over latents runs over. It is larger than
             ``hidden_pre.shape[1]`` where the record is one level of a Matryoshka SAE.
+        nearest: a faster way to :meth:`nearest_dead` with k < n_dead, where there is one.
     """
 
     x: torch.Tensor
     residual: torch.Tensor
     hidden_pre: torch.Tensor
+    columns: Callable[[torch.Tensor], torch.Tensor]
     dead: torch.Tensor
     dead_latents: torch.Tensor
     W_dec: torch.Tensor
@@ -61,15 +67,22 @@ class AuxLossInputs:
     output_scale: torch.Tensor | None
     firing_threshold: Callable[[], torch.Tensor]
     d_sae: int
+    nearest: "Callable[[AuxLossInputs, int], DeadActivations] | None" = None
 
     def dead_hidden_pre(self) -> torch.Tensor:
         """(B, n_dead): the columns of ``h`` that belong to dead latents, with their graph."""
-        return self.hidden_pre.index_select(1, self.dead_latents)
+        return self.columns(self.dead_latents)
 
     def dead_decoder(self) -> torch.Tensor:
         """(n_dead, d_in): the rows ``W_i`` of the dead latents, with their graph."""
         rows = self.W_dec.index_select(0, self.dead_latents)
         return rows / rows.norm(dim=-1, keepdim=True) if self.rescaled else rows
+
+    def nearest_dead(self, k: int) -> "DeadActivations":
+        """The ``min(k, n_dead)`` dead latents with the largest ``h`` in each row: ``T_b``."""
+        if self.nearest is not None and k < self.dead_latents.numel():
+            return self.nearest(self, k)
+        return MaskedColumns(self, keep_largest(self.dead_hidden_pre(), k))
 
     def to_output_units(self, reconstruction: torch.Tensor) -> torch.Tensor:
         """Bring a decoder output (B, d_in) to the units and precision of ``x``."""
@@ -77,6 +90,59 @@ class AuxLossInputs:
         if self.output_scale is None:
             return reconstruction
         return reconstruction * self.output_scale
+
+
+class DeadActivations(Protocol):
+    """Pre-activations of some dead latents in each row, and what can be done with them.
+
+    ``h`` is (B, m), with its graph; an entry that does not belong to the selection is 0.
+    """
+
+    @property
+    def h(self) -> torch.Tensor: ...
+
+    def relu(self) -> "DeadActivations":
+        """The same with negative values set to 0."""
+        ...
+
+    def decode(self) -> torch.Tensor:
+        """(B, d_in): the sum of ``h_bi W_i`` over the selection, with its graph."""
+        ...
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, m): ``x_b . W_i`` for each entry of ``h``, without a graph."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedColumns:
+    """A selection as (B, n_dead), zeros outside of it: dense products over the dead latents."""
+
+    inputs: AuxLossInputs
+    h: torch.Tensor
+
+    def relu(self) -> "MaskedColumns":
+        return replace(self, h=self.h.relu())
+
+    def decode(self) -> torch.Tensor:
+        return self.h @ self.inputs.dead_decoder()
+
+    @torch.no_grad()
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        W = self.inputs.dead_decoder()
+        return x.to(W.dtype) @ W.T
+
+
+def keep_largest(h: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, n): ``h`` with all but the ``k`` largest entries of each row set to 0.
+
+    Where ``k >= n`` this is ``h`` itself.
+    """
+    if k >= h.shape[1]:
+        return h
+    with torch.no_grad():
+        _, indices = top_k(h, k)
+    return torch.zeros_like(h).scatter(-1, indices, h.gather(-1, indices))
 
 
 AuxLossFn = Callable[[AuxLossInputs, Any], torch.Tensor]

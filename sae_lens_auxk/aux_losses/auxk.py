@@ -19,10 +19,10 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     bias) and their published code ("matched"). Not taken over from SAELens's own loss: its
     factor ``min(|D| / k_aux, 1)``, which no source has.
     """
-    acts = keep_largest(inputs.dead_hidden_pre(), k_aux_of(cfg))
+    acts = inputs.nearest_dead(k_aux_of(cfg))
     if cfg.aux_relu:
         acts = acts.relu()
-    reconstruction = (acts @ inputs.dead_decoder()).to(inputs.x.dtype)
+    reconstruction = acts.decode().to(inputs.x.dtype)
     target = inputs.residual
     if cfg.aux_bias != "none":
         reconstruction = reconstruction + inputs.b_dec
@@ -35,14 +35,3 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 def k_aux_of(cfg: Any) -> int:
     """``cfg.k_aux``, or ``d_in // 2`` (Gao et al., appendix B.1) where it is None."""
     return cfg.d_in // 2 if cfg.k_aux is None else cfg.k_aux
-
-
-def keep_largest(h: torch.Tensor, k: int) -> torch.Tensor:
-    """(B, n): ``h`` with all but the ``k`` largest entries of each row set to 0.
-
-    Where ``k >= n`` this is ``h`` itself.
-    """
-    if k >= h.shape[1]:
-        return h
-    values, indices = h.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(h).scatter(-1, indices, values)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
-from sae_lens_auxk.aux_losses.auxk import k_aux_of, keep_largest
+from sae_lens_auxk.aux_losses.auxk import k_aux_of
 
 
 @register_aux_loss("straight_through", default_coefficient=1 / 32, uses_k_aux=True)
@@ -18,12 +18,10 @@ def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 
     Source: asked for in SAELens issue #666. ``T_b`` as in AuxK.
     """
-    with torch.no_grad():
-        residual = inputs.residual
-        if inputs.output_scale is not None:
-            residual = residual * inputs.output_scale
-        W = inputs.dead_decoder()
-        pull = 2 * (residual.to(W.dtype) @ W.T).to(inputs.x.dtype)
-    h = keep_largest(inputs.dead_hidden_pre(), k_aux_of(cfg))
-    nudge = -(pull * h).sum(dim=-1).mean()
+    acts = inputs.nearest_dead(k_aux_of(cfg))
+    residual = inputs.residual
+    if inputs.output_scale is not None:
+        residual = residual * inputs.output_scale
+    pull = 2 * acts.project(residual).to(inputs.x.dtype)
+    nudge = -(pull * acts.h).sum(dim=-1).mean()
     return nudge - nudge.detach()

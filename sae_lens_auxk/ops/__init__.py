@@ -1,0 +1,41 @@
+"""What a sparse training step is made of: selections, and products with a few rows.
+
+Each operation is plain torch, which serves every device and is the reference. On CUDA some of
+them use a Triton kernel where that was measured to be faster (docs/performance.md).
+
+The environment variable ``SAE_LENS_AUXK_OPS`` chooses: ``auto`` (the default), ``torch`` (no
+Triton), or ``dense`` (SAELens's own dense step, no sparse operation at all).
+"""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+@cache
+def _choice() -> str:
+    choice = os.environ.get("SAE_LENS_AUXK_OPS", "auto")
+    if choice not in ("auto", "torch", "dense"):
+        raise ValueError(
+            f"SAE_LENS_AUXK_OPS={choice!r} is not allowed: it must be auto, torch or dense."
+        )
+    return choice
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def use_sparse_step() -> bool:
+    """Whether a training step may be sparse."""
+    return _choice() != "dense"
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on ``x`` may use a Triton kernel."""
+    if _choice() != "auto" or not _has_triton():
+        return False
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

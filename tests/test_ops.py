@@ -1,0 +1,199 @@
+"""The operations of the sparse step: torch references against plain loops, Triton against them.
+
+Triton runs on the CPU by its interpreter, in a process of its own: it reads TRITON_INTERPRET
+when a kernel is defined. On a GPU the kernels are compiled.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_lens_auxk.ops.selected import Selected, dots, outer_sums, weighted_sums
+from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
+
+
+@settings(max_examples=40)
+@given(
+    B=st.integers(1, 4),
+    n=st.sampled_from([5, 8192, 12_288, 16_384, 20_000]),
+    k=st.integers(1, 64),
+    ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_top_k_is_that_of_torch(B: int, n: int, k: int, ties: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    k = min(k, n)
+    x = torch.randn(B, n)
+    if ties:
+        x = x.round()
+    values, indices = top_k(x, k)
+    expected = x.topk(k, dim=-1).values
+    assert torch.equal(values.sort(dim=-1, descending=True).values, expected)
+    assert torch.equal(x.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_both_levels_are_used_where_rows_are_long() -> None:
+    assert group_size(131_072, 32) >= 32
+    assert group_size(65_536, 512) >= 8
+    assert group_size(100, 5) == 1
+
+
+def test_top_k_of_batch_takes_the_largest_of_all_rows() -> None:
+    x = torch.randn(40, 1000)
+    values, flat = top_k_of_batch(x, 120)
+    assert torch.equal(values.sort().values, x.flatten().topk(120).values.sort().values)
+    assert torch.equal(x.flatten()[flat], values)
+
+
+def test_ragged_selections() -> None:
+    """As BatchTopK makes them: some rows without a pair, others with many."""
+    flat = torch.tensor([3, 4, 9, 21, 22, 23, 24, 49])
+    rows = flat // 10
+    selected = Selected.from_bags(rows, flat % 10, rows, n_bags=5, d_sae=10)
+    values = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    dense = torch.zeros(50, dtype=torch.float64).index_put((flat,), values).view(5, 10)
+    torch.testing.assert_close(weighted_sums(values, W, selected), dense @ W)
+    torch.testing.assert_close(dots(x, W, selected), (x @ W.T).flatten()[flat])
+    torch.testing.assert_close(outer_sums(values, x, selected, selected.rows), dense.T @ x)
+    torch.autograd.gradcheck(lambda v, w: weighted_sums(v, w, selected), (values, W))
+
+
+KERNEL_TESTS = textwrap.dedent(
+    """
+    import torch
+    from sae_lens_auxk.ops import triton_kernels as kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(3, 640, device=device).to(dtype)
+        for size in (4, 16, 128):
+            assert torch.equal(kernels.group_max(x, size), x.unflatten(1, (-1, size)).amax(-1))
+        columns = torch.randperm(640, device=device)[:77].sort().values
+        assert torch.equal(kernels.gather_columns(x, columns), x[:, columns])
+        assert torch.equal(kernels.transposed(x), x.T)
+    x = torch.full((2, 64), -torch.inf, device=device)
+    x[0, 5] = 1.0
+    assert torch.equal(kernels.group_max(x, 16), x.unflatten(1, (-1, 16)).amax(-1))
+
+    W, scale = torch.randn(5, 300, device=device), torch.rand(300, device=device)
+    assert torch.equal(kernels.scaled_cast(W, scale, torch.float32), W * scale)
+    # the interpreter cuts where a GPU rounds: one unit of bfloat16's last place
+    torch.testing.assert_close(
+        kernels.scaled_cast(W, scale, torch.bfloat16), (W * scale).bfloat16(), rtol=2**-7, atol=0
+    )
+
+    x = torch.randn(6, 20, device=device)
+    latents = torch.tensor([0, 0, 0, 2, 5, 5, 8], device=device)
+    rows = torch.tensor([1, 2, 5, 0, 3, 4, 1], device=device)
+    values = torch.randn(7, device=device)
+    starts = torch.searchsorted(latents, torch.arange(11, device=device))
+    expected = torch.zeros(10, 20, device=device).index_add_(
+        0, latents, values.unsqueeze(1) * x[rows]
+    )
+    torch.testing.assert_close(kernels.outer_sums(values, rows, starts, x), expected)
+    print("kernels are right")
+    """
+)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_kernels_equal_torch() -> None:
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    result = subprocess.run(
+        [sys.executable, "-c", KERNEL_TESTS],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert "kernels are right" in result.stdout, result.stderr
+
+
+SPARSE_STEP_TEST = textwrap.dedent(
+    """
+    import sys
+    import torch
+    from tests.helpers import build_sae, forward, gradients_of
+
+    d_sae, architectures, variants = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    for architecture in architectures.split():
+        for variant in variants.split():
+            results = []
+            for sparse in (True, False):
+                torch.manual_seed(0)
+                sae = build_sae(
+                    architecture, d_in=6, d_sae=d_sae, k=4, k_aux=16, aux_variant=variant,
+                    dead_criterion="steps", randomize=False,
+                )
+                if not sparse:
+                    sae._can_be_sparse = lambda sae_in: False
+                output = forward(sae, torch.randn(8, 6), torch.arange(d_sae) % 2 == 0)
+                results.append((output, gradients_of(output.loss, sae)))
+            (a, grads_a), (b, grads_b) = results
+            torch.testing.assert_close(a.loss, b.loss)
+            torch.testing.assert_close(a.feature_acts, b.feature_acts)
+            for name, gradient in grads_b.items():
+                torch.testing.assert_close(
+                    grads_a[name], gradient, rtol=1e-4, atol=1e-5, msg=name
+                )
+    print("steps are equal")
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "cases"),
+    [
+        # Rows long enough for a selection in two levels, more dead latents than k_aux.
+        (
+            "0",
+            [
+                "8192",
+                "auxk-topk auxk-batchtopk auxk-matryoshka-batchtopk",
+                "auxk straight_through pre_activation multi_topk",
+            ],
+        ),
+        # The interpreter takes a millisecond for each program of a kernel.
+        ("1", ["256", "auxk-topk auxk-batchtopk", "auxk"]),
+    ],
+)
+def test_the_sparse_step_equals_the_dense_one(interpreted: str, cases: list[str]) -> None:
+    if interpreted == "1" and (find_spec("triton") is None or torch.cuda.is_available()):
+        pytest.skip("no Triton to interpret, or a GPU to run it on")
+    result = subprocess.run(
+        [sys.executable, "-c", SPARSE_STEP_TEST, *cases],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": interpreted},
+    )
+    assert "steps are equal" in result.stdout, result.stderr[-3000:]
+
+
+def test_the_kernels_can_be_turned_off() -> None:
+    script = (
+        "import torch; from sae_lens_auxk.ops import use_triton; print(use_triton(torch.ones(1)))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAE_LENS_AUXK_OPS": "torch"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.stdout.strip() == "False"
+    environment["SAE_LENS_AUXK_OPS"] = "fast"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "SAE_LENS_AUXK_OPS='fast' is not allowed" in result.stderr
