@@ -141,6 +141,7 @@ class SparseTopK(_Base):
             self._wants_sparse_step = False
             self._step = None
 
+    @never_compiled
     def _can_be_sparse(self, sae_in: torch.Tensor) -> bool:
         return (
             use_sparse_step()
