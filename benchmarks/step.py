@@ -10,6 +10,7 @@ encoder biases are so low that they cannot fire, and every count says that they 
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -59,6 +60,8 @@ def saelens_step(
 def sparsify_step(
     with_aux: bool, args: argparse.Namespace, d_sae: int
 ) -> Callable[[torch.Tensor], Any]:
+    if not args.device.startswith("cuda"):  # it would try Triton wherever it is installed
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig
 
     coder = SparseCoder(D_IN, SparseCoderConfig(num_latents=d_sae, k=args.k), device=args.device)
