@@ -1,6 +1,5 @@
-"""The command ``sae-lens-auxk``."""
+"""``sae-lens-auxk train``."""
 
-import sys
 import time
 from collections.abc import Sequence
 from math import ceil
@@ -18,27 +17,16 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
-USAGE = """usage: sae-lens-auxk train --architecture NAME [--FIELD VALUE ...]
-
-SAELens's own training command with this package's architectures. Every field of the run, of
-the SAE and of the logger is a flag; `sae-lens-auxk train --architecture auxk-topk --help`
-lists them. At the end it prints explained variance, L0 and silent latents.
-"""
+from sae_lens_auxk.cli.refuse import refuse
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status (2 for arguments that are not allowed)."""
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if args[0] != "train":
-        return _refuse(f"{args[0]!r} is no command: it must be train.")
+def train(args: Sequence[str]) -> int:
+    """SAELens's own training command, with a summary at the end; see ``--help``."""
     try:
-        cfg = _parse_cfg_args(args[1:])
+        cfg = _parse_cfg_args(args)
     # simple-parsing raises argparse's errors, and passes on those of the configs.
     except Exception as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
@@ -90,12 +78,3 @@ def summary(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> st
         n_train = (n_steps or cfg.feature_sampling_window) * cfg.train_batch_size_tokens
         lines[-1] += f", {n_silent} in the last {n_train} of training"
     return "\n".join(lines)
-
-
-def _refuse(message: str) -> int:
-    print(f"sae-lens-auxk: error: {message}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
