@@ -1,19 +1,19 @@
 """The parts of a sparse training step, and what was tried in their place, one by one.
 
-python benchmarks/parts.py --device cuda                                 # H100: bf16
-python benchmarks/parts.py --device cpu --latents 12288 --batch 1024
+Run by ``benchmarks/performance.py --sections parts``.
 """
 
-import argparse
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
 
 from sae_lens_auxk.ops.encoder import gather_columns
-from sae_lens_auxk.ops.selected import Selected, dots, outer_sums, transposed, weighted_sums
+from sae_lens_auxk.ops.gradient import LatentGradient, transposed
+from sae_lens_auxk.ops.selected import InColumns, Pairs
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
 
 D_IN, K, K_AUX = 768, 32, 512
@@ -27,15 +27,9 @@ def show(name: str, function: Callable[[], Any]) -> None:
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--latents", type=int, default=131_072)
-    parser.add_argument("--batch", type=int, default=4096)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
+def measure_parts(device: str, n: int, B: int, dead_shares: tuple[float, ...]) -> None:
+    """Print the milliseconds of each part, for ``n`` latents and a batch of ``B``."""
     torch.manual_seed(0)
-    B, n, device = args.batch, args.latents, args.device
     half = torch.bfloat16 if device == "cuda" else torch.float32
 
     x = torch.randn(B, D_IN, device=device)
@@ -55,39 +49,54 @@ def main() -> None:
     values, latents = top_k(h, K)
     values = values.flatten().float()
 
-    def fresh() -> Selected:  # one whose order by latent is not known yet
-        return Selected.per_row(latents, n)
+    def fresh() -> Pairs:  # one whose order by latent is not known yet
+        return Pairs.per_row(latents, n)
 
-    selected = fresh()
-    show("decoder: weighted_sums", lambda: weighted_sums(values, W_dec, selected))
-    show("gradient of the activations: dots", lambda: dots(x, W_dec, selected))
+    pairs = fresh()
+    show("decoder: embedding_bag", lambda: pairs.weighted_sums(values, W_dec))
+    show("gradient of the activations", lambda: pairs.dots(x, W_dec))
     show("order by latent", lambda: fresh().by_latent)
-    order, starts = selected.by_latent
+    order, starts = pairs.by_latent
     show(
         "weight gradient: embedding_bag",
         lambda: torch.nn.functional.embedding_bag(
-            selected.rows[order], x, starts[:-1], per_sample_weights=values[order], mode="sum"
+            pairs.rows[order], x, starts[:-1], per_sample_weights=values[order], mode="sum"
         ),
     )
-    show("weight gradient: outer_sums", lambda: outer_sums(values, x, selected, selected.rows))
+    show("weight gradient", lambda: pairs.add_to(LatentGradient(W_dec), values, x, False))
+    filled = LatentGradient(W_dec)
+    pairs.add_to(filled, values, x, False)
+    show("weight gradient, added to one", lambda: pairs.add_to(filled, values, x, False))
     show("W_enc's layout: torch", lambda: W_dec.T.contiguous())
     show("W_enc's layout: transposed", lambda: transposed(W_dec))
 
-    dead = torch.arange(0, n, 2, device=device)
-    h_dead, W_dead = h.index_select(1, dead), W_dec.to(half).index_select(0, dead)
-    show("dead half: index_select of columns", lambda: h.index_select(1, dead))
-    show("dead half: gather_columns", lambda: gather_columns(h, dead))
-    show(f"dead half: torch.topk {K_AUX}", lambda: h_dead.topk(K_AUX, sorted=False))
-    show(f"dead half: top_k {K_AUX}", lambda: top_k(h_dead, K_AUX))
-    aux_values, positions = top_k(h_dead, K_AUX)
-    pairs = Selected.per_row(dead[positions], n)
-    aux_values = aux_values.flatten().float()
-    show("AuxK forward, dense product", lambda: h_dead @ W_dead)
-    show("AuxK forward, pairs", lambda: weighted_sums(aux_values, W_dec, pairs))
-    show("AuxK gradient of activations, dense", lambda: x_half @ W_dead.T)
-    show("AuxK gradient of activations, pairs", lambda: dots(x, W_dec, pairs))
-    show("AuxK weight gradient, dense", lambda: h_dead.T @ x_half)
-    show("AuxK weight gradient, pairs", lambda: outer_sums(aux_values, x, pairs, pairs.rows))
+    for share in dead_shares:
+        dead = torch.rand(n, device=device) < share
+        columns = dead.nonzero().squeeze(1)
+        columns = columns[: len(columns) // 64 * 64]  # as the training step pads them
+        print(f"\n{columns.numel()} of {n} latents dead")
+        W_lent = W_dec.to(half)
+        show("columns of h: index_select", lambda c=columns: h.index_select(1, c))
+        show("columns of h: gather_columns", lambda c=columns: gather_columns(h, c))
+        h_dead = gather_columns(h, columns)
+        show(f"torch.topk {K_AUX} of the columns", lambda c=h_dead: c.topk(K_AUX, sorted=False))
+        show(f"top_k {K_AUX} of the columns", lambda c=h_dead: top_k(c, K_AUX))
+        show(f"top_k {K_AUX} of h among the dead", lambda d=dead: top_k(h, K_AUX, d))
+        aux_values, positions = top_k(h_dead, K_AUX)
+        aux_values = aux_values.float()
+        forms = {
+            "columns": (InColumns(columns, positions, n), W_lent, x_half),
+            "pairs": (Pairs.per_row(columns[positions], n), W_lent, x_half),
+        }
+        if device != "cuda":  # embedding_bag takes float32 only
+            forms["pairs"] = (forms["pairs"][0], W_dec, x)
+        for form, (chosen, W, x_) in forms.items():
+            add = partial(chosen.add_to, filled, aux_values, x_, False)
+            show(f"{form}: decode", partial(chosen.weighted_sums, aux_values, W))
+            show(f"{form}: gradient of activations", partial(chosen.dots, x_, W))
+            show(f"{form}: weight gradient, added to one", add)
+        show("pairs: order by latent", lambda p=forms["pairs"][0]: replace(p).by_latent)
+    show("\nW_dec in half precision", lambda: W_dec.to(half))
 
     with torch.enable_grad():
         parameters = [torch.nn.Parameter(W.clone()) for W in (W_enc, W_dec)]
@@ -95,7 +104,3 @@ def main() -> None:
         parameter.grad = torch.randn_like(parameter)
     show("clipping", lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     show("Adam", torch.optim.Adam(parameters).step)
-
-
-if __name__ == "__main__":
-    main()

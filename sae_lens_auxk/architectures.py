@@ -6,7 +6,6 @@ and what a pre-activation must exceed to fire.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +51,7 @@ from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses import AuxLossInputs
 from sae_lens_auxk.aux_training import AuxTraining
 from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
+from sae_lens_auxk.latent_access import LevelAccess
 from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
 
 # SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
@@ -157,18 +157,11 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(
                 residual=record.residual
                 if reconstruction is None
                 else record.x - reconstruction.detach(),
-                hidden_pre=record.hidden_pre[:, start:end],
-                columns=partial(_shifted_columns, record, start),
-                nearest=None,
+                access=LevelAccess(record.access, start, end, self.cfg.d_sae),
                 dead=dead,
-                dead_latents=dead.nonzero().squeeze(1),
                 W_dec=record.W_dec[start:end],
             )
             start = end
-
-
-def _shifted_columns(record: AuxLossInputs, start: int, latents: torch.Tensor) -> torch.Tensor:
-    return record.columns(latents + start)
 
 
 @dataclass

@@ -46,6 +46,10 @@ class AuxConfig:
         dead_threshold_tokens (int): Tokens of silence after which a latent is dead, with
             dead_criterion="tokens". A run with fewer training tokens calls no latent dead, and
             is warned about.
+        aux_batch_fraction (float): The share of each batch's rows, a new random sample at every
+            step, that the auxiliary loss is computed on. Its mean over them is an unbiased
+            estimate of that over the batch (but for ghost_gradients, whose scale is a ratio of
+            two means), at that share of the cost. Dead latents are counted in all rows.
         aux_warm_up_steps (int): Steps over which the coefficient grows linearly from 0.
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.
@@ -59,6 +63,7 @@ class AuxConfig:
     aux_relu: bool = False
     dead_criterion: DeadCriterion | None = None
     dead_threshold_tokens: int = 10_000_000
+    aux_batch_fraction: float = 1.0
     aux_warm_up_steps: int = 0
     aux_decay_start_step: int | None = None
     aux_decay_steps: int = 0
@@ -128,6 +133,9 @@ def _validate(cfg: Any) -> None:
     if cfg.dead_criterion is not None:
         _require_choice(cfg, "dead_criterion", (None, *get_args(DeadCriterion)))
     _require_int(cfg, "dead_threshold_tokens", minimum=1)
+    _require_number(cfg, "aux_batch_fraction", "more than 0 and at most 1")
+    if not 0 < cfg.aux_batch_fraction <= 1:
+        _reject(cfg, "aux_batch_fraction", "more than 0 and at most 1")
     _require_int(cfg, "aux_warm_up_steps", minimum=0)
     _require_int(cfg, "aux_decay_start_step", minimum=0, optional=True)
     _require_int(cfg, "aux_decay_steps", minimum=0)

@@ -9,7 +9,6 @@ by the scheduled coefficient.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,10 +16,11 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from typing_extensions import override
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, DeadActivations, DeadCriterion
+from sae_lens_auxk.aux_losses import AuxLossInputs, DeadCriterion
 from sae_lens_auxk.aux_losses.auxk import k_aux_of
-from sae_lens_auxk.dead_latents import count_tokens, fired_in_batch
+from sae_lens_auxk.dead_latents import DeadCountAhead, count_tokens, fired_in_batch
 from sae_lens_auxk.finite_rows import replace_rows, usable_rows
+from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -65,6 +65,7 @@ class AuxTraining(_Base):
             "tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self._dead_count_ahead = DeadCountAhead()
         self._steps_before_run = 0
         self._loaded = False
         self._nonfinite_rows: torch.Tensor | int = 0
@@ -136,13 +137,10 @@ class AuxTraining(_Base):
         """What ``h`` must exceed for a latent to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
-    def _columns(self, hidden_pre: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What gives the columns (B, n) of ``h`` at some latents (n,), with their graph."""
-        return partial(hidden_pre.index_select, 1)
-
-    def _nearest(self) -> Callable[[AuxLossInputs, int], DeadActivations] | None:
-        """A faster way to ``AuxLossInputs.nearest_dead``, where an architecture has one."""
-        return None
+    def _access(self, hidden_pre: torch.Tensor) -> LatentAccess:
+        """The way to ``h`` and ``W_i`` that an architecture has in this step."""
+        rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+        return DenseAccess(hidden_pre, self.W_dec, rescaled)
 
     def _levels(
         self,
@@ -165,8 +163,9 @@ class AuxTraining(_Base):
         sae_out: torch.Tensor,
     ) -> torch.Tensor:
         """Count the batch, and give the auxiliary loss with its coefficient; sets the metrics."""
-        dead, revived = self._update_dead_latents(step_input, feature_acts)
-        coefficient = self.cfg.aux_coefficient_at(self._schedule_step(step_input))
+        step = self._schedule_step(step_input)
+        coefficient = self.cfg.aux_coefficient_at(step)
+        dead, revived, max_dead = self._update_dead_latents(step_input, feature_acts)
         n_dead = dead.sum()
         self._aux_metrics = {
             "dead_latents": n_dead,
@@ -175,37 +174,73 @@ class AuxTraining(_Base):
             "k_aux_used": 0,
             "revived_latents": revived,
         }
+        aux = self.cfg.aux_loss
         loss = sae_out.new_zeros(())
-        if coefficient == 0:
+        if coefficient == 0 or (aux.uses_dead_latents and max_dead == 0):
             return loss
-        record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead)
+        record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead, max_dead)
+        rows = self._aux_rows(feature_acts.shape[0], step)
         for level in self._levels(record, feature_acts):
-            n_used = level.dead_latents.numel()
-            if n_used > 0 or not self.cfg.aux_loss.uses_dead_latents:
-                loss = loss + coefficient * self.cfg.aux_loss.function(level, self.cfg)
-            if self.cfg.aux_loss.uses_k_aux:
-                n_used = min(n_used, k_aux_of(self.cfg))
+            seen = level if rows is None else level.at_rows(rows)
+            loss = loss + coefficient * self._level_loss(seen)
+            n_used = level.dead.sum()
+            if aux.uses_k_aux:
+                n_used = n_used.clamp(max=k_aux_of(self.cfg))
             self._aux_metrics["k_aux_used"] += n_used
         return loss
+
+    def _level_loss(self, level: AuxLossInputs) -> torch.Tensor:
+        """The loss of one record, 0 where it needs dead latents and there are none."""
+        aux = self.cfg.aux_loss
+        if not aux.uses_dead_latents:
+            return aux.function(level, self.cfg)
+        if aux.by_mask:
+            return aux.function(level, self.cfg).where(level.dead.any(), 0)
+        if level.dead_latents.numel() == 0:
+            return level.x.new_zeros(())
+        return aux.function(level, self.cfg)
+
+    def _aux_rows(self, n_rows: int, step: int) -> torch.Tensor | None:
+        """The rows of the batch that the auxiliary loss sees (m,), or None for all of them.
+
+        A random sample without repetition, the same again in a resumed run.
+        """
+        if self.cfg.aux_batch_fraction == 1:
+            return None
+        device = self.W_dec.device
+        generator = torch.Generator(device).manual_seed(step)
+        n_used = max(1, round(self.cfg.aux_batch_fraction * n_rows))
+        return torch.randperm(n_rows, generator=generator, device=device)[:n_used]
 
     @torch.no_grad()
     def _update_dead_latents(
         self, step_input: TrainStepInput, feature_acts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the batch; return the dead latents (d_sae,) and the number of revived ones."""
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Count the batch.
+
+        Returns:
+            The dead latents (d_sae,), how many were revived, and a number that the dead latents
+            are no more than: an upper bound on CUDA, where the true number is not known yet.
+        """
         fired = fired_in_batch(feature_acts)
-        n_tokens: int | torch.Tensor = feature_acts.shape[0]
+        n_rows = feature_acts.shape[0]
+        n_tokens: int | torch.Tensor = n_rows
         if self._n_finite_rows is not None:
             n_tokens = self._n_finite_rows
             fired = fired & (n_tokens > 0)
         silent_for = self.tokens_since_fired.clone()
         count_tokens(self.tokens_since_fired, fired, n_tokens)
 
+        max_dead: int | None = None
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
         match criterion:
             case "tokens":
-                dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
-                was_dead = silent_for >= self.cfg.dead_threshold_tokens
+                threshold = self.cfg.dead_threshold_tokens
+                dead = self.tokens_since_fired >= threshold
+                was_dead = silent_for >= threshold
+                if dead.is_cuda:
+                    max_dead = self._dead_count_ahead.at_most(n_rows)
+                    self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
             case "steps":
                 dead = step_input.dead_neuron_mask
                 if dead is None:
@@ -214,7 +249,10 @@ class AuxTraining(_Base):
             case "batch":
                 dead = ~fired
                 was_dead = silent_for > 0
-        return dead, (was_dead & fired).sum()
+                max_dead = dead.numel()
+        if max_dead is None:
+            max_dead = int(dead.sum())
+        return dead, (was_dead & fired).sum(), max_dead
 
     def _record(
         self,
@@ -223,28 +261,24 @@ class AuxTraining(_Base):
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
         dead: torch.Tensor,
+        max_dead: int,
     ) -> AuxLossInputs:
         precise = torch.promote_types(self.dtype, torch.float32)
         d_in = self.cfg.d_in
         x = step_input.sae_in.detach().reshape(-1, d_in).to(precise)
         residual = x - sae_out.detach().reshape(-1, d_in)
         scale, shift = _output_units(x, self.cfg.normalize_activations)
-        uses_dead = self.cfg.aux_loss.uses_dead_latents
         return AuxLossInputs(
             x=x if shift is None else x - shift,
             residual=residual,
-            hidden_pre=hidden_pre,
-            columns=self._columns(hidden_pre),
             dead=dead,
-            # nonzero() waits for the device: only where the loss needs it.
-            dead_latents=dead.nonzero().squeeze(1) if uses_dead else dead.new_empty(0).long(),
+            max_dead=max_dead,
+            access=self._access(hidden_pre),
             W_dec=self.W_dec,
             b_dec=self.b_dec,
-            rescaled=getattr(self.cfg, "rescale_acts_by_decoder_norm", False),
             output_scale=scale,
             firing_threshold=lambda: self.firing_threshold(feature_acts),
             d_sae=self.cfg.d_sae,
-            nearest=self._nearest(),
         )
 
     def _schedule_step(self, step_input: TrainStepInput) -> int:
@@ -307,6 +341,7 @@ class AuxTraining(_Base):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         self._loaded = True
+        self._dead_count_ahead = DeadCountAhead()
         for name in _COUNTS:
             if name in state_dict:
                 state_dict[name] = _from_bytes(state_dict[name])

@@ -26,3 +26,38 @@ def count_tokens(
 ) -> None:
     """Count a batch in place: 0 for latents that fired in it, ``n_tokens`` more for the rest."""
     tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
+
+
+class DeadCountAhead:
+    """A number that the next step's dead latents are no more than, known in time.
+
+    How many latents are dead is known on the device; to ask for it is to wait until the device
+    has come that far. But a latent that is dead after the next batch of at most as many tokens
+    is one that is at most this batch's tokens short of it now, and the number of those has
+    arrived by then.
+    """
+
+    def __init__(self) -> None:
+        self._noted: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
+
+    @torch.no_grad()
+    def note(self, tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> None:
+        """Count, after a step with ``n_tokens``, what may be dead after the next one."""
+        count = (tokens_since_fired >= threshold - n_tokens).sum()
+        arrived = torch.cuda.Event()
+        # Copied to pinned memory, as torch does with non_blocking: nothing waits here.
+        count = count.to("cpu", non_blocking=True)
+        arrived.record(torch.cuda.current_stream(tokens_since_fired.device))
+        self._noted = count, arrived, n_tokens
+
+    def at_most(self, n_tokens: int) -> int | None:
+        """The bound for a step with ``n_tokens``; None where nothing is known."""
+        if self._noted is None or n_tokens > self._noted[2]:
+            return None
+        count, arrived, _ = self._noted
+        arrived.synchronize()
+        return int(count)
+
+    def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:
+        # A copy of an SAE, or one sent to another process, starts without it.
+        return DeadCountAhead, ()

@@ -11,9 +11,8 @@ and divides by it again to decode; the norm's gradients cancel, so that here it 
 selection only.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,16 +20,12 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
-from sae_lens_auxk.aux_losses import (
-    AuxLossInputs,
-    DeadActivations,
-    MaskedColumns,
-    keep_largest,
-)
 from sae_lens_auxk.aux_training import never_compiled
+from sae_lens_auxk.latent_access import LatentAccess
 from sae_lens_auxk.ops import use_sparse_step
+from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder, gather_columns
-from sae_lens_auxk.ops.selected import Selected, dots, weighted_sums
+from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
 from sae_lens_auxk.ops.topk import top_k, top_k_of_batch
 
 if TYPE_CHECKING:
@@ -61,65 +56,103 @@ class SparseStep:
     """
 
     encoder: Encoder
-    selected: Selected
+    selected: Pairs
     values: torch.Tensor
     acts: torch.Tensor
     inner: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
-class DeadPairs:
-    """The dead latents nearest to firing as (B, k) pairs.
+class SparseActivations:
+    """Selected entries of ``h``; see :class:`~sae_lens_auxk.latent_access.Activations`.
 
     ``pre`` (B, k) are pre-activations before the decoder norm, which is what decodes with the
-    rows of W_dec as they are. On CUDA the products are dense over the dead latents, which the
-    tensor cores do faster than memory serves rows; on CPU they read k rows a sample.
+    rows of W_dec as they are.
     """
 
-    inputs: AuxLossInputs
-    encoder: Encoder
+    decoder: Decoder
+    selected: Selected
     pre: torch.Tensor
-    positions: torch.Tensor
-
-    @property
-    def latents(self) -> torch.Tensor:
-        return self.inputs.dead_latents[self.positions]
 
     @property
     def h(self) -> torch.Tensor:
-        norm = self.encoder.norm
-        return self.pre if norm is None else self.pre * norm[self.latents]
+        return self.decoder.times_norm(self.pre, self.selected)
 
-    def relu(self) -> "DeadPairs":
+    def relu(self) -> "SparseActivations":
         return replace(self, pre=self.pre.relu())
 
     def decode(self) -> torch.Tensor:
-        W = self.inputs.W_dec
-        if not W.is_cuda:
-            pairs = Selected.per_row(self.latents, W.shape[0])
-            return weighted_sums(self.pre.flatten(), W, pairs)
-        compute = self.encoder.autocast or W.dtype
-        n = self.inputs.dead_latents.numel()
-        dense = torch.zeros(len(self.pre), n, dtype=compute, device=W.device)
-        dense = dense.scatter(1, self.positions, self.pre.to(compute))
-        return dense @ W.index_select(0, self.inputs.dead_latents).to(compute)
+        return self.decoder.weighted_sums(self.pre, self.selected)
 
     @torch.no_grad()
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        W = self.inputs.W_dec
-        if W.is_cuda:
-            compute = self.encoder.autocast or W.dtype
-            rows = W.index_select(0, self.inputs.dead_latents).to(compute)
-            dots_ = (x.to(compute) @ rows.T).gather(1, self.positions).to(x.dtype)
-        else:
-            pairs = Selected.per_row(self.latents, W.shape[0])
-            dots_ = dots(x.to(W.dtype), W, pairs).view_as(self.pre)
-        norm = self.encoder.norm
-        return dots_ if norm is None else dots_ / norm[self.latents]
+        products = self.decoder.dots(x, self.selected).view_as(self.pre)
+        return products / self.decoder.norm_at(self.selected, products)
 
 
-# On CPU reading k rows a sample costs as much as a dense product over so many times k rows.
-CPU_ROWS_WORTH_A_PAIR = 6
+@dataclass(frozen=True)
+class SparseAccess:
+    """See :class:`~sae_lens_auxk.latent_access.LatentAccess`."""
+
+    encoder: Encoder
+
+    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
+        return self.encoder.columns(latents)
+
+    def sums(self) -> torch.Tensor:
+        return self.encoder.sums()
+
+    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
+        decoder = self.encoder.decoder
+        rows = decoder.rows(latents)
+        return rows if decoder.norm is None else rows / rows.norm(dim=-1, keepdim=True)
+
+    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> SparseActivations:
+        hidden_pre, d_sae = self.encoder.hidden_pre, self.encoder.W.shape[1]
+        selected: Selected
+        with torch.no_grad():
+            dense = at_most <= COLUMNS_WORTH_A_PAIR[hidden_pre.is_cuda] * k
+            if among is not None and (dense or not hidden_pre.is_cuda):
+                latents, exists = _padded_nonzero(among, _aligned(at_most))
+                h = gather_columns(hidden_pre, latents).masked_fill_(~exists, -torch.inf)
+                positions = None
+                if k < len(latents):
+                    h, positions = top_k(h, k)
+                selected = InColumns(latents, positions, d_sae)
+                if not dense:
+                    selected = Pairs.per_row(selected.latents, d_sae)
+            else:
+                h, latents = top_k(hidden_pre, k, among)
+                selected = Pairs.per_row(latents, d_sae)
+            chosen = h > -torch.inf
+        pre = self.encoder.before_norm(h.masked_fill(~chosen, 0), selected)
+        # What is not there has a value of 0, and must not be given a gradient.
+        return SparseActivations(self.encoder.decoder, selected, pre.where(chosen, 0))
+
+    def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
+        return SparseAccess(self.encoder.at_rows(rows))
+
+
+# Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
+# measured on a CPU, and on an H100 (docs/performance.md).
+COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
+
+
+def _aligned(n: int) -> int:
+    """``n`` rounded up: a product in bfloat16 over other numbers of columns is 5 times slower."""
+    return -n // 64 * -64
+
+
+def _padded_nonzero(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices where ``mask`` is True, ascending, and 0s up to ``size``; which ones exist.
+
+    ``nonzero()`` would wait for the device, as its result's shape depends on it.
+    """
+    n = mask.numel()
+    place = torch.where(mask, mask.cumsum(0) - 1, size)
+    indices = torch.arange(n, device=mask.device)
+    padded = indices.new_zeros(size + 1).scatter_(0, place, indices)[:size]
+    return padded, torch.arange(size, device=mask.device) < mask.sum()
 
 
 class SparseTopK(_Base):
@@ -161,23 +194,27 @@ class SparseTopK(_Base):
 
     @never_compiled
     def _sparse_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device = x.device.type
+        enabled = torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if enabled else None
         encoder = Encoder(
             x=self.run_time_activation_norm_fn_in(x.to(self.dtype)),
             W_enc=self.W_enc,
             b_enc=self.b_enc,
             b_dec=self.b_dec if self.cfg.apply_b_dec_to_input else None,
-            norm=self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None,
+            decoder=Decoder(self.W_dec, self.cfg.rescale_acts_by_decoder_norm, autocast),
+            autocast=autocast,
         )
-        selected = self._select(encoder.hidden_pre)
-        values = encoder.selected(selected).relu()
-        acts = encoder.hidden_pre[selected.rows, selected.latents].relu().to(values.dtype)
+        h, selected = self._select(encoder.hidden_pre)
+        values = encoder.before_norm(h, selected).relu()
+        acts = h.relu().to(values.dtype)
         pairs = torch.stack([selected.rows, selected.latents])
         shape = encoder.hidden_pre.shape
         acts = torch.sparse_coo_tensor(pairs, acts, shape, check_invariants=False)
         if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:
             acts = acts.to_dense()
         self._step = SparseStep(encoder, selected, values, acts)
-        return acts, encoder.dense()
+        return acts, encoder.columns()
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -196,48 +233,32 @@ class SparseTopK(_Base):
 
     @never_compiled
     def _sparse_decode(self, step: SparseStep) -> torch.Tensor:
-        return weighted_sums(step.values, self.W_dec, step.selected) + self.b_dec
+        return self._weighted_sums(step) + self.b_dec
 
-    def _columns(self, hidden_pre: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _weighted_sums(self, step: SparseStep) -> torch.Tensor:
+        return step.encoder.decoder.weighted_sums(step.values, step.selected)
+
+    def _access(self, hidden_pre: torch.Tensor) -> LatentAccess:
         if self._step is None:
-            return super()._columns(hidden_pre)
-        return self._step.encoder.columns
+            return super()._access(hidden_pre)
+        return SparseAccess(self._step.encoder)
 
-    def _nearest(self) -> Callable[[AuxLossInputs, int], DeadActivations] | None:
-        if self._step is None:
-            return super()._nearest()
-        return partial(_nearest_pairs, self._step.encoder)
-
-    def _select(self, hidden_pre: torch.Tensor) -> Selected:
-        """The k largest pre-activations of each row."""
-        _, latents = top_k(hidden_pre, int(self.cfg.k))
-        return Selected.per_row(latents, hidden_pre.shape[1])
-
-
-def _nearest_pairs(encoder: Encoder, inputs: AuxLossInputs, k: int) -> DeadActivations:
-    n_dead = inputs.dead_latents.numel()
-    if not inputs.x.is_cuda and n_dead < CPU_ROWS_WORTH_A_PAIR * k:
-        return MaskedColumns(inputs, keep_largest(inputs.dead_hidden_pre(), k))
-    with torch.no_grad():
-        h, positions = top_k(gather_columns(encoder.hidden_pre, inputs.dead_latents), k)
-    if inputs.x.is_cuda:
-        pre = encoder.pairs(h, inputs.dead_latents, positions)
-    else:
-        pairs = Selected.per_row(inputs.dead_latents[positions], inputs.d_sae)
-        pre = encoder.selected(pairs).view_as(h)
-    return DeadPairs(inputs, encoder, pre, positions)
+    def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
+        """(N,) the k largest pre-activations of each row, and where they are."""
+        h, latents = top_k(hidden_pre, int(self.cfg.k))
+        return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
 
 
 class SparseBatchTopK(SparseTopK):
     """The same for BatchTopK: ``k`` a row on average, the largest of the batch."""
 
     @override
-    def _select(self, hidden_pre: torch.Tensor) -> Selected:
+    def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         B, d_sae = hidden_pre.shape
-        _, flat = top_k_of_batch(hidden_pre, int(self.cfg.k * B))
-        flat = flat.sort().values
+        h, flat = top_k_of_batch(hidden_pre, int(self.cfg.k * B))
+        flat, order = flat.sort()
         rows = flat // d_sae
-        return Selected.from_bags(rows, flat % d_sae, rows, B, d_sae)
+        return h[order], Pairs.from_bags(rows, flat % d_sae, rows, B, d_sae)
 
     @override
     @torch.no_grad()
@@ -256,20 +277,21 @@ class SparseMatryoshka(SparseBatchTopK):
     """The same for Matryoshka: one pass over the pairs gives every level's reconstruction."""
 
     @override
-    def _select(self, hidden_pre: torch.Tensor) -> Selected:
-        selected = super()._select(hidden_pre)
+    def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
+        h, selected = super()._select(hidden_pre)
         widths = torch.tensor(self.cfg.matryoshka_widths, device=hidden_pre.device)
         n_levels = len(self.cfg.matryoshka_widths)
         # Pairs ascend within a row, so the levels do.
         levels = torch.searchsorted(widths, selected.latents, right=True)
         bags = selected.rows * n_levels + levels
         n_bags = hidden_pre.shape[0] * n_levels
-        return Selected.from_bags(selected.rows, selected.latents, bags, n_bags, selected.d_sae)
+        pairs = Pairs.from_bags(selected.rows, selected.latents, bags, n_bags, selected.d_sae)
+        return h, pairs
 
     @override
     def _sparse_decode(self, step: SparseStep) -> torch.Tensor:
         n_levels = len(self.cfg.matryoshka_widths)
-        parts = weighted_sums(step.values, self.W_dec, step.selected)
+        parts = self._weighted_sums(step)
         levels = parts.unflatten(0, (-1, n_levels)).cumsum(dim=1) + self.b_dec
         *inner, outer = levels.unbind(dim=1)
         step.inner = tuple(inner)

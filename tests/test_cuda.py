@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import PAIRS, aux_value_and_gradients, build_sae, build_trainer, kill_latents
+from tests.helpers import (
+    PAIRS,
+    aux_value_and_gradients,
+    build_sae,
+    build_trainer,
+    forward,
+    kill_latents,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -57,3 +64,44 @@ def test_trains(architecture: str, variant: str, mode: str) -> None:
     assert all(p.isfinite().all() for p in sae.parameters())
     if variant not in ("none", "straight_through", "reanimation"):
         assert output.losses["aux_loss"] > 0
+
+
+@pytest.mark.parametrize("variant", ["none", "auxk", "straight_through", "reanimation"])
+@pytest.mark.parametrize("dead_threshold_tokens", [128, 10**9])
+def test_a_step_does_not_wait_for_the_device(variant: str, dead_threshold_tokens: int) -> None:
+    """Forward and backward of ours; SAELens's trainer waits in its own bookkeeping."""
+    sae: Any = build_sae(
+        "auxk-topk",
+        d_in=32,
+        d_sae=8192,
+        k=4,
+        aux_variant=variant,
+        dead_threshold_tokens=dead_threshold_tokens,
+        dead_criterion="tokens",
+        randomize=False,
+    )
+    kill_latents(sae, 5000)
+    sae.to("cuda")
+    x = torch.randn(2048, 32, device="cuda")
+    for step in range(6):
+        # The first step knows no number of dead latents yet.
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            forward(sae, x, step=step).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_count_ahead_is_a_bound() -> None:
+    sae: Any = build_sae("auxk-topk", d_in=8, d_sae=256, k=2, dead_threshold_tokens=300).cuda()
+    bounds, counts = [], []
+    for n_rows in (64, 64, 50, 64, 64, 80, 10, 64):
+        bounds.append(sae._dead_count_ahead.at_most(n_rows))
+        output = forward(sae, torch.randn(n_rows, 8, device="cuda"))
+        counts.append(int(output.metrics["dead_latents"]))
+    assert [b is None for b in bounds] == [True, False, False, True, False, True, False, True]
+    assert all(b is None or b >= n for b, n in zip(bounds, counts, strict=True))
+    assert counts[-1] > 0
+    # nothing dead within reach is known to be nothing
+    assert bounds[1] == 0
+    assert copy.deepcopy(sae)._dead_count_ahead.at_most(1) is None

@@ -15,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_auxk.ops.selected import Selected, dots, outer_sums, weighted_sums
+from sae_lens_auxk.ops.decoder import Decoder
+from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.selected import InColumns, Pairs
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
 
 
@@ -40,6 +42,19 @@ def test_top_k_is_that_of_torch(B: int, n: int, k: int, ties: bool, seed: int) -
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
+def test_top_k_among_some_columns() -> None:
+    x, among = torch.randn(4, 16_384), torch.rand(16_384) < 0.3
+    values, indices = top_k(x, 50, among)
+    expected = x.masked_fill(~among, -torch.inf).topk(50, dim=-1).values
+    assert torch.equal(values.sort(dim=-1, descending=True).values, expected)
+    assert torch.equal(x.gather(1, indices), values)
+    few = torch.arange(16_384) < 3
+    for columns in (16_384, 100):  # in two levels and in one
+        values, indices = top_k(x[:, :columns].contiguous(), 5, few[:columns])
+        assert torch.equal(values.isinf().sum(dim=1), torch.full((4,), 2))
+        assert set(indices[~values.isinf()].tolist()) == {0, 1, 2}
+
+
 def test_both_levels_are_used_where_rows_are_long() -> None:
     assert group_size(131_072, 32) >= 32
     assert group_size(65_536, 512) >= 8
@@ -57,15 +72,87 @@ def test_ragged_selections() -> None:
     """As BatchTopK makes them: some rows without a pair, others with many."""
     flat = torch.tensor([3, 4, 9, 21, 22, 23, 24, 49])
     rows = flat // 10
-    selected = Selected.from_bags(rows, flat % 10, rows, n_bags=5, d_sae=10)
+    pairs = Pairs.from_bags(rows, flat % 10, rows, n_bags=5, d_sae=10)
     values = torch.randn(8, dtype=torch.float64, requires_grad=True)
     W = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 4, dtype=torch.float64)
     dense = torch.zeros(50, dtype=torch.float64).index_put((flat,), values).view(5, 10)
-    torch.testing.assert_close(weighted_sums(values, W, selected), dense @ W)
-    torch.testing.assert_close(dots(x, W, selected), (x @ W.T).flatten()[flat])
-    torch.testing.assert_close(outer_sums(values, x, selected, selected.rows), dense.T @ x)
-    torch.autograd.gradcheck(lambda v, w: weighted_sums(v, w, selected), (values, W))
+    torch.testing.assert_close(pairs.dots(x, W.detach()), (x @ W.T).flatten()[flat])
+    assert torch.equal(pairs.sum_by_latent(values), dense.sum(dim=0))
+    torch.testing.assert_close(
+        Decoder(W, rescaled=False, autocast=None).weighted_sums(values, pairs), dense @ W
+    )
+    torch.autograd.gradcheck(
+        lambda v, w: Decoder(w, rescaled=False, autocast=None).weighted_sums(v, pairs), (values, W)
+    )
+
+
+def test_both_forms_of_a_selection_are_the_same() -> None:
+    columns, positions = torch.tensor([1, 4, 5, 8]), torch.stack([torch.randperm(4)[:3]] * 2)
+    forms = [InColumns(columns, positions, 10), Pairs.per_row(columns[positions], 10)]
+    W = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for selected in forms:
+        values = torch.arange(6.0).double().view(2, 3).requires_grad_()
+        decoder = Decoder(W, rescaled=True, autocast=None)
+        out = decoder.weighted_sums(decoder.times_norm(values, selected), selected)
+        products = decoder.dots(torch.ones(2, 6).double(), selected).view(2, 3)
+        sums = selected.sum_by_latent(values.detach())
+        results.append((out, products, sums, *torch.autograd.grad(out.square().sum(), (values, W))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_buffer_collects_a_gradient() -> None:
+    """Rows, pairs, an outer product, a multiple of W: their sum, in either layout."""
+    W = torch.randn(5, 3)
+    rows, a, b, along = torch.randn(2, 3), torch.randn(5), torch.randn(3), torch.randn(5)
+    x, values = torch.randn(4, 3), torch.randn(2)
+    latents = torch.tensor([3, 3])
+    expected = W * along.unsqueeze(1) + torch.outer(a, b)
+    expected.index_add_(0, latents, rows)
+    expected[1] += values[0] * x[2] + values[1] * x[0]
+    for transpose in (False, True):
+        matrix = (W.T if transpose else W).clone().requires_grad_()
+        gradient = LatentGradient(matrix, transpose)
+
+        def add(gradient: LatentGradient = gradient) -> None:
+            gradient.add_rows(rows, latents)
+            gradient.add_pairs(values, x, torch.tensor([2, 0]), torch.tensor([0, 0, 2, 2, 2, 2]))
+            gradient.add_outer(a, b)
+            if not gradient.transpose:
+                gradient.add_along(along)
+
+        stand_in = handle(matrix, gradient)
+        loss = _Adds.apply(torch.ones((), requires_grad=True), stand_in, add)
+        (found,) = torch.autograd.grad(loss, matrix, retain_graph=True)
+        reference = expected - W * along.unsqueeze(1) if transpose else expected
+        torch.testing.assert_close(found, reference.T if transpose else reference)
+        (again,) = torch.autograd.grad(loss, matrix)
+        assert torch.equal(again, found), "nothing is left over from the pass before"
+
+
+class _Adds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, stand_in, add):  # type: ignore[no-untyped-def]
+        ctx.add = add
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        ctx.add()
+        return grad, None, None
+
+
+def test_sums_of_a_pass_that_does_not_lead_to_the_matrix_are_dropped() -> None:
+    W_dec = torch.randn(6, 3, requires_grad=True)
+    values = torch.ones(2, 2, requires_grad=True)
+    decoder = Decoder(W_dec, rescaled=False, autocast=None)
+    pairs = Pairs.per_row(torch.tensor([[0, 1], [1, 2]]), 6)
+    loss = decoder.weighted_sums(values, pairs).sum()
+    torch.autograd.grad(loss, values, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss, W_dec)
+    assert torch.equal(gradient, torch.tensor([1.0, 2, 1, 0, 0, 0]).unsqueeze(1).expand(6, 3))
 
 
 KERNEL_TESTS = textwrap.dedent(
@@ -102,6 +189,54 @@ KERNEL_TESTS = textwrap.dedent(
         0, latents, values.unsqueeze(1) * x[rows]
     )
     torch.testing.assert_close(kernels.outer_sums(values, rows, starts, x), expected)
+    out = kernels.outer_sums(values, rows, starts, x, torch.ones(10, 20, device=device))
+    torch.testing.assert_close(out, expected + 1)
+    among = torch.rand(640, device=device) < 0.3
+    x = torch.randn(3, 640, device=device)
+    assert torch.equal(
+        kernels.group_max(x, 16, among),
+        x.masked_fill(~among, -torch.inf).unflatten(1, (-1, 16)).amax(-1),
+    )
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for ties in (False, True):
+            x = torch.randn(3, 200, device=device)
+            x = (x.round() if ties else x).to(dtype)
+            x[1] = -x[1].abs() - 1
+            some = torch.arange(200, device=device) % 3 == 0
+            groups = torch.stack([torch.randperm(25, device=device)[:11] for _ in range(3)])
+            within = torch.zeros(3, 25, 8, dtype=torch.bool, device=device)
+            within[torch.arange(3, device=device).unsqueeze(1), groups] = True
+            for among, g in ((None, None), (some, None), (None, groups), (some, groups)):
+                values, indices = kernels.largest(x, 20, among, g, 8)
+                counts = torch.ones_like(x, dtype=torch.bool)
+                if among is not None:
+                    counts &= among
+                if g is not None:
+                    counts &= within.flatten(1)
+                expected = x.masked_fill(~counts, -torch.inf).topk(20).values
+                assert torch.equal(values.sort(descending=True).values, expected)
+                assert torch.equal(x.gather(1, indices), values)
+                assert all(len(set(row)) == 20 for row in indices.tolist())
+    few = torch.arange(200, device=device) < 5
+    values, indices = kernels.largest(torch.randn(2, 200, device=device), 20, few)
+    assert torch.equal(values.isinf().sum(dim=1), torch.full((2,), 15, device=device))
+
+    W = torch.randn(50, 300, device=device)
+    latents = torch.randint(0, 50, (4, 21), device=device)
+    values = torch.randn(4, 21, device=device)
+    x = torch.randn(4, 300, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded = W.to(dtype).float()
+        torch.testing.assert_close(
+            kernels.weighted_sums(values, latents, W.to(dtype)),
+            torch.einsum("bk,bkd->bd", values, rounded[latents]),
+        )
+        torch.testing.assert_close(
+            kernels.dots(x.to(dtype), latents, W.to(dtype)),
+            torch.einsum("bd,bkd->bk", x.to(dtype).float(), rounded[latents]),
+            rtol=1e-5, atol=1e-4,
+        )
     print("kernels are right")
     """
 )
@@ -163,7 +298,7 @@ SPARSE_STEP_TEST = textwrap.dedent(
             [
                 "8192",
                 "auxk-topk auxk-batchtopk auxk-matryoshka-batchtopk",
-                "auxk straight_through pre_activation multi_topk",
+                "auxk straight_through reanimation pre_activation ghost_gradients multi_topk",
             ],
         ),
         # The interpreter takes a millisecond for each program of a kernel.

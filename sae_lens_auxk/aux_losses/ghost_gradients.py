@@ -19,10 +19,10 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     Source: Anthropic, Circuits Updates January 2024, "Ghost Grads"; left by them in March
     2024. Prior art, kept as a baseline.
     """
-    h = inputs.dead_hidden_pre().to(inputs.x.dtype)
+    # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
+    h = inputs.dead_hidden_pre()
     acts = (h - h.detach().amax(dim=-1, keepdim=True)).exp()
-    W = inputs.dead_decoder()
-    ghost = inputs.to_output_units(acts.to(W.dtype) @ W)
+    ghost = inputs.to_output_units(inputs.decode_dead(acts))
 
     residual = inputs.residual
     tiny = torch.finfo(ghost.dtype).tiny

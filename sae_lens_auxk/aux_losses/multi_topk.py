@@ -16,17 +16,9 @@ def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 
     Source: Gao et al. 2024, section 4.3 (Multi-TopK, ``L(k) + L(4k) / 8``).
     """
-    k = min(max(1, int(4 * cfg.k)), inputs.hidden_pre.shape[1])
-    values, latents = inputs.hidden_pre.topk(k, dim=-1, sorted=False)
+    acts = inputs.largest(max(1, int(4 * cfg.k)))
     if cfg.aux_relu:
-        values = values.relu()
-    # In the precision of x: embedding_bag has no gradient in bfloat16 on CUDA.
-    W = inputs.W_dec.to(inputs.x.dtype)
-    if inputs.rescaled:
-        values = values / W.norm(dim=-1)[latents]
-    # Only the selected rows are read: k of them a sample instead of a (B, d_sae) product.
-    reconstruction = torch.nn.functional.embedding_bag(
-        latents, W, per_sample_weights=values.to(W.dtype), mode="sum"
-    )
+        acts = acts.relu()
+    reconstruction = acts.decode().to(inputs.x.dtype)
     error = inputs.x - inputs.to_output_units(reconstruction + inputs.b_dec)
     return error.square().sum(dim=-1).mean()

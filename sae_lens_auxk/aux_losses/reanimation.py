@@ -7,7 +7,9 @@ import torch
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("reanimation", default_coefficient=1e-3, default_dead_criterion="batch")
+@register_aux_loss(
+    "reanimation", default_coefficient=1e-3, default_dead_criterion="batch", by_mask=True
+)
 def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``-d_in * mean over (B, d_sae) of h * [dead]``.
 
@@ -19,5 +21,6 @@ def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG00
     Source: Overcomplete, "Handling dead codes in SAEs".
     """
     B, d_in = inputs.x.shape
-    total = inputs.dead_hidden_pre().sum(dtype=inputs.x.dtype)
+    # Where, not times: a live latent's sum may be anything, and gets a gradient of exactly 0.
+    total = inputs.hidden_pre_sums().where(inputs.dead, 0).sum(dtype=inputs.x.dtype)
     return -d_in * total / (B * inputs.d_sae)

@@ -8,7 +8,7 @@ from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 from sae_lens_auxk.aux_losses.auxk import k_aux_of
 
 
-@register_aux_loss("straight_through", default_coefficient=1 / 32, uses_k_aux=True)
+@register_aux_loss("straight_through", default_coefficient=1 / 32, uses_k_aux=True, by_mask=True)
 def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``-mean_b sum_{i in T_b} stopgrad(2 r_b . W_i) h_bi``, less its own value: exactly 0.
 

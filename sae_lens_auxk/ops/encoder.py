@@ -5,20 +5,29 @@ Its ordinary backward costs two more and a (B, d_sae) gradient; a TopK step need
 of it and an auxiliary loss the columns of dead latents.
 """
 
+from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from sae_lens_auxk.ops import use_triton
-from sae_lens_auxk.ops.selected import Selected, outer_sums, transposed
+from sae_lens_auxk.ops.decoder import Decoder
+from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
 class Encoder:
     """The pre-activations of one batch, and parts of them with gradients.
 
+    All gradients of W_enc go to one buffer. ``x`` counts as a constant, so that what is selected
+    only has to say how much of it goes to each latent.
+
     Attributes:
         hidden_pre: (B, d_sae) ``h``, without a graph.
         x: (B, d_in) the centred input, in the parameters' precision.
+        gradient: the buffer.
+        handle: what makes a use of W_enc part of the graph.
     """
 
     def __init__(
@@ -27,7 +36,8 @@ class Encoder:
         W_enc: torch.Tensor,
         b_enc: torch.Tensor,
         b_dec: torch.Tensor | None,
-        norm: torch.Tensor | None,
+        decoder: Decoder,
+        autocast: torch.dtype | None,
     ):
         """
         Args:
@@ -35,165 +45,185 @@ class Encoder:
             W_enc: (d_in, d_sae).
             b_enc: (d_sae,).
             b_dec: (d_in,) to take off ``x``, or None.
-            norm: (d_sae,) to multiply with, or None.
+            decoder: where it has norms, ``h`` is multiplied by them.
+            autocast: what autocast computes in, or None where it is off.
         """
-        device = x.device.type
-        self.autocast = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        )
-        self.W_enc, self.b_enc, self.b_dec, self.norm = W_enc, b_enc, b_dec, norm
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        self.W, self.decoder, self.autocast = W_enc.detach(), decoder, autocast
+        self.gradient = LatentGradient(W_enc, transpose=True)
+        self.handle = handle(W_enc, self.gradient)
+        self._bias: torch.Tensor = _Bias.apply(b_enc, b_dec, self.W)
+        norm = decoder.norm
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.x = x if b_dec is None else x - b_dec
-            dtype = self.autocast or W_enc.dtype
+            dtype = autocast or W_enc.dtype
             weights, bias = W_enc, b_enc
             if norm is not None:
-                norm = norm.detach()
                 weights, bias = _scaled_cast(W_enc, norm, dtype), b_enc * norm
-            self.hidden_pre = torch.addmm(bias.to(dtype), self.x.to(dtype), weights.to(dtype))
+            self.hidden_pre = torch.addmm(bias.to(dtype), self.x_autocast, weights.to(dtype))
 
-    def selected(self, selected: Selected) -> torch.Tensor:
-        """(N,) the pre-activations of pairs, before ``norm``, with their graph."""
-        h = self.hidden_pre[selected.rows, selected.latents].to(self.W_enc.dtype)
-        if self.norm is not None:
-            h = h / self.norm.detach()[selected.latents]
-        return _AtSelected.apply(self.W_enc, self.b_enc, self.b_dec, h, self.x, selected)
+    @cached_property
+    def x_autocast(self) -> torch.Tensor:
+        """``x`` in the precision of the products."""
+        return self.x.to(self.autocast or self.x.dtype)
 
-    def columns(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, n) the columns of ``h`` at ``latents`` (n,), with their graph."""
-        h = gather_columns(self.hidden_pre, latents)
-        norm = None if self.norm is None else self.norm.index_select(0, latents)
-        return _AtColumns.apply(self.W_enc, self.b_enc, self.b_dec, norm, h, self, latents)
+    def at_rows(self, rows: torch.Tensor) -> "Encoder":
+        """The same for some rows (m,) of the batch, adding to the same buffer."""
+        part = copy(self)
+        part.__dict__.pop("x_autocast", None)
+        part.x = self.x.index_select(0, rows)
+        part.hidden_pre = self.hidden_pre.index_select(0, rows)
+        return part
 
-    def pairs(
-        self, h: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor
+    def before_norm(self, h: torch.Tensor, selected: Selected) -> torch.Tensor:
+        """Selected values ``h``, divided by their latents' norms, with their graph."""
+        pre = h.to(self.W.dtype) / self.decoder.norm_at(selected, h)
+        return _AtSelected.apply(pre, self.handle, self._bias, self, selected)
+
+    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, n) the columns of ``h`` at ``latents`` (n,), or all, with their graph."""
+        h = self.hidden_pre if latents is None else gather_columns(self.hidden_pre, latents)
+        return _AtColumns.apply(h, self.handle, self._bias, self.decoder.handle, self, latents)
+
+    def sums(self) -> torch.Tensor:
+        """(d_sae,) the sums of ``h`` over the batch, with their graph."""
+        x = self.x.sum(dim=0)
+        sums = _Sums.apply(self.handle, self._bias, x, self)
+        if self.decoder.norm is None:
+            return sums
+        return _ScaledByNorm.apply(sums, self.decoder.handle, self.decoder)
+
+
+class _Bias(torch.autograd.Function):
+    """b_enc, and b_dec by the way that it takes to ``h``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, b_enc: torch.Tensor, b_dec: torch.Tensor | None, W: torch.Tensor
     ) -> torch.Tensor:
-        """(B, k) pre-activations before ``norm``, with a graph over the columns ``latents``.
+        ctx.save_for_backward(W)
+        ctx.takes_b_dec_off = b_dec is not None
+        return b_enc.view_as(b_enc)
 
-        Args:
-            h: (B, k) the values of ``h``.
-            latents: (n,) the columns that they are in.
-            positions: (B, k) which of them.
-        """
-        pre = h.to(self.W_enc.dtype)
-        if self.norm is not None:
-            pre = pre / self.norm.detach()[latents][positions]
-        return _AtPairs.apply(self.W_enc, self.b_enc, self.b_dec, pre, self, latents, positions)
-
-    def dense(self) -> torch.Tensor:
-        """(B, d_sae) all of ``h``, with its graph."""
-        return _AtColumns.apply(
-            self.W_enc, self.b_enc, self.b_dec, self.norm, self.hidden_pre, self, None
-        )
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grad_outputs
+        (W,) = ctx.saved_tensors
+        return grad, -(W @ grad) if ctx.takes_b_dec_off else None, None
 
 
 class _AtSelected(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,  # noqa: ARG004
-        b_dec: torch.Tensor | None,
-        h: torch.Tensor,
-        x: torch.Tensor,
+        pre: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        bias: torch.Tensor,  # noqa: ARG004
+        encoder: Encoder,
         selected: Selected,
     ) -> torch.Tensor:
-        ctx.save_for_backward(W_enc, x)
-        ctx.selected = selected
-        ctx.takes_b_dec_off = b_dec is not None
-        return h.view_as(h)
+        ctx.encoder, ctx.selected = encoder, selected
+        return pre.view_as(pre)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
-        W_enc, x = ctx.saved_tensors
-        grad_W = transposed(outer_sums(grad, x, ctx.selected, ctx.selected.rows))
-        grad_b = torch.zeros_like(W_enc[0]).index_add_(0, ctx.selected.latents, grad)
-        grad_b_dec = -(W_enc @ grad_b) if ctx.takes_b_dec_off else None
-        return grad_W, grad_b, grad_b_dec, None, None, None
+        encoder, selected = ctx.encoder, ctx.selected
+        x = encoder.x_autocast if selected.in_autocast else encoder.x
+        selected.add_to(encoder.gradient, grad, x, by_bag=False)
+        return None, None, selected.sum_by_latent(grad), None, None
 
 
 class _AtColumns(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,  # noqa: ARG004
-        b_dec: torch.Tensor | None,
-        norm: torch.Tensor | None,
         h: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        bias: torch.Tensor,  # noqa: ARG004
+        decoder_handle: torch.Tensor,  # noqa: ARG004
         encoder: Encoder,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(W_enc, norm, h, encoder.x, latents)
-        ctx.takes_b_dec_off = b_dec is not None
-        ctx.autocast = encoder.autocast
+        ctx.save_for_backward(h)
+        ctx.encoder, ctx.latents = encoder, latents
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
-        W_enc, norm, h, x, latents = ctx.saved_tensors
-        dtype = W_enc.dtype
-        grad_norm = None
+        (h,) = ctx.saved_tensors
+        encoder, latents = ctx.encoder, ctx.latents
+        dtype = encoder.W.dtype
+        lent = grad.to(encoder.x_autocast.dtype)
+        n = grad.shape[1]
+        if grad.is_cuda and n % 8:  # see AuxLossInputs.decode_dead
+            lent = torch.nn.functional.pad(lent, (0, -n % 8))
+        # A column of ones gives the bias's gradient, without another pass over (B, n).
+        d_in = encoder.x.shape[1]
+        x = torch.nn.functional.pad(encoder.x_autocast, (0, 8))
+        x[:, d_in] = 1
+        products = matmul_to(lent.T, x, dtype)[:n]
+        rows, grad_bias = products[:, :d_in].contiguous(), products[:, d_in]
+        norm = encoder.decoder.norm
         if norm is not None:
-            if ctx.needs_input_grad[3]:
-                grad_norm = torch.linalg.vecdot(grad, h, dim=0).to(dtype) / norm
-            grad = grad * norm.to(grad.dtype)
-        compute = ctx.autocast or dtype
-        grad_W = matmul_to(x.to(compute).T, grad.to(compute), dtype)
-        grad_b = grad.sum(dim=0, dtype=dtype)
-        if latents is not None:
-            grad_W = torch.zeros_like(W_enc).index_copy_(1, latents, grad_W)
-            grad_b = torch.zeros_like(W_enc[0]).index_copy_(0, latents, grad_b)
-        grad_b_dec = -(W_enc @ grad_b) if ctx.takes_b_dec_off else None
-        return grad_W, grad_b, grad_b_dec, grad_norm, None, None, None
+            # The norm is the same for a whole column, so that it can come after the product.
+            own = norm if latents is None else norm.index_select(0, latents)
+            rows, grad_bias = rows * own.unsqueeze(1), grad_bias * own
+            grad_norm = torch.linalg.vecdot(grad, h, dim=0).to(dtype) / own
+            encoder.decoder.add_norm_gradient(_at(grad_norm, latents, norm))
+        encoder.gradient.add_rows(rows, latents)
+        return None, None, _at(grad_bias, latents, encoder.W[0]), None, None, None
 
 
-class _AtPairs(torch.autograd.Function):
-    """Like :class:`_AtSelected` with a dense product backward, for many pairs a row."""
+def _at(values: torch.Tensor, latents: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    if latents is None:
+        return values
+    return torch.zeros_like(like).index_add_(0, latents, values)
 
+
+class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,  # noqa: ARG004
-        b_dec: torch.Tensor | None,
-        pre: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        bias: torch.Tensor,
+        x: torch.Tensor,
         encoder: Encoder,
-        latents: torch.Tensor,
-        positions: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(W_enc, encoder.x, latents, positions)
-        ctx.takes_b_dec_off = b_dec is not None
-        ctx.autocast = encoder.autocast
-        return pre.view_as(pre)
+        ctx.save_for_backward(x)
+        ctx.encoder = encoder
+        return x @ encoder.W + len(encoder.x) * bias
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
-        W_enc, x, latents, positions = ctx.saved_tensors
-        compute = ctx.autocast or W_enc.dtype
-        dense = torch.zeros(x.shape[0], latents.numel(), dtype=compute, device=x.device)
-        dense.scatter_(1, positions, grad.to(compute))
-        grad_W = torch.zeros_like(W_enc).index_copy_(
-            1, latents, matmul_to(x.to(compute).T, dense, W_enc.dtype)
-        )
-        grad_b = torch.zeros_like(W_enc[0]).index_add_(
-            0, latents[positions.flatten()], grad.flatten().to(W_enc.dtype)
-        )
-        grad_b_dec = -(W_enc @ grad_b) if ctx.takes_b_dec_off else None
-        return grad_W, grad_b, grad_b_dec, None, None, None, None
+        (x,) = ctx.saved_tensors
+        ctx.encoder.gradient.add_outer(grad, x)
+        return None, len(ctx.encoder.x) * grad, None, None
 
 
-def matmul_to(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``a @ b`` in ``dtype``, without a rounding to the operands' precision where torch can."""
-    if a.is_cuda and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+class _ScaledByNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sums: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        decoder: Decoder,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(sums)
+        ctx.decoder = decoder
+        return sums * decoder.norm
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grad_outputs
+        (sums,) = ctx.saved_tensors
+        ctx.decoder.add_norm_gradient(grad * sums)
+        return grad * ctx.decoder.norm, None, None
 
 
 def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B, n): the columns of ``x`` at ascending indices ``columns`` (n,); no gradient."""
+    """(B, n): the columns of ``x`` at indices ``columns`` (n,); no gradient."""
     if use_triton(x):
         from sae_lens_auxk.ops import triton_kernels
 

@@ -1,22 +1,33 @@
-"""Products with a few selected latents of each row.
+"""A few selected latents of each row, and the three products with them.
 
-A selection is a list of (row, latent) pairs. The three products below are what the training
-step of a sparse autoencoder needs, each a derivative of the others; they read or write only
-the selected rows of a (d_sae, d) matrix. The torch references are all
-``torch.nn.functional.embedding_bag`` in disguise.
+The products are what the training step of a sparse autoencoder needs, each a derivative of the
+others: for each row a weighted sum of rows of a (d_sae, d) matrix, for each selected entry a dot
+product, and for each latent a weighted sum of rows of (B, d). There are two forms.
+
+- :class:`Pairs`: (row, latent) pairs. Only what is selected is read. The torch reference is
+  ``torch.nn.functional.embedding_bag`` throughout.
+- :class:`InColumns`: entries of a dense (B, n) over n of the latents. A dense product reads all
+  of them, but ten and more times as fast, which pays where n is small.
+
+``values`` have one entry for each selected one, float32 or float64, in any shape. No function
+here has a gradient; :mod:`sae_lens_auxk.ops.encoder` and :mod:`~sae_lens_auxk.ops.decoder` are
+made of them.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops.gradient import LatentGradient
+
+# With fewer pairs a row torch's embedding_bag is as fast (benchmarks/parts.py).
+MIN_PAIRS_FOR_KERNEL = 64
 
 
 @dataclass(frozen=True)
-class Selected:
+class Pairs:
     """(bag, latent) pairs, sorted by bag; a bag is a row, or one level of a row.
 
     Attributes:
@@ -25,6 +36,7 @@ class Selected:
         bags: (N,) int64, ascending.
         offsets: (n_bags,) int64, where each bag's pairs start.
         d_sae: the number of latents to choose from.
+        per_bag: how many pairs each bag has, where it is the same for all.
     """
 
     rows: torch.Tensor
@@ -32,91 +44,152 @@ class Selected:
     bags: torch.Tensor
     offsets: torch.Tensor
     d_sae: int
+    per_bag: int | None = None
 
     @staticmethod
-    def per_row(latents: torch.Tensor, d_sae: int) -> "Selected":
+    def per_row(latents: torch.Tensor, d_sae: int) -> "Pairs":
         """From (B, k) latents, the same number in each row."""
         B, k = latents.shape
         rows = torch.arange(B, device=latents.device)
         repeated = rows.repeat_interleave(k, output_size=B * k)
-        return Selected(repeated, latents.reshape(-1), repeated, rows * k, d_sae)
+        return Pairs(repeated, latents.reshape(-1), repeated, rows * k, d_sae, k)
 
     @staticmethod
     def from_bags(
         rows: torch.Tensor, latents: torch.Tensor, bags: torch.Tensor, n_bags: int, d_sae: int
-    ) -> "Selected":
+    ) -> "Pairs":
         """From pairs whose ``bags`` are ascending already."""
         starts = torch.arange(n_bags, device=bags.device)
-        return Selected(rows, latents, bags, torch.searchsorted(bags, starts), d_sae)
+        return Pairs(rows, latents, bags, torch.searchsorted(bags, starts), d_sae)
 
     @cached_property
     def by_latent(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(N,) the order that sorts the pairs by latent, (d_sae + 1,) where each one starts."""
-        latents, order = self.latents.sort(stable=True)
-        bounds = torch.arange(self.d_sae + 1, device=latents.device)
+        # A sort of 32-bit keys takes half the passes of one of 64.
+        latents, order = self.latents.int().sort(stable=True)
+        bounds = torch.arange(self.d_sae + 1, device=latents.device, dtype=torch.int32)
         return order, torch.searchsorted(latents, bounds)
 
+    @property
+    def in_autocast(self) -> bool:
+        """Whether products are best given their matrices in autocast's precision."""
+        return self._by_kernel
 
-def weighted_sums(values: torch.Tensor, W: torch.Tensor, selected: Selected) -> torch.Tensor:
-    """(n_bags, d): for each bag the sum of ``values * W[latents]``, with gradients.
+    def weighted_sums(self, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        """(n_bags, d): for each bag the sum of ``values * W[latents]``, in values's dtype."""
+        if self._by_kernel:
+            from sae_lens_auxk.ops import triton_kernels
 
-    ``values`` (N,) and ``W`` (d_sae, d) have the same dtype, float32 or float64.
-    """
-    return _WeightedSums.apply(values, W, selected)  # type: ignore[no-any-return]
-
-
-class _WeightedSums(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, W: torch.Tensor, selected: Selected
-    ) -> torch.Tensor:
-        ctx.save_for_backward(values, W)
-        ctx.selected = selected
+            return triton_kernels.weighted_sums(values.view(self._grid), self._table, W)
         return torch.nn.functional.embedding_bag(
-            selected.latents, W, selected.offsets, per_sample_weights=values, mode="sum"
+            self.latents, W, self.offsets, per_sample_weights=values.flatten(), mode="sum"
         )
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        (grad,) = grad_outputs
-        values, W = ctx.saved_tensors
-        grad = grad.contiguous()
-        return (
-            dots(grad, W, ctx.selected),
-            outer_sums(values, grad, ctx.selected, ctx.selected.bags),
-            None,
+    def dots(self, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        """(N,): for each pair the product ``x[bag] . W[latent]``, in float32 or x's dtype."""
+        if self._by_kernel:
+            from sae_lens_auxk.ops import triton_kernels
+
+            return triton_kernels.dots(x, self._table, W).flatten()
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x.contiguous(), W, self.latents, self.offsets, self.bags, 0, -1
         )
 
+    def add_to(
+        self, gradient: LatentGradient, values: torch.Tensor, x: torch.Tensor, by_bag: bool
+    ) -> None:
+        """Add ``values * x`` to the rows of ``gradient``.
 
-def dots(x: torch.Tensor, W: torch.Tensor, selected: Selected) -> torch.Tensor:
-    """(N,): for each pair the product ``x[bag] . W[latent]``; no gradient."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x, W, selected.latents, selected.offsets, selected.bags, 0, -1
-    )
+        ``x`` has a row for each bag if ``by_bag``, else one for each row of the batch.
+        """
+        order, starts = self.by_latent
+        rows = (self.bags if by_bag else self.rows)[order]
+        gradient.add_pairs(values.flatten()[order], x.contiguous(), rows, starts)
+
+    def sum_by_latent(self, values: torch.Tensor) -> torch.Tensor:
+        """(d_sae,): the sum of ``values`` over each latent's pairs."""
+        return values.new_zeros(self.d_sae).index_add_(0, self.latents, values.flatten())
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        assert self.per_bag is not None
+        return self.offsets.numel(), self.per_bag
+
+    @property
+    def _table(self) -> torch.Tensor:
+        return self.latents.view(self._grid)
+
+    @property
+    def _by_kernel(self) -> bool:
+        many = self.per_bag is not None and self.per_bag >= MIN_PAIRS_FOR_KERNEL
+        return many and use_triton(self.latents)
 
 
-def outer_sums(
-    values: torch.Tensor, x: torch.Tensor, selected: Selected, rows: torch.Tensor
-) -> torch.Tensor:
-    """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs; no gradient.
+@dataclass(frozen=True)
+class InColumns:
+    """Entries of a dense (B, n), k in each row.
 
-    ``rows`` is ``selected.rows`` where ``x`` has a row for each row of the batch, or
-    ``selected.bags`` where it has one for each bag.
+    Attributes:
+        columns: (n,) int64, the latents of the n columns. They may repeat where the entries of
+            the repetitions are 0.
+        positions: (B, k) int64, which columns; None for all n, in order.
+        d_sae: the number of latents to choose from.
     """
-    order, starts = selected.by_latent
-    if use_triton(x) and x.dtype == torch.float32:
-        from sae_lens_auxk.ops import triton_kernels
 
-        return triton_kernels.outer_sums(values[order], rows[order], starts, x)
-    return torch.nn.functional.embedding_bag(
-        rows[order], x, starts[:-1], per_sample_weights=values[order], mode="sum"
-    )
+    columns: torch.Tensor
+    positions: torch.Tensor | None
+    d_sae: int
+
+    @property
+    def in_autocast(self) -> bool:
+        return True
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """(B, k), or (n,) for all columns."""
+        return self.columns if self.positions is None else self.columns[self.positions]
+
+    def weighted_sums(self, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        """(B, d): see :meth:`Pairs.weighted_sums`."""
+        rows = W.index_select(0, self.columns)
+        return matmul_to(self._dense(values, W.dtype), rows, values.dtype)
+
+    def dots(self, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        """(B, k): see :meth:`Pairs.dots`."""
+        products = x @ W.index_select(0, self.columns).T
+        return products if self.positions is None else products.gather(1, self.positions)
+
+    def add_to(
+        self,
+        gradient: LatentGradient,
+        values: torch.Tensor,
+        x: torch.Tensor,
+        by_bag: bool,  # noqa: ARG002
+    ) -> None:
+        """See :meth:`Pairs.add_to`; a bag is a row here."""
+        dense = self._dense(values, x.dtype)
+        gradient.add_rows(matmul_to(dense.T, x, gradient.W.dtype), self.columns)
+
+    def sum_by_latent(self, values: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Pairs.sum_by_latent`."""
+        sums = values.new_zeros(self.d_sae)
+        if self.positions is None:
+            return sums.index_add_(0, self.columns, values.sum(dim=0))
+        return sums.index_add_(0, self.latents.flatten(), values.flatten())
+
+    def _dense(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        values = values.to(dtype)
+        if self.positions is None:
+            return values
+        dense = values.new_zeros(len(values), self.columns.numel())
+        return dense.scatter_(1, self.positions, values)
 
 
-def transposed(x: torch.Tensor) -> torch.Tensor:
-    """``x.T``, contiguous."""
-    if use_triton(x):
-        from sae_lens_auxk.ops import triton_kernels
+Selected = Pairs | InColumns
 
-        return triton_kernels.transposed(x)
-    return x.T.contiguous()
+
+def matmul_to(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``a @ b`` in ``dtype``, without a rounding to the operands' precision where torch can."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

@@ -11,14 +11,20 @@ import torch
 from sae_lens_auxk.ops import use_triton
 
 MIN_ENTRIES = 8_192
+# The kernel takes a row a program: for a single long row torch's is faster.
+MIN_ROWS_FOR_KERNEL = 2
 
 
-def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k(
+    x: torch.Tensor, k: int, among: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and int64 indices of the ``k`` largest entries of each row, in no order.
 
     Args:
         x: (B, n), contiguous.
         k: at most n.
+        among: (n,) bool, the columns to choose from; None for all. Where there are fewer than
+            k of them, the values beyond are -inf.
 
     Returns:
         (B, k) values and (B, k) indices, as from ``x.topk(k, sorted=False)`` but for the
@@ -26,14 +32,38 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     size = group_size(x.shape[1], k)
     if size < 4:
-        values, indices = x.topk(k, dim=-1, sorted=False)
-        return values, indices
-    grouped = x.unflatten(1, (-1, size))
-    groups = group_max(x, size).topk(k, dim=-1, sorted=False).indices
-    candidates = grouped.gather(1, groups.unsqueeze(-1).expand(-1, -1, size)).flatten(1)
-    values, found = candidates.topk(k, dim=-1, sorted=False)
-    indices = groups.gather(1, found // size) * size + found % size
+        return _largest(x, k, among)
+    groups = _largest(group_max(x, size, among), k)[1]
+    if _by_kernel(x, k * size):
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.largest(x, k, among, groups, size)
+    candidates = x.unflatten(1, (-1, size)).gather(1, groups.unsqueeze(-1).expand(-1, -1, size))
+    if among is not None:
+        candidates = candidates.masked_fill_(~among.view(-1, size)[groups], -torch.inf)
+    values, found = candidates.flatten(1).topk(k, dim=-1, sorted=False)
+    return values, groups.gather(1, found // size) * size + found % size
+
+
+def _largest(
+    x: torch.Tensor, k: int, among: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _by_kernel(x, x.shape[1]):
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.largest(x, k, among)
+    if among is not None:
+        x = x.masked_fill(~among, -torch.inf)
+    values, indices = x.topk(k, dim=-1, sorted=False)
     return values, indices
+
+
+def _by_kernel(x: torch.Tensor, n_candidates: int) -> bool:
+    if not use_triton(x) or x.dtype == torch.float64 or len(x) < MIN_ROWS_FOR_KERNEL:
+        return False
+    from sae_lens_auxk.ops import triton_kernels
+
+    return n_candidates <= triton_kernels.MAX_CANDIDATES
 
 
 def top_k_of_batch(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,12 +72,17 @@ def top_k_of_batch(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]
     return values[0], indices[0]
 
 
-def group_max(x: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, n / size): the largest of each ``size`` neighbouring entries of a row."""
+def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, n / size): the largest of each ``size`` neighbouring entries of a row.
+
+    Only columns ``among`` (n,) count where it is given.
+    """
     if use_triton(x):
         from sae_lens_auxk.ops import triton_kernels
 
-        return triton_kernels.group_max(x, size)
+        return triton_kernels.group_max(x, size, among)
+    if among is not None:
+        x = x.masked_fill(~among, -torch.inf)
     return x.unflatten(1, (-1, size)).amax(dim=-1)
 
 

@@ -10,30 +10,159 @@ import triton
 import triton.language as tl
 
 
-def group_max(x: torch.Tensor, size: int) -> torch.Tensor:
+def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> torch.Tensor:
     """(B, n / size): the largest of each ``size`` neighbouring entries of a row of ``x`` (B, n).
 
-    ``size`` is a power of two that divides n; ``x`` is contiguous.
+    ``size`` is a power of two that divides n; ``x`` is contiguous. ``among`` (n,) bool: the
+    columns that count, None for all.
     """
-    n_groups = x.numel() // size
-    out = torch.empty(x.shape[0], x.shape[1] // size, dtype=x.dtype, device=x.device)
+    B, n = x.shape
+    n_groups = n // size
+    out = torch.empty(B, n_groups, dtype=x.dtype, device=x.device)
     groups = max(1, 8192 // size)
-    _group_max[(triton.cdiv(n_groups, groups),)](
-        x, out, n_groups, SIZE=size, GROUPS=groups, num_warps=8
+    if among is None:
+        # Rows do not matter, so that one of a few groups does not leave a program half empty.
+        B, n_groups = 1, B * n_groups
+    _group_max[(triton.cdiv(n_groups, groups), B)](
+        x,
+        x if among is None else among,
+        out,
+        n_groups,
+        MASKED=among is not None,
+        SIZE=size,
+        GROUPS=groups,
+        num_warps=8,
     )
     return out
 
 
 @triton.jit
-def _group_max(x_ptr, out_ptr, n_groups, SIZE: tl.constexpr, GROUPS: tl.constexpr):
+def _group_max(
+    x_ptr,
+    among_ptr,
+    out_ptr,
+    n_groups,
+    MASKED: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     offsets = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    x = tl.load(x_ptr + offsets, mask=group[:, None] < n_groups, other=float("-inf"))
-    tl.store(out_ptr + group, tl.max(x, axis=1), mask=group < n_groups)
+    inside = group[:, None] < n_groups
+    x = tl.load(x_ptr + row * n_groups * SIZE + offsets, mask=inside, other=float("-inf"))
+    if MASKED:
+        among = tl.load(among_ptr + offsets, mask=inside, other=0)
+        x = tl.where(among != 0, x, float("-inf"))
+    tl.store(out_ptr + row * n_groups + group, tl.max(x, axis=1), mask=group < n_groups)
+
+
+# What one program of `largest` can hold.
+MAX_CANDIDATES = 16_384
+
+
+def largest(
+    x: torch.Tensor,
+    k: int,
+    among: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
+    size: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, k) values and int64 indices of the ``k`` largest entries of each row, in no order.
+
+    One program a row: it finds the k-th largest by bisection over the bits of the numbers, all
+    of which it holds, and writes what is larger, and then as many equal ones as there is room.
+
+    Args:
+        x: (B, n) float32, bfloat16 or float16, contiguous.
+        k: at most the number of candidates.
+        among: (n,) bool, what counts; all else is -inf.
+        groups: (B, g) int64, the groups of ``size`` neighbours that are the candidates. None:
+            all of the row. There are at most MAX_CANDIDATES.
+        size: see ``groups``.
+    """
+    B, n = x.shape
+    n_candidates = n if groups is None else groups.shape[1] * size
+    values = torch.empty(B, k, dtype=x.dtype, device=x.device)
+    indices = torch.empty(B, k, dtype=torch.int64, device=x.device)
+    width = triton.next_power_of_2(n_candidates)
+    _largest[(B,)](
+        x,
+        x if groups is None else groups,
+        x if among is None else among,
+        values,
+        indices,
+        n,
+        n_candidates,
+        k,
+        GROUPED=groups is not None,
+        MASKED=among is not None,
+        SIZE=size,
+        BITS=16 if x.dtype == torch.bfloat16 else 32,
+        WIDTH=width,
+        num_warps=max(4, min(16, width // 1024)),
+    )
+    return values, indices
+
+
+@triton.jit
+def _largest(
+    x_ptr,
+    groups_ptr,
+    among_ptr,
+    values_ptr,
+    indices_ptr,
+    n,
+    n_candidates,
+    k,
+    GROUPED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, WIDTH)
+    inside = i < n_candidates
+    index = i
+    if GROUPED:
+        group = tl.load(groups_ptr + row * (n_candidates // SIZE) + i // SIZE, mask=inside, other=0)
+        index = group.to(tl.int32) * SIZE + i % SIZE
+    x = tl.load(x_ptr + row * n + index, mask=inside, other=0.0)
+    if MASKED:
+        x = tl.where(tl.load(among_ptr + index, mask=inside, other=0) != 0, x, float("-inf"))
+    # The bits of a float as a number that is ordered as the float is, and positive.
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if BITS == 16:  # all that bfloat16 has
+        key = (key >> 16) + 0x8000
+        threshold = tl.zeros([], dtype=tl.int32)
+    else:
+        key = key.to(tl.int64) + 0x80000000
+        threshold = tl.zeros([], dtype=tl.int64)
+    key = tl.where(inside, key, -1)
+    for b in tl.static_range(BITS):
+        higher = threshold + (1 << (BITS - 1 - b))
+        enough = tl.sum((key >= higher).to(tl.int32), axis=0) >= k
+        threshold = tl.where(enough, higher, threshold)
+    above, equal = key > threshold, key == threshold
+    n_above = tl.sum(above.to(tl.int32), axis=0)
+    place = tl.where(
+        above,
+        tl.cumsum(above.to(tl.int32), axis=0) - 1,
+        n_above + tl.cumsum(equal.to(tl.int32), axis=0) - 1,
+    )
+    chosen = above | (equal & (place < k))
+    tl.store(values_ptr + row * k + place, x, mask=chosen)
+    tl.store(indices_ptr + row * k + place, index.to(tl.int64), mask=chosen)
 
 
 def outer_sums(
-    values: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor, x: torch.Tensor
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs, in float32.
 
@@ -42,16 +171,28 @@ def outer_sums(
         rows: (N,) int64, likewise.
         starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         x: (B, d), contiguous.
+        out: (d_sae, d) to add to, in place; None for a new one.
     """
     d_sae, d = starts.numel() - 1, x.shape[1]
-    out = torch.empty(d_sae, d, dtype=torch.float32, device=x.device)
+    add = out is not None
+    if out is None:
+        out = torch.empty(d_sae, d, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(d)
-    _outer_sums[(d_sae,)](values, rows, starts, x, out, d, WIDTH=width, num_warps=4)
+    _outer_sums[(d_sae,)](values, rows, starts, x, out, d, ADD=add, WIDTH=width, num_warps=4)
     return out
 
 
 @triton.jit
-def _outer_sums(values_ptr, rows_ptr, starts_ptr, x_ptr, out_ptr, d, WIDTH: tl.constexpr):
+def _outer_sums(
+    values_ptr,
+    rows_ptr,
+    starts_ptr,
+    x_ptr,
+    out_ptr,
+    d,
+    ADD: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     latent = tl.program_id(0).to(tl.int64)
     start = tl.load(starts_ptr + latent)
     end = tl.load(starts_ptr + latent + 1)
@@ -62,7 +203,84 @@ def _outer_sums(values_ptr, rows_ptr, starts_ptr, x_ptr, out_ptr, d, WIDTH: tl.c
         value = tl.load(values_ptr + pair).to(tl.float32)
         x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0)
         total += value * x.to(tl.float32)
-    tl.store(out_ptr + latent * d + column, total, mask=column < d)
+    if ADD:
+        # A row that nothing is added to is not even read.
+        inside = column < tl.where(end > start, d, 0)
+        total += tl.load(out_ptr + latent * d + column, mask=inside, other=0.0)
+        tl.store(out_ptr + latent * d + column, total, mask=inside)
+    else:
+        tl.store(out_ptr + latent * d + column, total, mask=column < d)
+
+
+# Columns of W that one program reads. Programs of the same columns run one after another, so that
+# this slice of W, 2 bytes an entry, mostly stays in the GPU's cache while all rows read from it.
+SLICE = 256
+
+
+def weighted_sums(values: torch.Tensor, latents: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """(B, d): for each row the sum of ``values * W[latents]``, in float32.
+
+    Args:
+        values: (B, k).
+        latents: (B, k) int64.
+        W: (d_sae, d), contiguous.
+    """
+    B, k = values.shape
+    d = W.shape[1]
+    out = torch.empty(B, d, dtype=torch.float32, device=W.device)
+    width = min(SLICE, triton.next_power_of_2(d))
+    _weighted_sums[(B, triton.cdiv(d, width))](
+        values, latents, W, out, k, d, BLOCK=16, WIDTH=width, num_warps=2
+    )
+    return out
+
+
+@triton.jit
+def _weighted_sums(
+    values_ptr, latents_ptr, W_ptr, out_ptr, k, d, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    sums = tl.zeros([BLOCK, WIDTH], dtype=tl.float32)
+    for first in range(0, k, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        latent = tl.load(latents_ptr + row * k + i, mask=i < k, other=0)
+        value = tl.load(values_ptr + row * k + i, mask=i < k, other=0.0).to(tl.float32)
+        inside = (i < k)[:, None] & (column < d)[None, :]
+        W = tl.load(W_ptr + latent[:, None] * d + column[None, :], mask=inside, other=0.0)
+        sums += value[:, None] * W.to(tl.float32)
+    tl.store(out_ptr + row * d + column, tl.sum(sums, axis=0), mask=column < d)
+
+
+def dots(x: torch.Tensor, latents: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """(B, k): the products ``x[row] . W[latent]``, in float32.
+
+    Args:
+        x: (B, d), contiguous.
+        latents: (B, k) int64.
+        W: (d_sae, d), contiguous.
+    """
+    B, k = latents.shape
+    d = W.shape[1]
+    width = min(SLICE, triton.next_power_of_2(d))
+    slices = triton.cdiv(d, width)
+    parts = torch.empty(slices, B, k, dtype=torch.float32, device=W.device)
+    _dots[(B, slices)](x, latents, W, parts, B, k, d, BLOCK=16, WIDTH=width, num_warps=4)
+    return parts.sum(dim=0)
+
+
+@triton.jit
+def _dots(x_ptr, latents_ptr, W_ptr, parts_ptr, B, k, d, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0).to(tl.float32)
+    for first in range(0, k, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        latent = tl.load(latents_ptr + row * k + i, mask=i < k, other=0)
+        inside = (i < k)[:, None] & (column < d)[None, :]
+        W = tl.load(W_ptr + latent[:, None] * d + column[None, :], mask=inside, other=0.0)
+        products = tl.sum(W.to(tl.float32) * x[None, :], axis=1)
+        tl.store(parts_ptr + (tl.program_id(1) * B + row) * k + i, products, mask=i < k)
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:

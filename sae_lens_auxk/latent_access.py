@@ -1,0 +1,169 @@
+"""Ways to the pre-activations and decoder rows of some latents.
+
+What an auxiliary loss needs of a step is a few columns of ``h``, or its largest entries, and
+the decoder rows that go with them. :class:`LatentAccess` says so without saying how:
+:class:`DenseAccess` is plain torch on SAELens's tensors and serves every architecture,
+``SparseAccess`` in :mod:`sae_lens_auxk.sparse_topk` never makes the dense gradients.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from sae_lens_auxk.ops.topk import top_k
+
+
+class Activations(Protocol):
+    """Pre-activations of some latents in each row, and what can be done with them.
+
+    ``h`` is (B, m), with its graph; an entry that does not belong to the selection is 0.
+    """
+
+    @property
+    def h(self) -> torch.Tensor: ...
+
+    def relu(self) -> "Activations":
+        """The same with negative values set to 0."""
+        ...
+
+    def decode(self) -> torch.Tensor:
+        """(B, d_in): the sum of ``h_bi W_i`` over the selection, with its graph."""
+        ...
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, m): ``x_b . W_i`` for each entry of ``h``, without a graph."""
+        ...
+
+
+class LatentAccess(Protocol):
+    """One step's ``h`` (B, d_sae) and ``W_i``; everything with its graph."""
+
+    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, n): the columns of ``h`` at ``latents`` (n,), or all of them."""
+        ...
+
+    def sums(self) -> torch.Tensor:
+        """(d_sae,): the sum of each column of ``h``."""
+        ...
+
+    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
+        """(n, d_in): ``W_i`` at ``latents`` (n,)."""
+        ...
+
+    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
+        """The ``k`` largest ``h`` of each row.
+
+        Args:
+            k: how many; where fewer can be chosen, all of these.
+            among: (d_sae,) bool, the latents to choose from, or None for all.
+            at_most: a number that those are no more than.
+        """
+        ...
+
+    def at_rows(self, rows: torch.Tensor) -> "LatentAccess":
+        """The same for some rows (m,) of the batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseAccess:
+    """From SAELens's own tensors.
+
+    Attributes:
+        h: (B, d_sae), with its graph.
+        W_dec: (d_sae, d_in).
+        rescaled: whether ``W_i`` is a row of W_dec divided by its norm.
+    """
+
+    h: torch.Tensor
+    W_dec: torch.Tensor
+    rescaled: bool
+
+    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
+        return self.h if latents is None else self.h.index_select(1, latents)
+
+    def sums(self) -> torch.Tensor:
+        return self.h.sum(dim=0, dtype=torch.promote_types(self.h.dtype, torch.float32))
+
+    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._normalized(self.W_dec.index_select(0, latents))
+
+    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:  # noqa: ARG002
+        if among is None:
+            return MaskedColumns(keep_largest(self.h, k), self._normalized(self.W_dec))
+        latents = among.nonzero().squeeze(1)
+        return MaskedColumns(keep_largest(self.columns(latents), k), self.decoder_rows(latents))
+
+    def at_rows(self, rows: torch.Tensor) -> "DenseAccess":
+        return replace(self, h=self.h.index_select(0, rows))
+
+    def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows / rows.norm(dim=-1, keepdim=True) if self.rescaled else rows
+
+
+@dataclass(frozen=True)
+class MaskedColumns:
+    """A selection as (B, n) with zeros outside of it, and the n rows ``W`` that belong to it."""
+
+    h: torch.Tensor
+    W: torch.Tensor
+
+    def relu(self) -> "MaskedColumns":
+        return replace(self, h=self.h.relu())
+
+    def decode(self) -> torch.Tensor:
+        return self.h @ self.W
+
+    @torch.no_grad()
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.W.dtype) @ self.W.T
+
+
+@dataclass(frozen=True)
+class LevelAccess:
+    """The latents from ``start`` on that belong to one level of a Matryoshka SAE.
+
+    Attributes:
+        whole: the access to all latents.
+        start: the level's first latent.
+        end: the first one that is no longer of the level.
+        d_sae: how many there are in all.
+    """
+
+    whole: LatentAccess
+    start: int
+    end: int
+    d_sae: int
+
+    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
+        if latents is None:
+            return self.whole.columns()[:, self.start : self.end]
+        return self.whole.columns(latents + self.start)
+
+    def sums(self) -> torch.Tensor:
+        return self.whole.sums()[self.start : self.end]
+
+    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.whole.decoder_rows(latents + self.start)
+
+    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
+        assert among is not None
+        of_all = torch.zeros(self.d_sae, dtype=torch.bool, device=among.device)
+        of_all[self.start : self.end] = among
+        return self.whole.largest(k, of_all, at_most)
+
+    def at_rows(self, rows: torch.Tensor) -> "LevelAccess":
+        return replace(self, whole=self.whole.at_rows(rows))
+
+
+def keep_largest(h: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, n): ``h`` with all but the ``k`` largest entries of each row set to 0.
+
+    Where ``k >= n`` this is ``h`` itself.
+    """
+    if k >= h.shape[1]:
+        return h
+    with torch.no_grad():
+        _, indices = top_k(h, k)
+    return torch.zeros_like(h).scatter(-1, indices, h.gather(-1, indices))

@@ -1,0 +1,128 @@
+"""The decoder: weighted sums of rows of W_dec, differentiated into one buffer."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.selected import Selected
+
+
+class Decoder:
+    """W_dec in one training step; all that is made here adds to one gradient buffer.
+
+    Attributes:
+        W: (d_sae, d_in) W_dec, without a graph.
+        norm: (d_sae,) the norms of its rows, without a graph, where pre-activations are
+            multiplied by them, or None.
+        gradient: the buffer.
+        handle: what makes a use of W_dec part of the graph.
+    """
+
+    def __init__(self, W_dec: torch.Tensor, rescaled: bool, autocast: torch.dtype | None):
+        self.W = W_dec.detach()
+        self.norm = self.W.norm(dim=-1) if rescaled else None
+        self.gradient = LatentGradient(W_dec)
+        # Not an attribute of the gradient: the graph holds that, and would hold itself.
+        self.handle = handle(W_dec, self.gradient)
+        self._autocast = autocast
+
+    def weighted_sums(self, values: torch.Tensor, selected: Selected) -> torch.Tensor:
+        """(n_bags, d_in): the sums of ``values`` times rows of W_dec, with their graph."""
+        return _WeightedSums.apply(values, self.handle, self, selected)
+
+    def dots(self, x: torch.Tensor, selected: Selected) -> torch.Tensor:
+        """The products of ``x`` (n_bags, d_in) with the selected rows of W_dec; no graph."""
+        W = self._matrix(selected)
+        return selected.dots(x.to(W.dtype), W)
+
+    def rows(self, latents: torch.Tensor) -> torch.Tensor:
+        """(n, d_in): the rows of W_dec at ``latents`` (n,), with their graph."""
+        return _Rows.apply(self.handle, self, latents)
+
+    def times_norm(self, pre: torch.Tensor, selected: Selected) -> torch.Tensor:
+        """``pre`` of selected entries times the norms of their latents, with the graph of both."""
+        if self.norm is None:
+            return pre
+        return _TimesNorm.apply(pre, self.handle, self, selected)
+
+    def norm_at(self, selected: Selected, like: torch.Tensor) -> torch.Tensor | float:
+        """The norms of selected latents in a shape that broadcasts to ``like``; no graph."""
+        if self.norm is None:
+            return 1.0
+        return self.norm[selected.latents].view(-1, *like.shape[1:])
+
+    def add_norm_gradient(self, grad: torch.Tensor) -> None:
+        """Add what the gradient of the norms (d_sae,) does to W_dec."""
+        assert self.norm is not None
+        self.gradient.add_along(grad / self.norm)
+
+    def _matrix(self, selected: Selected) -> torch.Tensor:
+        return self._in_autocast if selected.in_autocast else self.W
+
+    @cached_property
+    def _in_autocast(self) -> torch.Tensor:
+        return self.W.to(self._autocast or self.W.dtype)
+
+
+class _WeightedSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        decoder: Decoder,
+        selected: Selected,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values)
+        ctx.decoder, ctx.selected = decoder, selected
+        return selected.weighted_sums(values, decoder._matrix(selected))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (values,) = ctx.saved_tensors
+        decoder, selected = ctx.decoder, ctx.selected
+        W = decoder._matrix(selected)
+        grad = grad_outputs[0].to(W.dtype).contiguous()
+        selected.add_to(decoder.gradient, values, grad, by_bag=True)
+        return selected.dots(grad, W).view_as(values).to(values.dtype), None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        handle: torch.Tensor,  # noqa: ARG004
+        decoder: Decoder,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.decoder, ctx.latents = decoder, latents
+        return decoder.W.index_select(0, latents)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        ctx.decoder.gradient.add_rows(grad_outputs[0], ctx.latents)
+        return None, None, None
+
+
+class _TimesNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        decoder: Decoder,
+        selected: Selected,
+    ) -> torch.Tensor:
+        norm = decoder.norm_at(selected, pre)
+        ctx.save_for_backward(pre, norm)
+        ctx.decoder, ctx.selected = decoder, selected
+        return pre * norm
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grad_outputs
+        pre, norm = ctx.saved_tensors
+        ctx.decoder.add_norm_gradient(ctx.selected.sum_by_latent(grad * pre))
+        return grad * norm, None, None, None

@@ -1,0 +1,124 @@
+"""One buffer for the gradient of a weight matrix.
+
+Autograd would make a full-size gradient for each use of a matrix, here one for the main loss
+and one or two for the auxiliary loss, and add them up: as many passes over (d_sae, d) in
+memory. :class:`LatentGradient` is what all uses add to instead, each only the rows that it
+touches. A use takes the :func:`handle` of the matrix as an input, which makes it part of the
+graph, and returns no gradient for it; when autograd has run all of them it comes to the handle,
+and the buffer becomes the parameter's gradient.
+"""
+
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.ops import use_triton
+
+
+class LatentGradient:
+    """The gradient of ``W`` in one buffer (d_sae, d).
+
+    ``W`` itself is (d_sae, d), or (d, d_sae) if ``transpose``.
+    """
+
+    def __init__(self, W: torch.Tensor, transpose: bool = False):
+        self.W = W.detach()
+        self.transpose = transpose
+        self.shape = W.shape[::-1] if transpose else W.shape
+        self._rows: torch.Tensor | None = None
+        self._along: torch.Tensor | None = None
+        self._pass = -1
+
+    def add_pairs(
+        self,
+        values: torch.Tensor,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        """Add ``values[i] * x[rows[i]]`` to the row of each latent's pairs ``i``.
+
+        Args:
+            values: (N,), in the order of the latents.
+            x: (B, d).
+            rows: (N,) int64, likewise.
+            starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
+        """
+        self._begin()
+        if use_triton(x) and self.W.dtype == torch.float32:
+            from sae_lens_auxk.ops import triton_kernels
+
+            self._rows = triton_kernels.outer_sums(values, rows, starts, x, self._rows)
+            return
+        dtype = self.W.dtype
+        sums = torch.nn.functional.embedding_bag(
+            rows, x.to(dtype), starts[:-1], per_sample_weights=values.to(dtype), mode="sum"
+        )
+        self._rows = sums if self._rows is None else self._rows.add_(sums)
+
+    def add_rows(self, rows: torch.Tensor, latents: torch.Tensor | None = None) -> None:
+        """Add ``rows`` (n, d) to those of ``latents`` (n,), which may repeat; None: to all."""
+        self._begin()
+        if latents is not None:
+            self._rows = self._buffer().index_add_(0, latents, rows)
+        else:
+            self._rows = rows if self._rows is None else self._rows.add_(rows)
+
+    def add_outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add the outer product of ``a`` (d_sae,) and ``b`` (d,)."""
+        self._begin()
+        self._rows = self._buffer().addr_(a, b)
+
+    def add_along(self, scale: torch.Tensor) -> None:
+        """Add ``scale`` (d_sae,) times ``W`` itself (not transposed), row by row."""
+        self._begin()
+        self._along = scale if self._along is None else self._along + scale
+
+    def _buffer(self) -> torch.Tensor:
+        return self.W.new_zeros(self.shape) if self._rows is None else self._rows
+
+    def _begin(self) -> None:
+        # A backward pass that does not lead to W leaves its sums behind; they are not the next's.
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._rows = self._along = None
+            self._pass = current
+
+    def take(self) -> torch.Tensor | None:
+        """What this backward pass has added, in the layout of ``W``; None for nothing."""
+        self._begin()
+        total, along = self._rows, self._along
+        # Let go: autograd keeps a gradient that nobody else holds instead of copying it.
+        self._rows = self._along = None
+        if along is not None:
+            scaled = along.unsqueeze(1).to(self.W.dtype)
+            total = self.W * scaled if total is None else total.addcmul_(self.W, scaled)
+        if total is not None and self.transpose:
+            total = transposed(total)
+        return total
+
+
+def handle(W: torch.Tensor, gradient: LatentGradient) -> torch.Tensor:
+    """An empty tensor that stands for ``W`` in the graph, with ``gradient`` as its gradient."""
+    return _Handle.apply(W, gradient)  # type: ignore[no-any-return]
+
+
+class _Handle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: torch.Tensor, gradient: LatentGradient) -> torch.Tensor:
+        ctx.gradient = gradient
+        ctx.set_materialize_grads(False)
+        return W.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:  # noqa: ARG004
+        return ctx.gradient.take(), None
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """``x.T``, contiguous."""
+    if use_triton(x):
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.transposed(x)
+    return x.T.contiguous()
