@@ -116,7 +116,6 @@ def run(device: str, sections: list[str]) -> None:
         **{name: version(name) for name in ("torch", "sae-lens", "eai-sparsify")},
         "python": platform.python_version(),
     }
-    steps, warm_up = (20, 5) if device == "cuda" else (7, 2)
     for section in sections:
         if section == "parts":
             with (path.parent / f"{device}-parts.txt").open("w") as file, redirect_stdout(file):
@@ -125,7 +124,7 @@ def run(device: str, sections: list[str]) -> None:
             continue
         results[section] = {}
         for name, case in CASES[section](device).items():
-            result = measure(case, device, steps, warm_up)
+            result = measure(case, device)
             if device == "cuda":
                 torch.cuda.empty_cache()
             results[section][name] = {"case": asdict(case), **result}

@@ -120,7 +120,9 @@ class SparseAccess:
                     h, positions = top_k(h, k)
                 selected = InColumns(latents, positions, d_sae)
                 if not dense:
-                    selected = Pairs.per_row(selected.latents, d_sae)
+                    by_row = Pairs.per_row(selected.latents, d_sae)
+                    faster = at_most <= COLUMNS_WORTH_A_DOT * k
+                    selected = replace(by_row, columns=selected) if faster else by_row
             else:
                 h, latents = top_k(hidden_pre, k, among)
                 selected = Pairs.per_row(latents, d_sae)
@@ -136,6 +138,8 @@ class SparseAccess:
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
 # measured on a CPU, and on an H100 (docs/performance.md).
 COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
+# The same for the dot products alone, on a CPU.
+COLUMNS_WORTH_A_DOT = 24
 
 
 def _aligned(n: int) -> int:

@@ -41,8 +41,11 @@ class Decoder:
         """(n, d_in): the rows of W_dec at ``latents`` (n,), with their graph."""
         return _Rows.apply(self.handle, self, latents)
 
-    def times_norm(self, pre: torch.Tensor, selected: Selected) -> torch.Tensor:
-        """``pre`` of selected entries times the norms of their latents, with the graph of both."""
+    def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
+        """``pre`` of selected entries times the norms of their latents, with the graph of both.
+
+        Without ``selected`` there is one entry a latent, (d_sae,).
+        """
         if self.norm is None:
             return pre
         return _TimesNorm.apply(pre, self.handle, self, selected)
@@ -113,9 +116,9 @@ class _TimesNorm(torch.autograd.Function):
         pre: torch.Tensor,
         handle: torch.Tensor,  # noqa: ARG004
         decoder: Decoder,
-        selected: Selected,
+        selected: Selected | None,
     ) -> torch.Tensor:
-        norm = decoder.norm_at(selected, pre)
+        norm = decoder.norm if selected is None else decoder.norm_at(selected, pre)
         ctx.save_for_backward(pre, norm)
         ctx.decoder, ctx.selected = decoder, selected
         return pre * norm
@@ -124,5 +127,8 @@ class _TimesNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         pre, norm = ctx.saved_tensors
-        ctx.decoder.add_norm_gradient(ctx.selected.sum_by_latent(grad * pre))
+        products = grad * pre
+        selected = ctx.selected
+        products = products if selected is None else selected.sum_by_latent(products)
+        ctx.decoder.add_norm_gradient(products)
         return grad * norm, None, None, None

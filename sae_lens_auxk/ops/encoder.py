@@ -87,10 +87,7 @@ class Encoder:
     def sums(self) -> torch.Tensor:
         """(d_sae,) the sums of ``h`` over the batch, with their graph."""
         x = self.x.sum(dim=0)
-        sums = _Sums.apply(self.handle, self._bias, x, self)
-        if self.decoder.norm is None:
-            return sums
-        return _ScaledByNorm.apply(sums, self.decoder.handle, self.decoder)
+        return self.decoder.times_norm(_Sums.apply(self.handle, self._bias, x, self))
 
 
 class _Bias(torch.autograd.Function):
@@ -192,7 +189,8 @@ class _Sums(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.encoder = encoder
-        return x @ encoder.W + len(encoder.x) * bias
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ encoder.W + len(encoder.x) * bias
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
@@ -200,26 +198,6 @@ class _Sums(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.encoder.gradient.add_outer(grad, x)
         return None, len(ctx.encoder.x) * grad, None, None
-
-
-class _ScaledByNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        sums: torch.Tensor,
-        handle: torch.Tensor,  # noqa: ARG004
-        decoder: Decoder,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(sums)
-        ctx.decoder = decoder
-        return sums * decoder.norm
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        (grad,) = grad_outputs
-        (sums,) = ctx.saved_tensors
-        ctx.decoder.add_norm_gradient(grad * sums)
-        return grad * ctx.decoder.norm, None, None
 
 
 def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

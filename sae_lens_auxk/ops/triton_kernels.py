@@ -16,14 +16,13 @@ def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> 
     ``size`` is a power of two that divides n; ``x`` is contiguous. ``among`` (n,) bool: the
     columns that count, None for all.
     """
-    B, n = x.shape
-    n_groups = n // size
-    out = torch.empty(B, n_groups, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], x.shape[1] // size, dtype=x.dtype, device=x.device)
     groups = max(1, 8192 // size)
+    n_rows, n_groups = out.shape
     if among is None:
         # Rows do not matter, so that one of a few groups does not leave a program half empty.
-        B, n_groups = 1, B * n_groups
-    _group_max[(triton.cdiv(n_groups, groups), B)](
+        n_rows, n_groups = 1, out.numel()
+    _group_max[(triton.cdiv(n_groups, groups), n_rows)](
         x,
         x if among is None else among,
         out,
@@ -141,7 +140,7 @@ def _largest(
         key = key.to(tl.int64) + 0x80000000
         threshold = tl.zeros([], dtype=tl.int64)
     key = tl.where(inside, key, -1)
-    for b in tl.static_range(BITS):
+    for b in tl.static_range(BITS):  # pyright: ignore[reportGeneralTypeIssues]
         higher = threshold + (1 << (BITS - 1 - b))
         enough = tl.sum((key >= higher).to(tl.int32), axis=0) >= k
         threshold = tl.where(enough, higher, threshold)
