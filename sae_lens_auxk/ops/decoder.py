@@ -50,10 +50,12 @@ class Decoder:
             return pre
         return _TimesNorm.apply(pre, self.handle, self, selected)
 
-    def norm_at(self, selected: Selected, like: torch.Tensor) -> torch.Tensor | float:
+    def norm_at(self, selected: Selected | None, like: torch.Tensor) -> torch.Tensor | float:
         """The norms of selected latents in a shape that broadcasts to ``like``; no graph."""
         if self.norm is None:
             return 1.0
+        if selected is None:
+            return self.norm
         return self.norm[selected.latents].view(-1, *like.shape[1:])
 
     def add_norm_gradient(self, grad: torch.Tensor) -> None:
@@ -118,7 +120,7 @@ class _TimesNorm(torch.autograd.Function):
         decoder: Decoder,
         selected: Selected | None,
     ) -> torch.Tensor:
-        norm = decoder.norm if selected is None else decoder.norm_at(selected, pre)
+        norm = decoder.norm_at(selected, pre)
         ctx.save_for_backward(pre, norm)
         ctx.decoder, ctx.selected = decoder, selected
         return pre * norm

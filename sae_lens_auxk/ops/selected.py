@@ -53,9 +53,9 @@ class Pairs:
     def per_row(latents: torch.Tensor, d_sae: int) -> "Pairs":
         """From (B, k) latents, the same number in each row."""
         B, k = latents.shape
-        rows = torch.arange(B, device=latents.device)
-        repeated = rows.unsqueeze(1).expand(B, k).reshape(-1)
-        return Pairs(repeated, latents.reshape(-1), repeated, rows * k, d_sae, k)
+        places = torch.arange(B * k, device=latents.device)
+        rows = places // k
+        return Pairs(rows, latents.reshape(-1), rows, places[::k].contiguous(), d_sae, k)
 
     @staticmethod
     def from_bags(
