@@ -78,10 +78,20 @@ def download_sae(
             SAE.load_from_disk(new)
         except Exception as error:  # a training format, an architecture of another plugin
             raise HubError(f"SAELens cannot open {sae_id} of {repo_id}: {error}") from error
-        if target.exists():
-            target.rename(Path(workspace) / "old")
-        new.rename(target)
+        _put_in_place(new, target, Path(workspace) / "old")
     return target
+
+
+def _put_in_place(new: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
 
 
 def _choose(repo_id: str, sae_id: str | None, ids: list[str]) -> str:

@@ -151,64 +151,56 @@ def _description(folder: Path, samples: int | None) -> str:
     metadata: dict[str, Any] = cfg.get("metadata", {})
     details: dict[str, Any] = dict(metadata.get("training_architecture_details") or {})
     trained_as = metadata.get("training_architecture")
-    rows = [
-        (
-            "architecture",
-            f"{_code(cfg['architecture'])}"
-            + (f", trained as {_code(trained_as)}" if trained_as else ""),
-        ),
-        ("model", _code(metadata.get("model_name"))),
-        ("hook point", _code(metadata.get("hook_name"))),
-        ("dataset", _code(metadata.get("dataset_path"))),
-        ("trained on", f"{samples:,} tokens or samples" if samples else ""),
-        ("d_in, d_sae", f"{cfg['d_in']}, {cfg['d_sae']}"),
-        ("k", _code(cfg.get("k", details.pop("k", None)))),
-        ("dtype", _code(cfg.get("dtype"))),
-        ("normalize_activations", _code(cfg.get("normalize_activations"))),
-        ("context size", _code(metadata.get("context_size"))),
-        ("SAELens", _code(metadata.get("sae_lens_training_version"))),
-        *_measured(folder, metadata),
-    ]
+    hook_name = metadata.get("hook_name")
+    facts = {
+        "inference architecture": cfg["architecture"],
+        "trained as": trained_as,
+        "model": metadata.get("model_name"),
+        "hook point": hook_name,
+        "dataset": metadata.get("dataset_path"),
+        "tokens" if hook_name else "samples": f"{samples:,}" if samples else None,
+        "context size": metadata.get("context_size"),
+        "d_in": cfg["d_in"],
+        "d_sae": cfg["d_sae"],
+        "k": cfg.get("k", details.pop("k", None)),
+        "dtype": cfg.get("dtype"),
+        "normalize_activations": cfg.get("normalize_activations"),
+        "trained with SAELens": metadata.get("sae_lens_training_version"),
+        **_measured(folder, metadata),
+    }
+    rows = [(name, _code(value)) for name, value in facts.items() if value is not None]
+    sections = [_table(("", ""), rows)]
     aux = {f.name: details.pop(f.name) for f in fields(AuxConfig) if f.name in details}
-    lines = [_table(("", ""), [row for row in rows if row[1]])]
     if aux:
-        lines += [
-            "The auxiliary loss against dead latents, as fields of "
-            f"{_code(trained_as)} in sae-lens-auxk:",
-            _table(
-                ("field", "value"), [(n, _code(v) + _resolved(n, v, aux)) for n, v in aux.items()]
-            ),
-        ]
+        rows = [(name, _code(value) + _resolved(name, aux)) for name, value in aux.items()]
+        sections += ["Its auxiliary loss against dead latents:", _table(("field", "value"), rows)]
     if details:
-        lines.append(
-            _folded(
-                "The other training fields of the architecture",
-                _table(("field", "value"), [(n, _code(v)) for n, v in details.items()]),
-            )
-        )
-    return "\n\n".join(lines)
+        rows = [(name, _code(value)) for name, value in details.items()]
+        sections.append(_folded("Other fields of its training", _table(("field", "value"), rows)))
+    return "\n\n".join(sections)
 
 
-def _measured(folder: Path, metadata: dict[str, Any]) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    if (l0 := metadata.get("l0")) is not None:
-        rows.append(("L0 at the end of training", f"{l0:.1f}"))
-    if (n_dead := metadata.get("num_dead_features")) is not None:
-        rows.append(("dead latents (`num_dead_features`)", str(n_dead)))
+def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    l0 = metadata.get("l0")
+    measured = {
+        "L0 at the end of training": None if l0 is None else f"{l0:.1f}",
+        "dead latents (SAELens's num_dead_features)": metadata.get("num_dead_features"),
+    }
     if (folder / SPARSITY_FILENAME).is_file():
         log_sparsity = load_file(folder / SPARSITY_FILENAME)["sparsity"]
         # SAELens adds 1e-10 to a firing rate before it takes the logarithm.
         n_silent = int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())
-        rows.append(("silent in the last sparsity window", f"{n_silent} of {len(log_sparsity)}"))
-    return rows
+        measured["latents silent in the last sparsity window"] = n_silent
+    return measured
 
 
-def _resolved(name: str, value: Any, aux: dict[str, Any]) -> str:
+def _resolved(name: str, aux: dict[str, Any]) -> str:
+    """What a None among the fields stands for."""
     loss = AUX_LOSSES.get(aux.get("aux_variant", ""))
-    if value is not None or loss is None:
+    if aux[name] is not None or loss is None:
         return ""
     if name == "aux_loss_coefficient":
-        return f", the variant's own: {loss.default_coefficient:g}"
+        return f", the variant's own: {_code(loss.default_coefficient)}"
     if name == "dead_criterion":
         return f", the variant's own: {_code(loss.default_dead_criterion)}"
     return ""
@@ -309,10 +301,8 @@ def _text(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    if value is None:
-        return ""
-    text = _text(value).replace("`", "'")
-    return f"`{text}`"
+    text = str(value).replace("`", "'")
+    return f"`{_text(text)}`"
 
 
 def _optional_json(path: Path) -> dict[str, Any] | None:

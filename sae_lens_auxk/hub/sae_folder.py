@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -142,7 +143,9 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
             f"plugin: it must be one of {', '.join(plain)}."
         )
     try:
-        SAE.load_from_disk(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are for whoever uses the SAE
+            SAE.load_from_disk(folder)
     except Exception as error:  # any of them means that nobody else can open it either
         raise HubError(f"SAELens cannot open the SAE in {folder}: {error}") from error
     for name in SAE_FILES:
@@ -174,11 +177,18 @@ def _convert(checkpoint: Path, target: Path) -> None:
 
 
 def samples_trained(folder: Path) -> int | None:
-    """How far a checkpoint's training was, in samples (tokens); None where it does not say."""
+    """How far a checkpoint's training was, in samples (tokens); None for a trained SAE.
+
+    Raises:
+        HubError: the checkpoint is damaged.
+    """
     path = folder / TRAINER_STATE_FILENAME
     if not path.is_file():
         return None
-    return torch.load(path, map_location="cpu", mmap=True)["n_training_samples"]
+    try:
+        return torch.load(path, map_location="cpu", mmap=True)["n_training_samples"]
+    except Exception as error:  # torch has many for a damaged file
+        raise HubError(f"{path} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def _require_no_token(path: Path) -> None:
     if (
         path.suffix == ".json"
         and path.is_file()
-        and (found := re.search(r"hf_\w{20,}", path.read_text(encoding="utf-8")))
+        and (found := re.search(r"\bhf_[A-Za-z0-9]{20,}", path.read_text(encoding="utf-8")))
     ):
         raise HubError(
             f"{path} holds what looks like a Hub token, {found.group()[:6]}...: take it out."

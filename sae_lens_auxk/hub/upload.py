@@ -75,7 +75,7 @@ def upload_sae(
         repo_id: ``user/repo``; it is created where there is none.
         sae_id: the SAE's name in the repository (default: the folder's name). For a
             comparison, the folder that it goes to (default: the top).
-        private: create the repository as a private one. An existing one stays as it is.
+        private: create the repository as a private one; an existing one must be private.
         overwrite: replace SAEs and reports of the same name that are different.
         dry_run: only look at the folder. Needs no token, and asks the Hub nothing.
 
@@ -89,7 +89,7 @@ def upload_sae(
     remote = _Remote(None, {}, None)
     if not dry_run:
         with explained(repo_id):
-            remote = _look_at(api, repo_id)
+            remote = _look_at(api, repo_id, private)
     with TemporaryDirectory() as workspace:
         saes = {
             name: inference_folder(path, Path(workspace) / name)
@@ -120,17 +120,20 @@ def upload_sae(
     return Upload(sizes, card, unchanged, None)
 
 
-def _look_at(api: HfApi, repo_id: str) -> _Remote:
-    token = api.whoami().get("auth", {}).get("accessToken", {})
+def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
+    token = (api.whoami().get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise HubError(
             f"the Hub token {token.get('displayName', '')!r} may only read: make one with the "
             "role `write`."
         )
     try:
-        commit = api.repo_info(repo_id).sha
+        info = api.repo_info(repo_id)
     except RepositoryNotFoundError:
         return _Remote(None, {}, None)
+    if private and not info.private:
+        raise HubError(f"{repo_id} is there already and is public: make it private first.")
+    commit = info.sha
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     card = None

@@ -1,5 +1,6 @@
 """Publishing over real HTTP: the real client against the server of this folder."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
 from sae_lens_auxk import cli
-from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload_sae
+from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
 from tests.helpers import build_sae
 from tests.hub.saes import comparison, train
 from tests.hub.server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub
@@ -245,10 +246,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(client: Hub, folder: Pa
 
 def test_an_interrupted_comparison_goes_on_where_it_was(client: Hub, tmp_path: Path) -> None:
     made = comparison(tmp_path / "three")
-    oid = "sha256 of nothing"
     weights = (made / "runs/seed-1/auxk-k3/sae_weights.safetensors").read_bytes()
-    import hashlib
-
     oid = hashlib.sha256(weights).hexdigest()
     client.faults = [Fault("PUT", oid, "in the middle", times=99)]
     with pytest.raises(HubError):
@@ -301,8 +299,6 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
     client: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload_sae(folder, REPO, "a")
-    from sae_lens_auxk.hub import upload
-
     send = upload._send
 
     def late(*args: object) -> str:
@@ -398,6 +394,13 @@ def test_bad_arguments(
     assert cli.main(["upload", *args]) == 2
     assert message in capsys.readouterr().err
     assert client.writes() == []
+
+
+def test_private_does_not_go_to_a_public_repository(client: Hub, folder: Path) -> None:
+    upload_sae(folder, REPO, "a")
+    with pytest.raises(HubError, match="there already and is public"):
+        upload_sae(folder, REPO, "b", private=True)
+    assert list_saes(REPO) == ["a"]
 
 
 # --- large files -----------------------------------------------------------------------------
