@@ -109,6 +109,6 @@ def _choose(repo_id: str, sae_id: str | None, ids: list[str]) -> str:
 
 def _require_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise HubError(f"{target} is there already: choose another output, or overwrite.")
+        raise HubError(f"{target} is there already: choose another --output, or --overwrite.")
     if target.exists() and not target.is_dir():
         raise HubError(f"{target} is a file, no folder.")

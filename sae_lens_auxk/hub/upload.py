@@ -193,7 +193,7 @@ def _refuse_to_overwrite(repo_id: str, taken: Iterable[str]) -> None:
     if names := ", ".join(taken):
         raise HubError(
             f"{repo_id} has this already, and it is another: {names}. Choose another sae_id, or "
-            "replace it with overwrite."
+            "replace it: --overwrite."
         )
 
 

@@ -60,6 +60,25 @@ def test_from_pretrained_opens_it_without_the_plugin(
 ) -> None:
     """The command and SAELens alone, each in a process of its own: nothing is patched."""
     env = environment(hub, tmp_path / "home")
+    # It imports SAELens while the command does, and waits for the card to tell it what to run.
+    program = """
+import sys
+import sae_lens
+from safetensors.torch import load_file, save_file
+exec(sys.stdin.read())
+assert not any("auxk" in name for name in sys.modules)
+_, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(sys.argv[1], sys.argv[2])
+x = load_file("x.safetensors")["x"]
+save_file({"out": sae(x), "acts": sae.encode(x), "sparsity": sparsity}, "got.safetensors")
+"""
+    reader = subprocess.Popen(
+        [sys.executable, "-c", program, REPO, "l1/a"],
+        env=env | {"PYTHONPATH": "", "HF_TOKEN": READ_TOKEN},
+        cwd=tmp_path,
+        text=True,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     command = [sys.executable, "-m", "sae_lens_auxk.cli", "upload", str(trained["output"]), REPO]
     done = subprocess.run([*command, "--sae_id", "l1/a"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -73,20 +92,8 @@ def test_from_pretrained_opens_it_without_the_plugin(
     (load,) = re.findall(r"```python\n(from sae_lens import SAE\n.*?)```", card(hub), re.DOTALL)
     x = torch.randn(256, 16)
     save_file({"x": x}, tmp_path / "x.safetensors")
-    program = f"""
-import sys
-from safetensors.torch import load_file, save_file
-{load}
-assert not any("auxk" in name for name in sys.modules)
-x = load_file("x.safetensors")["x"]
-_, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity("{REPO}", "l1/a")
-save_file({{"out": sae(x), "acts": sae.encode(x), "sparsity": sparsity}}, "got.safetensors")
-"""
-    reader = env | {"PYTHONPATH": "", "HF_TOKEN": READ_TOKEN}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=reader, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    _, errors = reader.communicate(load)
+    assert reader.returncode == 0, errors
     got = load_file(tmp_path / "got.safetensors")
     local = SAE.load_from_disk(trained["output"])
     assert torch.equal(got["out"], local(x))
@@ -285,14 +292,24 @@ def test_an_existing_sae_is_not_overwritten(client: Hub, folder: Path, tmp_path:
     assert card(client).count("## a\n") == 1
 
 
+def test_other_weights_of_the_same_size_are_another_sae(
+    client: Hub, folder: Path, tmp_path: Path
+) -> None:
+    upload_sae(folder, REPO, "a")
+    build_sae("auxk-topk").save_inference_model(tmp_path / "other")
+    assert (tmp_path / "other/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
+    with pytest.raises(HubError, match=r"another: a\."):
+        upload_sae(tmp_path / "other", REPO, "a")
+
+
 def test_reports_of_another_comparison_are_not_overwritten(client: Hub, tmp_path: Path) -> None:
     made = comparison(tmp_path / "three", n_seeds=1)
     upload_sae(made, REPO)
-    (made / "report.html").write_text("<html>another</html>")
+    (made / "report.html").write_text("<html/>of old")  # as long as the other
     with pytest.raises(HubError, match=r"another: report\.html\."):
         upload_sae(made, REPO)
     upload_sae(made, REPO, overwrite=True)
-    assert client.files(REPO)["report.html"] == b"<html>another</html>"
+    assert client.files(REPO)["report.html"] == b"<html/>of old"
 
 
 def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
