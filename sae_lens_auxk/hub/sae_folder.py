@@ -148,8 +148,6 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
             SAE.load_from_disk(folder)
     except Exception as error:  # any of them means that nobody else can open it either
         raise HubError(f"SAELens cannot open the SAE in {folder}: {error}") from error
-    for name in SAE_FILES:
-        _require_no_token(folder / name)
     return folder
 
 
@@ -206,13 +204,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_no_token(path: Path) -> None:
+def require_no_token(path: Path) -> None:
+    """Raise a HubError if a JSON file holds what looks like a token of the Hub."""
     # SAELens writes all of model_from_pretrained_kwargs into its configs.
-    if (
-        path.suffix == ".json"
-        and path.is_file()
-        and (found := re.search(r"\bhf_[A-Za-z0-9]{20,}", path.read_text(encoding="utf-8")))
+    if path.suffix == ".json" and (
+        found := re.search(r"\bhf_[A-Za-z0-9]{20,}", path.read_text(encoding="utf-8"))
     ):
-        raise HubError(
-            f"{path} holds what looks like a Hub token, {found.group()[:6]}...: take it out."
-        )
+        raise HubError(f"{path} holds what looks like a Hub token: take out {found[0][:6]}...")

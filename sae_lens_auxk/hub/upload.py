@@ -22,6 +22,7 @@ from sae_lens_auxk.hub.sae_folder import (
     Source,
     find_saes,
     inference_folder,
+    require_no_token,
     samples_trained,
 )
 
@@ -100,24 +101,24 @@ def upload_sae(
             name: {f"{name}/{file}": path / file for file in SAE_FILES if (path / file).is_file()}
             for name, path in saes.items()
         }
-        sizes = {
-            path: local.stat().st_size
-            for group in (*files.values(), source.reports)
-            for path, local in group.items()
-        }
+        sizes: dict[str, int] = {}
+        for group in (*files.values(), source.reports):
+            for path, local in group.items():
+                require_no_token(local)
+                sizes[path] = local.stat().st_size
         sizes[CARD] = len(card.encode())
-        changes = {name: _changes(name, files[name], remote.files) for name in files}
-        unchanged = [name for name, change in changes.items() if not change.additions]
+        if dry_run:
+            return Upload(sizes, card, [], None)
+        changes = [_change(name, files[name], remote.files) for name in files]
+        pending = [change for change in changes if change.additions or change.deletions]
+        unchanged = [change.sae_id for change in changes if change not in pending]
         reports = _missing(source.reports, remote.files)
-        if not dry_run:
-            if not overwrite:
-                taken = [name for name, change in changes.items() if change.replaces]
-                _refuse_to_overwrite(repo_id, [*taken, *(p for p in reports if p in remote.files)])
-            pending = [change for name, change in changes.items() if name not in unchanged]
-            with explained(repo_id):
-                url = _send(api, repo_id, remote, pending, reports, card, private)
-            return Upload(sizes, card, unchanged, url)
-    return Upload(sizes, card, unchanged, None)
+        if not overwrite:
+            taken = [change.sae_id for change in changes if change.replaces]
+            _refuse_to_overwrite(repo_id, [*taken, *(p for p in reports if p in remote.files)])
+        with explained(repo_id):
+            url = _send(api, repo_id, remote, pending, reports, card, private)
+    return Upload(sizes, card, unchanged, url)
 
 
 def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
@@ -162,7 +163,7 @@ class _Change:
     replaces: bool
 
 
-def _changes(sae_id: str, files: Mapping[str, Path], remote: Mapping[str, RepoFile]) -> _Change:
+def _change(sae_id: str, files: Mapping[str, Path], remote: Mapping[str, RepoFile]) -> _Change:
     additions = _missing(files, remote)
     # A file of the SAE that was there before does not belong to this one.
     names = (f"{sae_id}/{file}" for file in SAE_FILES)

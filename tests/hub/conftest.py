@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
 
@@ -34,5 +35,6 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     # The client waits up to 8 s between its tries, and needs nothing else of the module.
     patient = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.utils._http, "time", patient)
+    monkeypatch.setattr(huggingface_hub.file_download, "time", patient)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return hub

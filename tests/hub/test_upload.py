@@ -292,6 +292,16 @@ def test_an_existing_sae_is_not_overwritten(client: Hub, folder: Path, tmp_path:
     assert card(client).count("## a\n") == 1
 
 
+def test_what_is_left_of_another_sae_goes_away(client: Hub, folder: Path) -> None:
+    save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
+    upload_sae(folder, REPO, "a")
+    (folder / "sparsity.safetensors").unlink()
+    with pytest.raises(HubError, match=r"another: a\."):
+        upload_sae(folder, REPO, "a")
+    assert upload_sae(folder, REPO, "a", overwrite=True).unchanged == []
+    assert "a/sparsity.safetensors" not in client.files(REPO)
+
+
 def test_other_weights_of_the_same_size_are_another_sae(
     client: Hub, folder: Path, tmp_path: Path
 ) -> None:
