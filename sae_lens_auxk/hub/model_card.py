@@ -181,16 +181,16 @@ def _description(folder: Path, samples: int | None) -> str:
 
 
 def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    l0 = metadata.get("l0")
+    l0, n_dead = metadata.get("l0"), metadata.get("num_dead_features")
     measured = {
         "L0 at the end of training": None if l0 is None else f"{l0:.1f}",
-        "dead latents (SAELens's num_dead_features)": metadata.get("num_dead_features"),
+        "latents silent for more than `dead_feature_window` steps": n_dead,
     }
     if (folder / SPARSITY_FILENAME).is_file():
         log_sparsity = load_file(folder / SPARSITY_FILENAME)["sparsity"]
         # SAELens adds 1e-10 to a firing rate before it takes the logarithm.
         n_silent = int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())
-        measured["latents silent in the last sparsity window"] = n_silent
+        measured["latents silent since the last `feature_sampling_window` began"] = n_silent
     return measured
 
 
