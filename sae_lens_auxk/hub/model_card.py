@@ -48,6 +48,11 @@ _METRICS = {
     "ms_per_step": ("ms a step", ".1f"),
 }
 
+_MEANINGS = {
+    "dense_latents": "dense: alive latents that fire on more than 10% of the samples.",
+    "junk_share": "junk: alive latents whose best cosine with a true feature is below 0.5.",
+}
+
 
 def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
     """The card with ``part`` as its part of that name: replaced, or added at the end.
@@ -111,15 +116,20 @@ def comparison_part(
     """The part of a comparison: its groups and figures, and a section for each SAE."""
     runs = results["runs"]
     n_finished = sum(run["status"] == "finished" for run in runs)
-    data = results.get("data", {})
+    data, groups = results.get("data", {}), results.get("groups", [])
     first = next(iter(saes))
     sections = [
         f"## {results['name']}",
         f"{n_finished} of {len(runs)} runs, trained side by side on "
         f"{data.get('description') or data.get('kind', 'the same activations')}. "
         "Mean ± standard deviation over the seeds of each group.",
-        _groups_table(results.get("groups", [])),
-        *(f"![{Path(path).stem}]({path})" for path in reports if path.endswith(".png")),
+        _groups_table(groups),
+        *(text for metric, text in _MEANINGS.items() if metric in _present(groups)),
+        *(
+            f"![{Path(path).stem.replace('_', ' ')}]({path})"
+            for path in reports
+            if path.endswith(".png")
+        ),
         "More: "
         + ", ".join(f"[{path}]({path})" for path in reports if not path.endswith(".png"))
         + ".",
@@ -260,7 +270,7 @@ def _changed(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _groups_table(groups: list[dict[str, Any]]) -> str:
-    metrics = [m for m in _METRICS if any(g["mean"].get(m) is not None for g in groups)]
+    metrics = _present(groups)
     rows = [
         (
             *(_text(group.get(key)) for key in ("case", "architecture", "k", "n_seeds")),
@@ -269,6 +279,10 @@ def _groups_table(groups: list[dict[str, Any]]) -> str:
         for group in groups
     ]
     return _table(("case", "architecture", "k", "seeds", *(_METRICS[m][0] for m in metrics)), rows)
+
+
+def _present(groups: list[dict[str, Any]]) -> list[str]:
+    return [m for m in _METRICS if any(group["mean"].get(m) is not None for group in groups)]
 
 
 def _mean_std(metric: str, group: dict[str, Any]) -> str:
