@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from sae_lens import SAE
@@ -385,6 +387,16 @@ def test_a_token_that_will_not_do(
     assert "Traceback" not in error
     assert client.repos == {}
     assert client.objects == {}
+
+
+def test_no_hub_to_reach(client: Hub, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        upload_sae(folder, REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="connection to the Hub broke"):
+        upload_sae(folder, REPO)
 
 
 @pytest.mark.parametrize(
