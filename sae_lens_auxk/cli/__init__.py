@@ -8,6 +8,8 @@ from sae_lens_auxk.cli.refuse import refuse
 
 COMMANDS = {
     "train": "train one SAE: SAELens's own training command with this package's architectures",
+    "upload": "publish an SAE or a comparison on the Hugging Face Hub, for SAE.from_pretrained",
+    "download": "fetch an SAE from the Hugging Face Hub into a folder",
 }
 
 USAGE = """usage: sae-lens-auxk COMMAND [--FIELD VALUE ...]

@@ -1,0 +1,81 @@
+"""What the Hub or the network answers, in words that a person can act on."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+# The HTTP library under huggingface_hub is another one in each of its major versions; its
+# errors are what HfHubHTTPError is derived from.
+_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
+
+
+class HubError(Exception):
+    """Something cannot be published or fetched; the message says what to do about it."""
+
+
+def require_repo_id(repo_id: str) -> None:
+    """Raise a HubError unless ``repo_id`` is a possible ``user/repo`` on the Hub."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"repository {repo_id!r} is not allowed: {error}") from error
+    if repo_id.count("/") != 1:
+        raise HubError(f"repository {repo_id!r} is not allowed: it must be user/name.")
+
+
+@contextmanager
+def explained(repo_id: str) -> Generator[None]:
+    """Turn what huggingface_hub raises into a HubError.
+
+    Raises:
+        HubError: for every error of the network and of the Hub.
+    """
+    try:
+        yield
+    except _ERRORS as error:
+        raise HubError(_explain(error, repo_id)) from error
+
+
+def _explain(error: BaseException, repo_id: str) -> str:
+    # A failed transfer of one file comes wrapped.
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, LocalTokenNotFoundError):
+        return (
+            "there is no Hub token: run `hf auth login`, or set HF_TOKEN to one that may write "
+            f"to {repo_id}."
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the Hub must not be asked: unset it."
+    if isinstance(error, HfHubHTTPError):
+        said = error.server_message or str(error).splitlines()[0]
+        status = error.response.status_code
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"{repo_id} is not on the Hub, or it is private and the token may not read it "
+                f"({status})."
+            )
+        if status == 401:
+            return f"the Hub refused the token (401: {said}). Make a new one: `hf auth login`."
+        if status == 403:
+            return (
+                f"the token may not write to {repo_id} (403: {said}). It needs the role `write` "
+                "and the right to this user or organisation."
+            )
+        if status == 412:
+            return f"{repo_id} was changed by somebody else meanwhile. Run the same command again."
+        return f"the Hub answered {status}: {said}"
+    if isinstance(error, ValueError):
+        return str(error)
+    return (
+        f"the connection to the Hub broke ({type(error).__name__}: {error}). Run the same command "
+        "again: what is complete there is not sent twice."
+    )

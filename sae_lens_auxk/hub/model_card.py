@@ -1,0 +1,323 @@
+"""The model card: what was trained, how well, how to load it and how to train it again.
+
+A card belongs to whoever owns the repository. What stands here is one part of it between two
+marker comments, one part for each SAE or comparison; nothing else in a card is changed.
+"""
+
+import json
+import pprint
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from safetensors.torch import load_file
+
+from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.hub.errors import HubError
+from sae_lens_auxk.hub.sae_folder import read_json, sae_id_of
+
+TAGS = ("saelens", "sparse-autoencoder", "mechanistic-interpretability")
+
+# Where and how a run was watched is not part of what was trained.
+_NOT_REPRODUCED = {
+    *("sae", "logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
+    *("n_checkpoints", "checkpoint_path", "save_final_checkpoint", "resume_from_checkpoint"),
+    *("output_path", "llm_device", "act_store_device", "hook_eval", "metadata"),
+    *("sae_lens_version", "sae_lens_training_version"),
+}
+
+# Metrics of results.json in the order of the table, with the digits that they deserve.
+_METRICS = {
+    "explained_variance": ("explained variance", ".3f"),
+    "l0": ("L0", ".1f"),
+    "dead_fraction": ("dead", ".1%"),
+    "dense_latents": ("dense", ".1%"),
+    "ce_loss_recovered": ("CE loss recovered", ".3f"),
+    "f1": ("F1", ".3f"),
+    "mcc": ("MCC", ".3f"),
+    "uniqueness": ("uniqueness", ".3f"),
+    "features_covered": ("features covered", ".1%"),
+    "junk_share": ("junk", ".1%"),
+    "ms_per_step": ("ms a step", ".1f"),
+}
+
+_MEANINGS = {
+    "dense_latents": "dense: alive latents that fire on more than 10% of the samples.",
+    "junk_share": "junk: alive latents whose best cosine with a true feature is below 0.5.",
+}
+
+
+def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
+    """The card with ``part`` as its part of that name: replaced, or added at the end.
+
+    The front matter gets ``library_name`` and tags where it lacks them.
+
+    Raises:
+        HubError: the card's front matter or its markers cannot be read.
+    """
+    if card is None:
+        card = f"---\nlibrary_name: saelens\n---\n\n# {repo_id.split('/')[1]}\n"
+    newline = "\r\n" if "\r\n" in card else "\n"
+    start, end = (f"<!-- sae-lens-auxk {which}: {name} -->" for which in ("start", "end"))
+    part = f"{start}\n{part.strip()}\n{end}".replace("\n", newline)
+    try:
+        model_card = ModelCard(card)
+    except (ValueError, yaml.YAMLError) as error:
+        raise HubError(f"the front matter of {repo_id}'s README.md is broken: {error}") from error
+    text = model_card.text
+    if start in text and end in text and text.index(start) < text.index(end):
+        before, rest = text.split(start, 1)
+        text = before + part + rest.split(end, 1)[1]
+    elif start in text or end in text:
+        raise HubError(f"{repo_id}'s README.md has only one of the markers {start} and {end}.")
+    else:
+        text = text.rstrip("\r\n") + 2 * newline + part + newline
+
+    data = model_card.data
+    before_merge = data.to_dict()
+    data["library_name"] = data.get("library_name", "saelens")
+    tags: list[str] = data.get("tags", [])
+    data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    front_matter = card[: len(card) - len(model_card.text)]
+    model_card.text = text
+    # Dumped anew only where it changed: YAML comments do not survive that.
+    return front_matter + text if data.to_dict() == before_merge else str(model_card)
+
+
+def sae_part(repo_id: str, sae_id: str, folder: Path, samples: int | None) -> str:
+    """The part of one SAE: ``folder`` as it is published, ``samples`` of a checkpoint."""
+    runner_cfg = _optional_json(folder / RUNNER_CFG_FILENAME)
+    sections = [
+        f"## {sae_id}",
+        f"A checkpoint out of the training, after {samples:,} tokens." if samples else "",
+        _description(folder, samples or (runner_cfg or {}).get("training_tokens")),
+        "### How to load it",
+        _load(repo_id, sae_id, folder),
+        "### How to train it again",
+        _reproduce(runner_cfg),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def comparison_part(
+    repo_id: str,
+    saes: dict[str, Path],
+    results: dict[str, Any],
+    prefix: str,
+    reports: Sequence[str],
+) -> str:
+    """The part of a comparison: its groups and figures, and a section for each SAE."""
+    runs = results["runs"]
+    n_finished = sum(run["status"] == "finished" for run in runs)
+    data, groups = results.get("data", {}), results.get("groups", [])
+    first = next(iter(saes))
+    sections = [
+        f"## {results['name']}",
+        f"{n_finished} of {len(runs)} runs, trained side by side on "
+        f"{data.get('description') or data.get('kind', 'the same activations')}. "
+        "Mean ± standard deviation over the seeds of each group.",
+        _groups_table(groups),
+        *(text for metric, text in _MEANINGS.items() if metric in _present(groups)),
+        *(
+            f"![{Path(path).stem.replace('_', ' ')}]({path})"
+            for path in reports
+            if path.endswith(".png")
+        ),
+        "More: "
+        + ", ".join(f"[{path}]({path})" for path in reports if not path.endswith(".png"))
+        + ".",
+        "### How to load one",
+        _load(repo_id, first, saes[first]),
+        "### How to train them again",
+        f"```bash\n{results['command']}\n```" if results.get("command") else "",
+        _folded(
+            "The whole configuration",
+            f"```yaml\n{yaml.safe_dump(results.get('comparison'), sort_keys=False)}```",
+        ),
+        f"Trained on {results['machine']}." if results.get("machine") else "",
+        "### The SAEs",
+    ]
+    finished = {prefix + sae_id_of(run): run for run in runs if run["status"] == "finished"}
+    for sae_id, folder in saes.items():
+        run = finished[sae_id]
+        figures = _figures(run.get("metrics") or {})
+        sections += [
+            f"#### {sae_id}",
+            f"{run['name']}: " + ", ".join(f"{label} {value}" for label, value in figures),
+            _folded("What it is", _description(folder, run.get("training_samples"))),
+        ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _description(folder: Path, samples: int | None) -> str:
+    cfg = read_json(folder / SAE_CFG_FILENAME)
+    metadata: dict[str, Any] = cfg.get("metadata", {})
+    details: dict[str, Any] = dict(metadata.get("training_architecture_details") or {})
+    trained_as = metadata.get("training_architecture")
+    hook_name = metadata.get("hook_name")
+    facts = {
+        "inference architecture": cfg["architecture"],
+        "trained as": trained_as,
+        "model": metadata.get("model_name"),
+        "hook point": hook_name,
+        "dataset": metadata.get("dataset_path"),
+        "tokens" if hook_name else "samples": f"{samples:,}" if samples else None,
+        "context size": metadata.get("context_size"),
+        "d_in": cfg["d_in"],
+        "d_sae": cfg["d_sae"],
+        "k": cfg.get("k", details.pop("k", None)),
+        "dtype": cfg.get("dtype"),
+        "normalize_activations": cfg.get("normalize_activations"),
+        "trained with SAELens": metadata.get("sae_lens_training_version"),
+        **_measured(folder, metadata),
+    }
+    rows = [(name, _code(value)) for name, value in facts.items() if value is not None]
+    sections = [_table(("", ""), rows)]
+    aux = {f.name: details.pop(f.name) for f in fields(AuxConfig) if f.name in details}
+    if aux:
+        rows = [(name, _code(value) + _resolved(name, aux)) for name, value in aux.items()]
+        sections += ["Its auxiliary loss against dead latents:", _table(("field", "value"), rows)]
+    if details:
+        rows = [(name, _code(value)) for name, value in details.items()]
+        sections.append(_folded("Other fields of its training", _table(("field", "value"), rows)))
+    return "\n\n".join(sections)
+
+
+def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    l0, n_dead = metadata.get("l0"), metadata.get("num_dead_features")
+    measured = {
+        "L0 at the end of training": None if l0 is None else f"{l0:.1f}",
+        "latents silent for more than `dead_feature_window` steps": n_dead,
+    }
+    if (folder / SPARSITY_FILENAME).is_file():
+        log_sparsity = load_file(folder / SPARSITY_FILENAME)["sparsity"]
+        # SAELens adds 1e-10 to a firing rate before it takes the logarithm.
+        n_silent = int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())
+        measured["latents silent since the last `feature_sampling_window` began"] = n_silent
+    return measured
+
+
+def _resolved(name: str, aux: dict[str, Any]) -> str:
+    """What a None among the fields stands for."""
+    loss = AUX_LOSSES.get(aux.get("aux_variant", ""))
+    if aux[name] is not None or loss is None:
+        return ""
+    if name == "aux_loss_coefficient":
+        return f", the variant's own: {_code(loss.default_coefficient)}"
+    if name == "dead_criterion":
+        return f", the variant's own: {_code(loss.default_dead_criterion)}"
+    return ""
+
+
+def _load(repo_id: str, sae_id: str, folder: Path) -> str:
+    dtype = read_json(folder / SAE_CFG_FILENAME).get("dtype", "float32")
+    arguments = f'"{repo_id}", "{sae_id}"'
+    # from_pretrained converts to float32 unless it is told another.
+    if dtype.removeprefix("torch.") != "float32":
+        arguments += f', dtype="{dtype.removeprefix("torch.")}"'
+    return (
+        "With [SAELens](https://github.com/decoderesearch/SAELens) (`pip install sae-lens`), no "
+        "plugin needed:\n\n"
+        f"```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained({arguments})\n```"
+    )
+
+
+def _reproduce(runner_cfg: dict[str, Any] | None) -> str:
+    if runner_cfg is None:
+        return f"The configuration of the run was not kept ({RUNNER_CFG_FILENAME})."
+    sae = runner_cfg.get("sae")
+    if not isinstance(sae, dict) or sae.get("architecture") not in SAE_TRAINING_CLASS_REGISTRY:
+        return f"The configuration of the run is in {RUNNER_CFG_FILENAME} beside the weights."
+    sae_class = SAE_TRAINING_CLASS_REGISTRY[sae["architecture"]][1]
+    keywords = {
+        "architecture": sae["architecture"],
+        **_changed(LanguageModelSAERunnerConfig, runner_cfg),
+        **_changed(sae_class, sae),
+    }
+    arguments = "".join(
+        f"    {name}={pprint.pformat(value, width=90, compact=True)},\n"
+        for name, value in keywords.items()
+    )
+    return (
+        "With sae-lens-auxk. Everything that differs from the defaults is here; all of it is in "
+        f"{RUNNER_CFG_FILENAME} beside the weights.\n\n"
+        "```python\n"
+        "import torch\n"
+        "from sae_lens import LanguageModelSAETrainingRunner\n"
+        "from sae_lens_auxk import runner_config\n\n"
+        f"cfg = runner_config(\n{arguments}    log_to_wandb=False,\n)\n"
+        "torch.manual_seed(cfg.seed)  # as `sae-lens-auxk train` does\n"
+        "sae = LanguageModelSAETrainingRunner(cfg).run()\n"
+        "```"
+    )
+
+
+def _changed(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for f in fields(config_class):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        as_json = json.loads(json.dumps(default, default=str))
+        if f.init and f.name not in _NOT_REPRODUCED and values.get(f.name, as_json) != as_json:
+            changed[f.name] = values[f.name]
+    return changed
+
+
+def _groups_table(groups: list[dict[str, Any]]) -> str:
+    metrics = _present(groups)
+    rows = [
+        (
+            *(_text(group.get(key)) for key in ("case", "architecture", "k", "n_seeds")),
+            *(_mean_std(metric, group) for metric in metrics),
+        )
+        for group in groups
+    ]
+    return _table(("case", "architecture", "k", "seeds", *(_METRICS[m][0] for m in metrics)), rows)
+
+
+def _present(groups: list[dict[str, Any]]) -> list[str]:
+    return [m for m in _METRICS if any(group["mean"].get(m) is not None for group in groups)]
+
+
+def _mean_std(metric: str, group: dict[str, Any]) -> str:
+    mean, std = group["mean"].get(metric), (group.get("std") or {}).get(metric)
+    if mean is None:
+        return "–"
+    spec = _METRICS[metric][1]
+    return f"{mean:{spec}}" if std is None else f"{mean:{spec}} ± {std:{spec}}"
+
+
+def _figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (label, f"{metrics[name]:{spec}}")
+        for name, (label, spec) in _METRICS.items()
+        if metrics.get(name) is not None
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _code(value: Any) -> str:
+    text = str(value).replace("`", "'")
+    return f"`{_text(text)}`"
+
+
+def _optional_json(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None

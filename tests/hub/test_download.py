@@ -1,0 +1,108 @@
+"""Fetching over real HTTP."""
+
+from pathlib import Path
+
+import pytest
+from sae_lens import SAE
+
+from sae_lens_auxk import cli
+from sae_lens_auxk.hub import HubError, download_sae, upload_sae
+from tests.helpers import build_sae
+from tests.hub.server import Fault, Hub
+
+REPO = "me/saes"
+
+
+@pytest.fixture
+def published(client: Hub, tmp_path: Path) -> Hub:
+    for name in ("a", "b"):
+        build_sae("auxk-topk").save_inference_model(tmp_path / name)
+        upload_sae(tmp_path / name, REPO, f"layer-1/{name}")
+    return client
+
+
+def test_the_command(
+    published: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("HF_TOKEN")
+    capsys.readouterr()
+    assert cli.main(["download", REPO]) == 2
+    assert "holds 2 SAEs, name one of them:\n  layer-1/a\n  layer-1/b" in capsys.readouterr().err
+    assert cli.main(["download", REPO, "layer-1/b"]) == 0
+    assert [path.name for path in Path().iterdir()] == ["b"]
+    weights = Path("b/sae_weights.safetensors").read_bytes()
+    assert weights == (tmp_path / "b" / "sae_weights.safetensors").read_bytes()
+    assert eval(capsys.readouterr().out, {"SAE": SAE}).cfg.d_sae == 24
+
+
+def test_an_existing_folder_is_kept(published: Hub, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    published.log = []
+    with pytest.raises(HubError, match="is there already"):
+        download_sae(REPO, "layer-1/a", target)
+    assert published.log == []
+    assert (target / "mine.txt").read_text() == "mine"
+    download_sae(REPO, "layer-1/a", target, overwrite=True)
+    assert sorted(path.name for path in target.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+def test_an_interrupted_download_leaves_nothing_and_is_completed(
+    published: Hub, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    published.faults = [Fault("GET", "/storage/", "before", times=99)]
+    with pytest.raises(HubError, match="connection to the Hub broke"):
+        download_sae(REPO, "layer-1/a", tmp_path / "new")
+    assert sorted(tmp_path.iterdir()) == before
+    published.faults = []
+    target = download_sae(REPO, "layer-1/a", tmp_path / "new")
+    assert SAE.load_from_disk(target).cfg.d_sae == 24
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["me/nothing"], "me/nothing is not on the Hub, or it is private"),
+        ([REPO, "layer-1"], "holds no SAE 'layer-1', only:\n  layer-1/a"),
+        (["me"], "'me' is not allowed: it must be user/name"),
+    ],
+)
+def test_bad_arguments(
+    args: list[str],
+    message: str,
+    published: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["download", *args, "--output", str(tmp_path / "x")]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_private_repository_is_only_for_its_owner(
+    client: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_sae("auxk-topk").save_inference_model(tmp_path / "sae")
+    upload_sae(tmp_path / "sae", REPO, private=True)
+    assert client.repos[REPO].private
+    download_sae(REPO, output=tmp_path / "mine")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="private"):
+        download_sae(REPO, output=tmp_path / "theirs")
+
+
+def test_what_saelens_cannot_open_is_not_kept(client: Hub, published: Hub, tmp_path: Path) -> None:
+    files = dict(client.repos[REPO].commits[-1][1])
+    files["layer-1/a/cfg.json"] = ("regular", b'{"architecture": "somebody\'s"}')
+    client.repos[REPO].commit(files, "broken")
+    with pytest.raises(HubError, match="SAELens cannot open layer-1/a"):
+        download_sae(REPO, "layer-1/a", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

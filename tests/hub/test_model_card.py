@@ -1,0 +1,136 @@
+"""The model card: what it says is true, and what people wrote stays."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from sae_lens import LanguageModelSAERunnerConfig
+
+from sae_lens_auxk import runner_config
+from sae_lens_auxk.hub import HubError
+from sae_lens_auxk.hub.model_card import TAGS, sae_part, with_part
+from tests import tiny_model
+from tests.helpers import ARCHITECTURES, build_sae
+
+REPO = "me/saes"
+
+
+def save(folder: Path, architecture: str = "auxk-topk", **fields: Any) -> Path:
+    build_sae(architecture, **fields).save_inference_model(folder)
+    return folder
+
+
+def row(part: str, name: str) -> str:
+    (value,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", part, re.MULTILINE)
+    return value
+
+
+def test_what_it_says_about_an_sae(tmp_path: Path) -> None:
+    fields = {"aux_variant": "reanimation", "k_aux": None, "aux_warm_up_steps": 7}
+    part = sae_part(REPO, "l6/a", save(tmp_path / "a", "auxk-batchtopk", **fields), None)
+    assert row(part, "inference architecture") == "`jumprelu`"
+    assert row(part, "trained as") == "`auxk-batchtopk`"
+    assert (row(part, "d_in"), row(part, "d_sae"), row(part, "k")) == ("`8`", "`24`", "`3`")
+    assert row(part, "aux_variant") == "`reanimation`"
+    assert row(part, "aux_loss_coefficient") == "`None`, the variant's own: `0.001`"
+    assert row(part, "dead_criterion") == "`None`, the variant's own: `batch`"
+    assert row(part, "k_aux") == "`None`"
+    assert row(part, "aux_warm_up_steps") == "`7`"
+    assert 'SAE.from_pretrained("me/saes", "l6/a")' in part
+
+
+def test_another_dtype_is_part_of_how_to_load_it(tmp_path: Path) -> None:
+    part = sae_part(REPO, "a", save(tmp_path / "a", dtype="bfloat16"), None)
+    assert 'SAE.from_pretrained("me/saes", "a", dtype="bfloat16")' in part
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "topk", "gated"])
+def test_its_code_gives_the_configuration_again(architecture: str, tmp_path: Path) -> None:
+    sae_fields: dict[str, Any] = {} if architecture[:4] != "auxk" else {"aux_bias": "none"}
+    if "topk" in architecture:
+        sae_fields["k"] = 5
+    if "matryoshka" in architecture:
+        sae_fields["matryoshka_widths"] = [12, 48]
+    cfg = runner_config(
+        architecture,
+        **tiny_model.run_fields(
+            **sae_fields, exclude_special_tokens=[0, 3], seqpos_slice=(1, None), seed=7, lr_end=1e-5
+        ),
+    )
+    folder = save(tmp_path / "a")
+    (folder / "runner_cfg.json").write_text(json.dumps(cfg.to_dict()))
+    part = sae_part(REPO, "a", folder, None)
+    (code,) = re.findall(r"```python\nimport torch\n(.*?)torch.manual_seed", part, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    again = names["cfg"]
+    assert isinstance(again, LanguageModelSAERunnerConfig)
+    # Where it writes to and how it is watched is up to who runs it.
+    for name in ("checkpoint_path", "output_path", "verbose", "n_eval_batches", "logger"):
+        setattr(again, name, getattr(cfg, name))
+    assert json.loads(json.dumps(again.to_dict())) == json.loads(json.dumps(cfg.to_dict()))
+    assert code.count("\n") < 40
+
+
+def test_values_do_not_break_the_table(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"]["dataset_path"] = "a|b`c\nd"
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert row(sae_part(REPO, "a", folder, None), "dataset") == "`a\\|b'c d`"
+
+
+def test_a_new_card_and_a_second_part() -> None:
+    first = with_part(None, "SAE a", "## a\n\nfirst", REPO)
+    assert first.startswith("---\nlibrary_name: saelens\ntags:\n- saelens\n")
+    assert "# saes\n\n<!-- sae-lens-auxk start: SAE a -->\n## a\n" in first
+    second = with_part(first, "SAE b", "## b", REPO)
+    assert second.startswith(first)
+    assert with_part(second, "SAE b", "## b", REPO) == second
+    changed = with_part(second, "SAE a", r"## a \1 changed", REPO)
+    assert changed == second.replace("## a\n\nfirst", r"## a \1 changed")
+
+
+def test_what_people_wrote_stays() -> None:
+    people = (
+        "---\n# a comment\nlicense: mit\nlibrary_name: other\ntags: [mine]\n---\n"
+        "Their *intro*.  \n\n{before}\n\n\nTheir end, without a newline"
+    )
+    added = with_part(people, "SAE a", "ours", REPO)
+    data = ModelCard(added).data
+    assert data.license == "mit"
+    assert data.library_name == "other"
+    assert data.tags == ["mine", *TAGS]
+    assert people.split("---\n", 2)[2] in added
+
+    # With nothing to add to the front matter, it stays as it is written, comments too.
+    with_tags = people.replace("[mine]", f"[mine, {', '.join(TAGS)}]")
+    part = "<!-- sae-lens-auxk start: SAE a -->\n{}\n<!-- sae-lens-auxk end: SAE a -->"
+    ours = with_tags.replace("{before}", part.format("old"))
+    assert with_part(ours, "SAE a", "new", REPO) == with_tags.replace(
+        "{before}", part.format("new")
+    )
+
+
+def test_line_ends_stay_as_they_are() -> None:
+    card = f"---\r\nlibrary_name: saelens\r\ntags: [{', '.join(TAGS)}]\r\n---\r\n\r\nTheirs.\r\n"
+    added = with_part(card, "SAE a", "one\ntwo", REPO)
+    assert added.startswith(card)
+    assert "\n" not in added.replace("\r\n", "")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("---\na: [\n---\nText", "front matter of me/saes's README.md is broken"),
+        ("---\n- a\n---\nText", "front matter of me/saes's README.md is broken"),
+        ("<!-- sae-lens-auxk start: SAE a -->", "only one of the markers"),
+        ("<!-- sae-lens-auxk end: SAE a -->", "only one of the markers"),
+    ],
+)
+def test_a_card_that_cannot_be_extended_is_refused(card: str, message: str) -> None:
+    with pytest.raises(HubError, match=message):
+        with_part(card, "SAE a", "ours", REPO)

@@ -1,0 +1,471 @@
+"""Publishing over real HTTP: the real client against the server of this folder."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE
+from safetensors.torch import load_file, save_file
+
+from sae_lens_auxk import cli
+from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
+from tests.helpers import build_sae
+from tests.hub.saes import comparison, train
+from tests.hub.server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub
+
+REPO = "me/saes"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small SAE as ``save_inference_model`` writes it."""
+    build_sae("auxk-topk").save_inference_model(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def same(first: SAE, second: SAE) -> bool:
+    x = torch.randn(64, first.cfg.d_in)
+    return torch.equal(first(x), second(x)) and torch.equal(first.encode(x), second.encode(x))
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    repository = str(Path(__file__).parents[2])
+    kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    return kept | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": WRITE_TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": repository,
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def test_from_pretrained_opens_it_without_the_plugin(
+    hub: Hub, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    """The command and SAELens alone, each in a process of its own: nothing is patched."""
+    env = environment(hub, tmp_path / "home")
+    # It imports SAELens while the command does, and waits for the card to tell it what to run.
+    program = """
+import sys
+import sae_lens
+from safetensors.torch import load_file, save_file
+exec(sys.stdin.read())
+assert not any("auxk" in name for name in sys.modules)
+_, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(sys.argv[1], sys.argv[2])
+x = load_file("x.safetensors")["x"]
+save_file({"out": sae(x), "acts": sae.encode(x), "sparsity": sparsity}, "got.safetensors")
+"""
+    reader = subprocess.Popen(
+        [sys.executable, "-c", program, REPO, "l1/a"],
+        env=env | {"PYTHONPATH": "", "HF_TOKEN": READ_TOKEN},
+        cwd=tmp_path,
+        text=True,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    command = [sys.executable, "-m", "sae_lens_auxk.cli", "upload", str(trained["output"]), REPO]
+    done = subprocess.run([*command, "--sae_id", "l1/a"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"published at {hub.url}/{REPO}" in done.stdout
+    assert set(hub.files(REPO)) == {
+        ".gitattributes",
+        "README.md",
+        *(f"l1/a/{path.name}" for path in trained["output"].iterdir()),
+    }
+    # What the card tells people to do, word by word.
+    (load,) = re.findall(r"```python\n(from sae_lens import SAE\n.*?)```", card(hub), re.DOTALL)
+    x = torch.randn(256, 16)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    _, errors = reader.communicate(load)
+    assert reader.returncode == 0, errors
+    got = load_file(tmp_path / "got.safetensors")
+    local = SAE.load_from_disk(trained["output"])
+    assert torch.equal(got["out"], local(x))
+    assert torch.equal(got["acts"], local.encode(x))
+    assert got["acts"].count_nonzero() > 0
+    sparsity = load_file(trained["output"] / "sparsity.safetensors")["sparsity"]
+    assert torch.equal(got["sparsity"], sparsity)
+
+
+def card(hub: Hub, repo_id: str = REPO) -> str:
+    return hub.files(repo_id)["README.md"].decode()
+
+
+def test_there_and_back(client: Hub, trained: dict[str, Path], tmp_path: Path) -> None:
+    upload_sae(trained["output"], REPO, "a")
+    target = download_sae(REPO, output=tmp_path / "back")
+    for file in trained["output"].iterdir():
+        assert (target / file.name).read_bytes() == file.read_bytes()
+    assert same(SAE.load_from_disk(target), SAE.load_from_disk(trained["output"]))
+
+
+def test_a_checkpoint_goes_up_as_its_inference_model(
+    client: Hub, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    upload_sae(trained["checkpoint"], REPO, "half")
+    files = client.files(REPO)
+    cfg = json.loads(files["half/cfg.json"])
+    assert cfg["architecture"] == "jumprelu"
+    assert "decoder_init_norm" not in cfg
+    assert {path for path in files if path.startswith("half/")} == {
+        *("half/cfg.json", "half/sae_weights.safetensors"),
+        *("half/sparsity.safetensors", "half/runner_cfg.json"),
+    }
+    n_samples = int(trained["checkpoint"].name)
+    assert 0 < n_samples < 20 * 64
+    assert f"checkpoint out of the training, after {n_samples:,} tokens" in card(client)
+    TrainingSAE.load_from_disk(trained["checkpoint"]).save_inference_model(tmp_path / "own")
+    back = SAE.load_from_disk(download_sae(REPO, output=tmp_path / "back"))
+    assert same(back, SAE.load_from_disk(tmp_path / "own"))
+
+
+@pytest.mark.parametrize("normalization", ["expected_average_only_in", "covariance_whitening"])
+def test_a_checkpoint_at_the_end_is_what_the_run_saved(
+    normalization: str, client: Hub, tmp_path: Path
+) -> None:
+    """The scaling that a checkpoint keeps beside its weights is folded in, as at a run's end."""
+    fields = {"training_tokens": 4 * 64, "n_batches_for_norm_estimate": 8}
+    made = train(tmp_path, normalize_activations=normalization, lr=1e-20, lr_end=1e-20, **fields)
+    upload_sae(made["checkpoint"], REPO, "half")
+    back = SAE.load_from_disk(download_sae(REPO, output=tmp_path / "back"))
+    whole = SAE.load_from_disk(made["output"])
+    assert back.cfg.normalize_activations == whole.cfg.normalize_activations == "none"
+    # With a learning rate of nothing, the weights at half of the run are those at its end.
+    torch.testing.assert_close(back.W_enc, whole.W_enc)
+    torch.testing.assert_close(back.W_dec, whole.W_dec)
+    unscaled = TrainingSAE.load_from_disk(made["checkpoint"])
+    assert (back.W_enc - unscaled.W_enc).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "gated"])
+def test_a_training_format_of_saelens_itself_is_converted(
+    architecture: str, client: Hub, tmp_path: Path
+) -> None:
+    sae = build_sae(architecture)
+    sae.save_model(tmp_path / "training")
+    sae.save_inference_model(tmp_path / "own")
+    upload_sae(tmp_path / "training", REPO)
+    for file in (tmp_path / "own").iterdir():
+        assert client.files(REPO)[f"training/{file.name}"] == file.read_bytes()
+
+
+def test_what_cannot_be_opened_or_converted_is_refused(
+    client: Hub, folder: Path, tmp_path: Path
+) -> None:
+    build_sae("auxk-topk").save_model(tmp_path / "training")
+    path = tmp_path / "training" / "cfg.json"
+    cfg = json.loads(path.read_text())
+    path.write_text(json.dumps(cfg | {"d_sae": 25}))
+    with pytest.raises(HubError, match="cannot be converted"):
+        upload_sae(tmp_path / "training", REPO)
+    path.write_text(json.dumps(cfg | {"architecture": "somebody's"}))
+    with pytest.raises(HubError, match=r"cannot be converted.*somebody's"):
+        upload_sae(tmp_path / "training", REPO)
+    # An inference config under a name that only the plugin knows.
+    plain = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(plain | {"architecture": "auxk-topk"}))
+    with pytest.raises(HubError, match=r"'auxk-topk', which SAELens cannot open.*topk"):
+        upload_sae(folder, REPO)
+    (folder / "cfg.json").write_text(json.dumps(plain | {"d_in": 9}))
+    with pytest.raises(HubError, match="SAELens cannot open the SAE"):
+        upload_sae(folder, REPO)
+    assert client.writes() == []
+
+
+def test_a_comparison(client: Hub, tmp_path: Path) -> None:
+    made = comparison(tmp_path / "three")
+    done = upload_sae(made, REPO, "cmp")
+    ids = [f"cmp/seed-{seed}/auxk-k3" for seed in range(3)]
+    assert list_saes(REPO) == ids
+    assert done.unchanged == []
+    for name in ("results.json", "report.html", "figures/pareto.png"):
+        assert client.files(REPO)[f"cmp/{name}"] == (made / name).read_bytes()
+    messages = [message for _, _, message in client.repos[REPO].commits]
+    assert messages == ["initial commit", *(f"Upload {name}" for name in ids)]
+    text = card(client)
+    assert "3 of 4 runs" in text
+    assert "| auxk | auxk-topk | 3 | 3 | 0.910 ± 0.010 | 3.0 ± 0.0 |" in text
+    assert "![pareto](cmp/figures/pareto.png)" in text
+    assert "sae-lens-auxk compare --output three" in text
+    for seed, name in enumerate(ids):
+        assert f"#### {name}\n\nauxk, seed {seed}: explained variance 0.9{seed}0, L0 3.0" in text
+        back = SAE.load_from_disk(download_sae(REPO, name, tmp_path / f"back{seed}"))
+        assert same(back, SAE.load_from_disk(made / f"runs/seed-{seed}/auxk-k3"))
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT", "/lfs/", "in the middle", times=99),
+        Fault("PUT", "/lfs/", 403, times=99),
+        Fault("POST", "/commit/", "before"),
+        Fault("POST", "/commit/", 500),
+        Fault("POST", "/preupload/", "before", times=99),
+    ],
+    ids=str,
+)
+def test_an_interrupted_upload_leaves_no_half_and_is_completed(
+    fault: Fault, client: Hub, folder: Path
+) -> None:
+    client.faults = [fault]
+    with pytest.raises(HubError) as error:
+        upload_sae(folder, REPO)
+    assert "connection to the Hub broke" in str(error.value) or str(fault.when) in str(error.value)
+    assert set(client.files(REPO)) == {".gitattributes"}
+    client.faults = []
+    upload_sae(folder, REPO)
+    assert list_saes(REPO) == ["small"]
+    files = client.files(REPO)
+    assert (
+        files["small/sae_weights.safetensors"] == (folder / "sae_weights.safetensors").read_bytes()
+    )
+    assert "## small" in card(client)
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(client: Hub, folder: Path) -> None:
+    client.faults = [Fault("POST", "/commit/", "after")]
+    with pytest.raises(HubError, match="connection to the Hub broke"):
+        upload_sae(folder, REPO)
+    assert list_saes(REPO) == ["small"]
+    assert upload_sae(folder, REPO).unchanged == ["small"]
+    assert len(client.repos[REPO].commits) == 2
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(client: Hub, tmp_path: Path) -> None:
+    made = comparison(tmp_path / "three")
+    weights = (made / "runs/seed-1/auxk-k3/sae_weights.safetensors").read_bytes()
+    oid = hashlib.sha256(weights).hexdigest()
+    client.faults = [Fault("PUT", oid, "in the middle", times=99)]
+    with pytest.raises(HubError):
+        upload_sae(made, REPO)
+    assert list_saes(REPO) == ["seed-0/auxk-k3"]
+    client.faults, client.log = [], []
+    assert upload_sae(made, REPO).unchanged == ["seed-0/auxk-k3"]
+    assert len(list_saes(REPO)) == 3
+    first = hashlib.sha256((made / "runs/seed-0/auxk-k3/sae_weights.safetensors").read_bytes())
+    assert not any(first.hexdigest() in path for _, path, _ in client.log)
+
+
+# --- what must not happen --------------------------------------------------------------------
+
+
+def test_an_existing_sae_is_not_overwritten(client: Hub, folder: Path, tmp_path: Path) -> None:
+    upload_sae(folder, REPO, "a")
+    before = client.files(REPO)
+    other = tmp_path / "other"
+    build_sae("auxk-jumprelu").save_inference_model(other)
+    save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
+    client.log = []
+    with pytest.raises(HubError, match=r"has this already, and it is another: a\."):
+        upload_sae(other, REPO, "a")
+    assert client.writes() == []
+    assert client.files(REPO) == before
+
+    # More of the same SAE is no conflict; what is left over of another one would be one.
+    upload_sae(folder, REPO, "a")
+    assert "a/sparsity.safetensors" in client.files(REPO)
+    upload_sae(other, REPO, "a", overwrite=True)
+    assert {path for path in client.files(REPO) if path.startswith("a/")} == {
+        *("a/cfg.json", "a/sae_weights.safetensors"),
+    }
+    assert "`jumprelu`" in card(client)
+    assert card(client).count("## a\n") == 1
+
+
+def test_what_is_left_of_another_sae_goes_away(client: Hub, folder: Path) -> None:
+    save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
+    upload_sae(folder, REPO, "a")
+    (folder / "sparsity.safetensors").unlink()
+    with pytest.raises(HubError, match=r"another: a\."):
+        upload_sae(folder, REPO, "a")
+    assert upload_sae(folder, REPO, "a", overwrite=True).unchanged == []
+    assert "a/sparsity.safetensors" not in client.files(REPO)
+
+
+def test_other_weights_of_the_same_size_are_another_sae(
+    client: Hub, folder: Path, tmp_path: Path
+) -> None:
+    upload_sae(folder, REPO, "a")
+    build_sae("auxk-topk").save_inference_model(tmp_path / "other")
+    assert (tmp_path / "other/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
+    with pytest.raises(HubError, match=r"another: a\."):
+        upload_sae(tmp_path / "other", REPO, "a")
+
+
+def test_reports_of_another_comparison_are_not_overwritten(client: Hub, tmp_path: Path) -> None:
+    made = comparison(tmp_path / "three", n_seeds=1)
+    upload_sae(made, REPO)
+    (made / "report.html").write_text("<html/>of old")  # as long as the other
+    with pytest.raises(HubError, match=r"another: report\.html\."):
+        upload_sae(made, REPO)
+    upload_sae(made, REPO, overwrite=True)
+    assert client.files(REPO)["report.html"] == b"<html/>of old"
+
+
+def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
+    client: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_sae(folder, REPO, "a")
+    send = upload._send
+
+    def late(*args: object) -> str:
+        client.repos[REPO].commit({"b/cfg.json": ("regular", b"{}")}, "somebody else's")
+        return send(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(upload, "_send", late)
+    with pytest.raises(HubError, match="changed by somebody else"):
+        upload_sae(folder, REPO, "b")
+    assert client.files(REPO)["b/cfg.json"] == b"{}"
+
+
+def test_a_dry_run_asks_the_hub_nothing(
+    client: Hub,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    path = tmp_path / "card.md"
+    args = ["upload", str(folder), REPO, "--sae_id", "x", "--dry_run", "--card", str(path)]
+    assert cli.main(args) == 0
+    assert client.log == []
+    out = capsys.readouterr().out
+    n_bytes = (folder / "sae_weights.safetensors").stat().st_size
+    assert f"{n_bytes:,d}  x/sae_weights.safetensors" in out
+    assert "README.md" in out
+    text = path.read_text(encoding="utf-8")
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    upload_sae(folder, REPO, "x")
+    assert card(client) == text
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "there is no Hub token: run `hf auth login`"),
+        ("hf_nonsense", "the Hub refused the token"),
+        (READ_TOKEN, "'read token' may only read"),
+        (STRANGER_TOKEN, "the token may not write to me/saes"),
+    ],
+)
+def test_a_token_that_will_not_do(
+    token: str | None,
+    message: str,
+    client: Hub,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    assert cli.main(["upload", str(folder), REPO]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert client.repos == {}
+    assert client.objects == {}
+
+
+def test_no_hub_to_reach(client: Hub, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        upload_sae(folder, REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="connection to the Hub broke"):
+        upload_sae(folder, REPO)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere", REPO], "nowhere is no folder"),
+        ([".", REPO], "holds no SAE: it has neither cfg.json nor results.json. Folders in it"),
+        (["small", "saes"], "'saes' is not allowed: it must be user/name"),
+        (["small", "me/.."], "'me/..' is not allowed"),
+        (["small", REPO, "--sae_id", "../x"], "sae_id '../x' is not allowed"),
+        (["small", REPO, "--card", "x.md"], "--card is for --dry_run"),
+        (["noweights", REPO], "has cfg.json but no sae_weights.safetensors"),
+        (["broken", REPO], "results.json is not the results of a comparison"),
+        (["secret", REPO], "holds what looks like a Hub token"),
+    ],
+)
+def test_bad_arguments(
+    args: list[str],
+    message: str,
+    client: Hub,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    for name in ("noweights", "broken"):
+        Path(name).mkdir()
+    Path("noweights/cfg.json").write_text("{}")
+    Path("broken/results.json").write_text('{"version": 2}')
+    build_sae("auxk-topk").save_inference_model("secret")
+    Path("secret/runner_cfg.json").write_text(json.dumps({"token": "hf_" + 30 * "x"}))
+    assert cli.main(["upload", *args]) == 2
+    assert message in capsys.readouterr().err
+    assert client.writes() == []
+
+
+def test_private_does_not_go_to_a_public_repository(client: Hub, folder: Path) -> None:
+    upload_sae(folder, REPO, "a")
+    with pytest.raises(HubError, match="there already and is public"):
+        upload_sae(folder, REPO, "b", private=True)
+    assert list_saes(REPO) == ["a"]
+
+
+# --- large files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part_size", [5_000_000, 10**9], ids=["multipart", "basic"])
+def test_a_large_file(part_size: int, client: Hub, tmp_path: Path) -> None:
+    client.part_size = part_size
+    sae = build_sae("auxk-topk", d_in=512, d_sae=8192, k=8)
+    sae.save_inference_model(tmp_path / "large")
+    weights = (tmp_path / "large" / "sae_weights.safetensors").read_bytes()
+    assert len(weights) > 33_000_000
+    upload_sae(tmp_path / "large", REPO)
+    n_parts = sum(
+        method == "PUT" and "/part/" in path and status == 200
+        for method, path, status in client.log
+    )
+    assert n_parts == (7 if part_size == 5_000_000 else 0)
+    back = download_sae(REPO, output=tmp_path / "back")
+    assert (back / "sae_weights.safetensors").read_bytes() == weights
+
+
+def test_a_broken_part_is_sent_again_by_the_client(client: Hub, tmp_path: Path) -> None:
+    client.part_size = 1000
+    build_sae("auxk-topk").save_inference_model(tmp_path / "sae")
+    client.faults = [Fault("PUT", "/part/2", "in the middle")]
+    upload_sae(tmp_path / "sae", REPO)
+    assert same(
+        SAE.load_from_disk(download_sae(REPO, output=tmp_path / "back")),
+        SAE.load_from_disk(tmp_path / "sae"),
+    )
