@@ -103,7 +103,7 @@ POLICY = (
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-       max-width: 1180px; margin: 0 auto; padding: 14px 24px 60px; }
+       max-width: 1400px; margin: 0 auto; padding: 14px 20px 60px; }
 h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 30px 0 4px; }
 p { margin: 4px 0 8px; max-width: 110ch; }
@@ -114,13 +114,14 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 .trouble { background: #fdf3e7; border-left: 4px solid #d55e00; padding: 8px 16px; }
 .trouble li { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 2px; }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
+small { font-size: 10px; color: #595959; }
+th, td { padding: 3px 5px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 0; }
 th.text, td.text { text-align: left; }
-td.name { white-space: normal; min-width: 150px; max-width: 300px; overflow-wrap: anywhere; }
-th button { font: inherit; border: 0; background: none; cursor: pointer; padding: 2px 7px; }
-th button::after { content: " \\2195"; color: #767676; }
+td.name { white-space: normal; min-width: 110px; max-width: 260px; overflow-wrap: anywhere; }
+th button { font: inherit; border: 0; background: none; cursor: pointer; padding: 2px 5px;
+            text-decoration: underline dotted #767676; }
 th[aria-sort=ascending] button::after { content: " \\2191"; color: #000; }
 th[aria-sort=descending] button::after { content: " \\2193"; color: #000; }
 tbody tr:hover { background: #f3f6f9; }
@@ -168,7 +169,7 @@ def _html(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
             full_html=False,
             include_plotlyjs=False,
             div_id=figure.name,
-            config={"displaylogo": False, "responsive": True, "showSendToCloud": False},
+            config={"responsive": True, "displayModeBar": False},
         )
         sections.append(
             f"<h2>{escape(figure.title)}</h2><p class=note>{escape(figure.caption)}</p>{plot}"
@@ -208,13 +209,18 @@ def _html_table(table: Table) -> str:
             key = f'<span class="key" style="background:{cell.colour}"></span>'
             cells += (
                 f'<td class="{kind}{" name" if cell.colour else ""}" data-value="{escape(value)}">'
-                f"{key if cell.colour else ''}{escape(cell.text)}</td>"
+                f"{key if cell.colour else ''}{_small_spread(escape(cell.text))}</td>"
             )
         rows.append(f"<tr>{cells}</tr>")
     return (
         f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _small_spread(text: str) -> str:
+    number, plus_minus, spread = text.partition(" ± ")
+    return f"{number}<small>{plus_minus}{spread}</small>" if plus_minus else text
 
 
 def _configs(results: Mapping[str, Any]) -> str:
@@ -241,7 +247,7 @@ def _configs(results: Mapping[str, Any]) -> str:
 # --- figures ---------------------------------------------------------------------------------
 
 
-def _legend_label(text: str) -> str:
+def _short(text: str) -> str:
     """Short enough to leave room for the data; the ends are what tells long names apart."""
     if len(text) <= LEGEND_CHARACTERS:
         return text
@@ -258,22 +264,20 @@ def _plotly(figure: Figure) -> go.Figure:
         shared_yaxes=figure.shared_y,
         subplot_titles=[panel.title for panel in figure.panels],
         horizontal_spacing=0.03,
-        vertical_spacing=min(0.5, 110 / figure.height) if n_rows > 1 else 0,
+        vertical_spacing=min(0.5, 80 / figure.height) if n_rows > 1 else 0,
     )
-    named: set[str] = set()
     for index, panel in enumerate(figure.panels):
         row, column = divmod(index, columns)
         at: Any = {"row": row + 1, "col": column + 1}
         for series in panel.series:
-            for trace in _traces(series, series.label not in named):
+            for trace in _traces(series):
                 fig.add_trace(trace, **at)
-            named.add(series.label)
         fig.update_xaxes(title_text=panel.x_title, range=panel.x_range, **at)
         fig.update_yaxes(title_text=panel.y_title if column == 0 else None, **at)
         if panel.categories:
             fig.update_yaxes(
                 tickvals=list(range(len(panel.categories))),
-                ticktext=[escape(_legend_label(name)) for name in panel.categories],
+                ticktext=[_svg_text(_short(name)) for name in panel.categories],
                 range=[len(panel.categories) - 0.4, -0.6],
                 automargin=True,
                 **at,
@@ -289,8 +293,8 @@ def _plotly(figure: Figure) -> go.Figure:
     return fig
 
 
-def _traces(series: Series, in_legend: bool) -> list[go.Scatter]:
-    label = escape(series.label)
+def _traces(series: Series) -> list[go.Scatter]:
+    label = _svg_text(series.label)
     shared = {"legendgroup": label, "showlegend": False}
     traces: list[go.Scatter] = []
     if series.band:
@@ -307,7 +311,6 @@ def _traces(series: Series, in_legend: bool) -> list[go.Scatter]:
             )
         )
     symbol = MARKERS[series.style % len(MARKERS)][0]
-    colours = list(series.point_colours) or series.colour
     traces.append(
         go.Scatter(
             x=list(series.x),
@@ -321,16 +324,16 @@ def _traces(series: Series, in_legend: bool) -> list[go.Scatter]:
             },
             marker={
                 "symbol": symbol if series.filled else f"{symbol}-open",
-                "color": colours,
+                "color": series.colour,
                 "size": 9,
                 "line_width": 2 if not series.filled else 0,
             },
             error_x=_error(series.x_error),
             error_y=_error(series.y_error),
-            name=escape(_legend_label(series.label)),
-            text=[escape(text) for text in series.hover] or label,
+            name=_svg_text(_short(series.label)),
+            text=[_svg_text(text) for text in series.hover] or label,
             hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-            **{**shared, "showlegend": in_legend},
+            **{**shared, "showlegend": series.in_legend},
         )
     )
     return traces
@@ -355,7 +358,9 @@ def _png(figure: Figure, path: Path) -> None:
     handles: dict[str, Any] = {}
     for axes, panel in zip(grid.flat, figure.panels, strict=False):
         for series in panel.series:
-            handles.setdefault(series.label, _draw(axes, series))
+            handle = _draw(axes, series)
+            if series.in_legend:
+                handles[series.label] = handle
         axes.set_title(_no_math(panel.title), fontsize=10)
         axes.set_xlabel(panel.x_title)
         axes.set_xlim(*(panel.x_range or (None, None)))
@@ -365,30 +370,29 @@ def _png(figure: Figure, path: Path) -> None:
         if panel.categories:
             axes.set_yticks(
                 range(len(panel.categories)),
-                [_no_math(_legend_label(name)) for name in panel.categories],
+                [_no_math(_short(name)) for name in panel.categories],
             )
             axes.set_ylim(len(panel.categories) - 0.4, -0.6)
     for axes in grid[:, 0]:
         axes.set_ylabel(figure.panels[0].y_title)
     for axes in list(grid.flat)[len(figure.panels) :]:
         axes.set_visible(False)
-    image.legend(
-        handles.values(),
-        [_no_math(_legend_label(label)) for label in handles],
-        loc="outside right upper",
-        fontsize=8,
-        ncols=1 + len(handles) // 45,
-        frameon=False,
-    )
+    if handles:
+        image.legend(
+            handles.values(),
+            [_no_math(_short(label)) for label in handles],
+            loc="outside right upper",
+            fontsize=8,
+            frameon=False,
+        )
     image.savefig(path, format="png")
 
 
 def _draw(axes: Any, series: Series) -> Any:
-    colours = list(series.point_colours) or [series.colour] * len(series.x)
     marker = MARKERS[series.style % len(MARKERS)][1]
     if series.band:
         axes.fill_between(*series.band, color=series.colour, alpha=0.15, linewidth=0)
-    # A lone handle for the legend and the line; points one by one, as each has its colour.
+    # The legend's handle and the line; the points follow one by one, as some lack an error.
     handle = axes.plot(
         [v if v is not None else float("nan") for v in series.x],
         [v if v is not None else float("nan") for v in series.y],
@@ -410,12 +414,17 @@ def _draw(axes: Any, series: Series) -> Any:
                 xerr=(series.x_error[i] or None) if series.x_error else None,
                 yerr=(series.y_error[i] or None) if series.y_error else None,
                 fmt=marker,
-                color=colours[i],
-                markerfacecolor=colours[i] if series.filled else "white",
+                color=series.colour,
+                markerfacecolor=series.colour if series.filled else "white",
                 markersize=6,
                 elinewidth=1,
             )
     return handle
+
+
+def _svg_text(text: str) -> str:
+    """plotly takes some tags for markup, and what stands between two dollars for a formula."""
+    return escape(text).replace("$", "&#36;")
 
 
 def _no_math(text: str) -> str:

@@ -71,10 +71,7 @@ PEEKING = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line or set of points. ``style`` numbers dash and marker, ``band`` is (x, low, high).
-
-    ``point_colours`` and ``hover`` are by point.
-    """
+    """One line or set of points. ``style`` numbers dash and marker, ``band`` is (x, low, high)."""
 
     label: str
     colour: str
@@ -84,10 +81,10 @@ class Series:
     mode: str = "lines"
     steps: bool = False
     filled: bool = True
+    in_legend: bool = True
     x_error: Sequence[float | None] = ()
     y_error: Sequence[float | None] = ()
     band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None
-    point_colours: Sequence[str] = ()
     hover: Sequence[str] = ()
 
 
@@ -214,7 +211,9 @@ def _ranking(
     if level:
         text += f", level with {_list(f'{name} ({metric.show(v, s)})' for name, v, s in level)}"
     if len(known) > 1 + len(level):
-        text += f"; last {last[0]} ({metric.show(*last[1:])})"
+        text += (
+            f"; {'most' if metric.best is min else 'worst'} {last[0]} ({metric.show(*last[1:])})"
+        )
     return text + "."
 
 
@@ -232,8 +231,8 @@ def _list(texts: Iterable[str]) -> str:
 def _peeking_answer(groups: Sequence[Group], names: Sequence[str]) -> tuple[str, str]:
     question = "Residual peeking"
     for key, what in (
-        ("junk_share", "of the revived latents match no true feature"),
-        ("rows_hurt", "share of rows that a revived latent's removal is spread over"),
+        ("junk_share", "revived latents that match no true feature"),
+        ("rows_hurt", "share of rows that removing a revived latent hurts (noise: 0.333)"),
     ):
         show = PEEKING[key].show
         known: list[tuple[str, float, float | None]] = []
@@ -249,12 +248,12 @@ def _peeking_answer(groups: Sequence[Group], names: Sequence[str]) -> tuple[str,
         known.sort(key=lambda entry: entry[1])
         least, most = known[0], known[-1]
         if len(known) == 1:
-            return question, f"{least[0]}: {what}."
+            return question, f"{what}: {least[0]}."
         if _level(least, most):
-            return question, f"all level: {_list(entry[0] for entry in known)}: {what}."
+            return question, f"{what}: all level, {_list(entry[0] for entry in known)}."
         level = sum(_level(least, entry) for entry in known[1:])
         also = f" and {level} level with it" if level else ""
-        return question, f"least {least[0]}{also}, most {most[0]}: {what}."
+        return question, f"{what}: least {least[0]}{also}; most {most[0]}."
     return question, "nothing to measure it on: too few latents were dead and came back."
 
 
@@ -500,24 +499,23 @@ def _peeking_figure(results: Mapping[str, Any]) -> Figure | None:
     panels: list[Panel] = []
     for key in keys:
         percent = 100 if PEEKING[key].percent else 1
-        series: list[Series] = []
-        for which in ("never_died", "revived"):
-            entries = [_peeking(group, which, key) for group in groups]
-            series.append(
-                Series(
-                    which.replace("_", " "),
-                    "#555555",
-                    [v if v is None else percent * v for v, _ in entries],
-                    range(len(names)),
-                    mode="markers",
-                    filled=which == "revived",
-                    x_error=[s and percent * s for _, s in entries],
-                    point_colours=[colour[group["case"]] for group in groups],
-                    hover=[f"{name}, {which.replace('_', ' ')}" for name in names],
-                )
+        series = [
+            Series(
+                f"{name}, {which.replace('_', ' ')}",
+                colour[group["case"]],
+                [value if value is None else percent * value],
+                [row],
+                mode="markers",
+                filled=which == "revived",
+                in_legend=False,
+                x_error=[spread if spread is None else percent * spread],
             )
-        unit = "%" if percent == 100 else ""
-        panels.append(Panel(series, unit, title=PEEKING[key].label, categories=names))
+            for row, (name, group) in enumerate(zip(names, groups, strict=True))
+            for which in ("never_died", "revived")
+            for value, spread in [_peeking(group, which, key)]
+        ]
+        title = PEEKING[key].label + (", %" if PEEKING[key].percent else "")
+        panels.append(Panel(series, "", title=title, categories=names))
     rows = -(-len(panels) // 4)
     return Figure(
         "peeking",
@@ -526,7 +524,7 @@ def _peeking_figure(results: Mapping[str, Any]) -> Figure | None:
         "removed, and fires where others reconstruct badly (error AUC above that of the latents "
         "that never died)." + _at_k(results),
         panels,
-        height=rows * (130 + 22 * max(len(names), 3)),
+        height=rows * (90 + 22 * max(len(names), 3)),
         shared_y=True,
     )
 
