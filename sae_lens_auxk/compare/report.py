@@ -112,14 +112,14 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margi
      padding: 10px 16px; background: #f3f6f9; border-left: 4px solid #0072b2; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 .trouble { background: #fdf3e7; border-left: 4px solid #d55e00; padding: 8px 16px; }
-.trouble li { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
+.trouble ul { margin: 0; padding-left: 20px; } .trouble li { overflow-wrap: anywhere; }
+.wide { overflow: auto; max-height: 75vh; }
 table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
-small { font-size: 10px; color: #595959; }
-th, td { padding: 3px 5px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+small { display: block; font-size: 10px; line-height: 1; color: #595959; }
+th, td { padding: 3px 7px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 0; }
 th.text, td.text { text-align: left; }
-td.name { white-space: normal; min-width: 110px; max-width: 260px; overflow-wrap: anywhere; }
+td.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
 th button { font: inherit; border: 0; background: none; cursor: pointer; padding: 2px 5px;
             text-decoration: underline dotted #767676; }
 th[aria-sort=ascending] button::after { content: " \\2191"; color: #000; }
@@ -354,6 +354,7 @@ def _png(figure: Figure, path: Path) -> None:
     columns = min(len(figure.panels), figure.columns)
     n_rows = -(-len(figure.panels) // columns)
     image = Image(figsize=(11, figure.height / 100), dpi=120, layout="constrained")
+    image.suptitle(_no_math(figure.title), x=0.01, ha="left", fontsize=11, weight="bold")
     grid = image.subplots(n_rows, columns, squeeze=False, sharey=figure.shared_y)
     handles: dict[str, Any] = {}
     for axes, panel in zip(grid.flat, figure.panels, strict=False):

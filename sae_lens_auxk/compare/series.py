@@ -12,9 +12,9 @@ from typing import Any
 
 Group = Mapping[str, Any]
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f")
-"""Okabe and Ito's colours, which colour-blind people tell apart, but for their yellow, which is
-hard to see on white. More cases get them darkened, then lightened."""
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#8c6d1f")
+"""Okabe and Ito's colours, which colour-blind people tell apart, with grey and brown for their
+black and yellow: yellow is hard to see on white. More cases get them darkened, then lightened."""
 MAX_POINTS = 300
 
 
