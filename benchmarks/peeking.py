@@ -2,7 +2,8 @@
 
 Builds SAEs whose latents are the true features of one of SAELens's synthetic models, plants
 latents of a known kind among them, and prints what ``measure_peeking`` says of each kind, mean ±
-standard deviation over seeds. The tables are in docs/peeking.md.
+standard deviation over seeds, and in brackets of the latents that it is compared with. The tables
+are in docs/peeking.md.
 
     python benchmarks/peeking.py                # planted latents: about a minute on a CPU core
     python benchmarks/peeking.py --trained      # latents of trained SAEs: 4 minutes more
@@ -33,35 +34,38 @@ N_PLANTED = 8
 """Latents of each planted kind."""
 SPOILT = 6
 """Badly reconstructed features to each corrector."""
+KINDS = ("feature", "mean error", "error direction", "random", "duplicate")
 COLUMNS = ("firing_rate", "junk_share", "duplicate_share", "features_hurt", "rows_hurt",
            "latents_hurt", "near_duplicate_share", "error_auc")  # fmt: skip
 
 
 @dataclass
 class World:
-    """An SAE with latents of known kinds, ``x`` (N, d_in) and the true features."""
+    """An SAE, ``x`` (N, d_in), the true features, and which latents (d_sae,) are in question."""
 
     sae: SAE[Any]
     x: torch.Tensor
     true_features: torch.Tensor
-    kinds: list[str]
+    in_question: torch.Tensor
 
-    def measure(self, kind: str) -> dict[str, dict[str, float | None]]:
-        """The planted latents of one kind against all that hold a feature."""
+    def measure(self) -> dict[str, dict[str, float | None]]:
+        """The latents in question, as if revived, against all others."""
         return measure_peeking(
             self.sae,
             self.x,
-            revived=torch.tensor([other == kind for other in self.kinds]),
-            never_died=torch.tensor([other == "held" for other in self.kinds]),
+            revived=self.in_question,
+            never_died=~self.in_question,
             true_features=self.true_features,
         )
 
 
-def planted(architecture: str, spoilt_by: str, seed: int, data: str = "independent") -> World:
+def planted(
+    architecture: str, spoilt_by: str, seed: int, data: str = "independent"
+) -> dict[str, World]:
     """
-    A world with a latent for each true feature but those that are planted.
+    SAEs with a latent for most true features, to each of which latents of one kind are added.
 
-    Planted kinds, N_PLANTED latents each: "feature" (a true feature that no latent holds),
+    The kinds, N_PLANTED latents each: "feature" (a true feature that no latent holds),
     "duplicate" (of one that a latent holds), "mean error" (the mean error on rows with one of
     SPOILT badly reconstructed features, fires where these are), "error direction" (the first
     principal direction of those errors), "random" (a random direction).
@@ -136,14 +140,19 @@ def planted(architecture: str, spoilt_by: str, seed: int, data: str = "independe
             # The size that takes most off the error.
             size = (error[fires] @ decode * pre[fires]).sum() / (pre[fires] ** 2).sum()
             rows.append((kind, encode, decode * size.clamp(min=0.1), pre.quantile(0.97)))
-    kinds, encoders, decoders, thresholds = zip(*rows, strict=True)
-    sae = _build(
-        architecture,
-        torch.cat([encoder, torch.stack(encoders)]),
-        torch.cat([decoder, torch.stack(decoders)]),
-        torch.cat([threshold, torch.stack(thresholds)]),
-    )
-    return World(sae, x, features, ["held"] * len(held) + list(kinds))
+    worlds: dict[str, World] = {}
+    for kind in KINDS:
+        encoders, decoders, thresholds = zip(
+            *(row[1:] for row in rows if row[0] == kind), strict=True
+        )
+        sae = _build(
+            architecture,
+            torch.cat([encoder, torch.stack(encoders)]),
+            torch.cat([decoder, torch.stack(decoders)]),
+            torch.cat([threshold, torch.stack(thresholds)]),
+        )
+        worlds[kind] = World(sae, x, features, torch.arange(sae.cfg.d_sae) >= len(held))
+    return worlds
 
 
 def rewired(own: torch.Tensor, acts: torch.Tensor, spoilt: torch.Tensor, data: str) -> torch.Tensor:
@@ -181,7 +190,7 @@ def _reconstruct(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
 
 
 def trained(architecture: str, d_sae: int, num_features: int, seed: int) -> World:
-    """An SAE trained as in examples/synthetic.py; its alive latents are "junk" or "held"."""
+    """An SAE trained as in examples/synthetic.py; its junk latents are in question."""
     torch.manual_seed(seed)
     fields = {} if architecture == "topk" else {"dead_threshold_tokens": 20_000}
     runner = SyntheticSAERunner(
@@ -203,26 +212,21 @@ def trained(architecture: str, d_sae: int, num_features: int, seed: int) -> Worl
     sae = runner.run().sae
     features = runner.synthetic_model.feature_dict.feature_vectors.detach()
     best = cosine_similarities(sae.W_dec.detach(), features).amax(dim=1)
-    kinds = ["junk" if cosine < JUNK else "held" for cosine in best]
-    return World(sae, runner.synthetic_model.sample(N_ROWS), features, kinds)
+    return World(sae, runner.synthetic_model.sample(N_ROWS), features, best < JUNK)
 
 
-def print_rows(name: str, measured: Sequence[dict[str, float | None]]) -> None:
+def print_row(name: str, worlds: Sequence[World]) -> None:
+    """A row: mean ± standard deviation over seeds, and in brackets the never-dead latents'."""
+    results = [world.measure() for world in worlds]
     cells: list[str] = []
     for key in COLUMNS:
-        values = [m[key] for m in measured if m[key] is not None]
-        if not values:
-            cells.append("–")
-            continue
+        values, control = (
+            [group[key] for result in results if (group := result[which])[key] is not None]
+            for which in ("revived", "never_died")
+        )
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        cells.append(f"{mean(values):.3f}{spread}")
+        cells.append(f"{mean(values):.3f}{spread} ({mean(control):.3f})")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def print_kind(worlds: Sequence[World], kind: str, name: str = "") -> None:
-    results = [world.measure(kind) for world in worlds]
-    print_rows(name or kind, [result["revived"] for result in results])
-    print_rows("– never died, same rates", [result["never_died"] for result in results])
 
 
 def print_head(title: str) -> None:
@@ -240,19 +244,19 @@ def main() -> None:
         for spoilt_by in ("rotation", "shrinkage"):
             worlds = [planted(architecture, spoilt_by, seed) for seed in seeds]
             print_head(f"{architecture}, bad latents by {spoilt_by}")
-            for kind in ("feature", "mean error", "error direction", "random", "duplicate"):
-                print_kind(worlds, kind)
+            for kind in KINDS:
+                print_row(kind, [world[kind] for world in worlds])
     print_head("missing features that are harder, jumprelu, bad latents by rotation")
     for data in ("rare", "correlated", "absorbed"):
-        worlds = [planted("jumprelu", "rotation", seed, data) for seed in seeds]
-        print_kind(worlds, "feature", f"feature, {data}")
+        worlds = [planted("jumprelu", "rotation", seed, data)["feature"] for seed in seeds]
+        print_row(f"feature, {data}", worlds)
     if not args.trained:
         return
     print_head("trained SAEs, junk latents against the others (3 seeds)")
     for architecture in ("topk", "auxk-topk"):
         for d_sae, num_features in ((512, 1024), (512, 512)):
             worlds = [trained(architecture, d_sae, num_features, seed) for seed in range(3)]
-            print_kind(worlds, "junk", f"{architecture}, {d_sae} latents, {num_features} features")
+            print_row(f"{architecture}, {d_sae} latents, {num_features} features", worlds)
 
 
 if __name__ == "__main__":
