@@ -6,7 +6,7 @@ standard deviation over seeds, and in brackets of the latents that it is compare
 are in docs/peeking.md.
 
     python benchmarks/peeking.py                # planted latents: about a minute on a CPU core
-    python benchmarks/peeking.py --trained      # latents of trained SAEs: 4 minutes more
+    python benchmarks/peeking.py --trained      # latents of trained SAEs: 5 minutes more
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, Syntheti
 from sae_lens.util import cosine_similarities
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
-from sae_lens_auxk.compare.peeking import JUNK, measure_peeking
+from sae_lens_auxk.compare.peeking import JUNK, MIN_FIRINGS, _Data, measure_peeking
 
 N_FEATURES, D_IN, N_ROWS = 320, 128, 20_000
 N_PLANTED = 8
@@ -229,6 +229,25 @@ def print_row(name: str, worlds: Sequence[World]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+@torch.no_grad()
+def print_ranking(name: str, world: World) -> None:
+    """For each measure the probability that it is larger for a latent in question than for another,
+    and its rank correlation with a latent's best cosine with a true feature."""
+    data = _Data(world.sae, world.x)
+    latents = (data.firings >= MIN_FIRINGS).nonzero().flatten()
+    measured = data.measure(latents, world.true_features)
+    best = cosine_similarities(data.directions[latents], world.true_features).amax(dim=1)
+    junk = world.in_question[latents]
+    cells: list[str] = []
+    for key in ("features_hurt", "rows_hurt", "latents_hurt", "error_auc"):
+        values = measured[key]
+        assert values is not None
+        larger = (values[junk][:, None] > values[~junk]).float().mean().item()
+        ranks = torch.stack([values, best]).argsort(dim=1).argsort(dim=1).float()
+        cells.append(f"{key} {larger:.2f} ({torch.corrcoef(ranks)[0, 1].item():.2f})")
+    print(f"{name}: {', '.join(cells)}", flush=True)
+
+
 def print_head(title: str) -> None:
     print(f"\n{title}\n\n| | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|")
 
@@ -257,6 +276,9 @@ def main() -> None:
         for d_sae, num_features in ((512, 1024), (512, 512)):
             worlds = [trained(architecture, d_sae, num_features, seed) for seed in range(3)]
             print_row(f"{architecture}, {d_sae} latents, {num_features} features", worlds)
+    print("\nsingle latents, seed 0: how well each measure ranks junk above the others\n")
+    for architecture in ("topk", "auxk-topk"):
+        print_ranking(architecture, trained(architecture, 512, 1024, 0))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def measure_peeking(
         firing_rate: median share of rows that a latent fires on.
         error_auc: probability that a row on which the latent fires is reconstructed worse than
             one on which it does not; 0.5 means that it fires regardless of errors. How badly is
-            ``||e_b||^2 / ||x_b - mean||^2``, with the latent on.
+            ``||e_b||^2 / ||x_b - mean||^2``, with the latent on. Weak, and turned round in TopK
+            SAEs: see docs/peeking.md.
         rows_hurt: effective share of rows (participation ratio) over which the part of the
             error without the latent that lies along its direction is spread; small for a rare
             feature, 1/3 for a direction without meaning (a Gaussian's).

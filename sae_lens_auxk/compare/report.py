@@ -106,7 +106,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff;
        max-width: 1400px; margin: 0 auto; padding: 14px 20px 60px; }
 h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 30px 0 4px; }
-p { margin: 4px 0 8px; max-width: 110ch; }
+p { margin: 4px 0 8px; max-width: 140ch; }
 .note { color: #595959; font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 10px 0;
      padding: 10px 16px; background: #f3f6f9; border-left: 4px solid #0072b2; }

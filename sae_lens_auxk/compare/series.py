@@ -520,9 +520,9 @@ def _peeking_figure(results: Mapping[str, Any]) -> Figure | None:
     return Figure(
         "peeking",
         "Residual peeking: latents that came back (filled) and that never died (hollow)",
-        "A revived latent that corrects errors is junk, hurts many features, rows or latents when "
-        "removed, and fires where others reconstruct badly (error AUC above that of the latents "
-        "that never died)." + _at_k(results),
+        "The removal of an error corrector hurts a bit of many features, rows or latents. What "
+        "counts is the difference from latents that never died; docs/peeking.md has each "
+        "measure's definition and where it fails." + _at_k(results),
         panels,
         height=rows * (90 + 22 * max(len(names), 3)),
         shared_y=True,
@@ -531,4 +531,4 @@ def _peeking_figure(results: Mapping[str, Any]) -> Figure | None:
 
 def _height(n_lines: int) -> int:
     """Enough for the legend beside the plot."""
-    return max(400, 110 + 19 * n_lines)
+    return max(400, 130 + 24 * n_lines)
