@@ -1,0 +1,150 @@
+"""results.json as a comparison writes it, with made-up numbers."""
+
+import math
+import random
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+CASES = ("none", "SAELens topk", "auxk", "auxk, bias none", "straight_through", "reanimation")
+PEEKING = ("junk_share", "duplicate_share", "features_hurt", "rows_hurt", "latents_hurt",
+           "near_duplicate_share", "error_auc")  # fmt: skip
+
+
+def fake_results(
+    cases: Sequence[str] = CASES,
+    architectures: Sequence[str] = ("auxk-topk",),
+    ks: Sequence[int | None] = (16, 25, 50),
+    seeds: Sequence[int] = (0, 1, 2),
+    ground_truth: bool = True,
+    peeking: bool = True,
+) -> dict[str, Any]:
+    runs = [
+        _run(case, i / max(len(cases) - 1, 1), architecture, k, seed, ground_truth, peeking)
+        for i, case in enumerate(cases)
+        for architecture in architectures
+        for k in ks
+        for seed in seeds
+    ]
+    kind = "synthetic" if ground_truth else "language_model"
+    return {
+        "version": 1,
+        "name": "SynthSAEBench, 4,096 latents",
+        "created": "2026-11-22T01:00:00+00:00",
+        "finished": True,
+        "machine": "NVIDIA H100 80GB HBM3, Linux x86_64, 16 CPU cores",
+        "packages": {"sae-lens": "6.54.12", "torch": "2.11.0", "sae-lens-auxk": "0.1.0"},
+        "comparison": {"cases": list(cases), "ks": list(ks), "seeds": list(seeds)},
+        "command": "sae-lens-auxk compare --preset published",
+        "data": {"kind": kind, "description": "16,384 known features in 768 dimensions"},
+        "runs": runs,
+        "groups": groups_of(runs),
+    }
+
+
+def _run(
+    case: str,
+    badness: float,
+    architecture: str,
+    k: int | None,
+    seed: int,
+    ground_truth: bool,
+    peeking: bool,
+) -> dict[str, Any]:
+    rng = random.Random(f"{case} {architecture} {k} {seed}")
+    dead = min(max(0.9 - badness + rng.gauss(0, 0.02), 0.0), 1.0)
+    k_or = k or 30
+    metrics = {
+        "explained_variance": 0.5 + 0.1 * math.log10(k_or) + 0.1 * badness + rng.gauss(0, 0.003),
+        "l0": k_or + (0.0 if "topk" in architecture else rng.gauss(0, 1)),
+        "dead_fraction": dead,
+        "dense_latents": abs(rng.gauss(0.01, 0.004)),
+        "mse": 3.2 - badness,
+        "ms_per_step": 6 + rng.random(),
+    }
+    if ground_truth:
+        metrics |= {"f1": 0.3 + 0.4 * badness + rng.gauss(0, 0.01), "mcc": 0.7, "precision": 0.7,
+                    "recall": 0.65, "uniqueness": 0.95, "features_covered": 0.2,
+                    "junk_share": 0.05}  # fmt: skip
+    else:
+        metrics["ce_loss_recovered"] = 0.9 + 0.05 * badness
+    samples = list(range(0, 8_000_001, 100_000))
+    edges = [-6 + i / 4 for i in range(25)]
+    measured = None
+    if peeking:
+        measured = {
+            which: {
+                "n_latents": 0 if case == "none" else rng.randint(100, 900),
+                "firing_rate": None if case == "none" else 0.004,
+                **{
+                    key: None
+                    if case == "none" or (not ground_truth and key in PEEKING[:3])
+                    else abs(base * (1.5 - badness) + rng.gauss(0, base / 20)) * share
+                    for key, base in zip(PEEKING, (0.2, 0.05, 8, 0.2, 1.3, 0.03, 0.55), strict=True)
+                },
+            }
+            for which, share in (("revived", 1.0), ("never_died", 0.6))
+        }
+    return {
+        "name": f"{case}, {architecture}, k={k}, seed {seed}",
+        "case": case,
+        "architecture": architecture,
+        "k": k,
+        "seed": seed,
+        "status": "finished",
+        "error": None,
+        "sae_config": {"d_in": 768, "d_sae": 4096, "k": k, "architecture": architecture},
+        "training_samples": samples[-1],
+        "history": {
+            "samples": samples,
+            "dead_fraction": [
+                None if at == 0 else dead * (1 - math.exp(-at / 1e6)) + rng.random() / 100
+                for at in samples
+            ],
+            "explained_variance": [0.5] * len(samples),
+            "l0": [k_or] * len(samples),
+            "aux_loss": [0.1] * len(samples),
+        },
+        "metrics": metrics,
+        "density": {
+            "log10_edges": edges,
+            "counts": [round(500 * math.exp(-((e + 2.5 + badness) ** 2))) for e in edges[:-1]],
+        },
+        "silent_latents": round(dead * 4096),
+        "peeking": measured,
+    }
+
+
+def failed(run: dict[str, Any], status: str, error: str | None) -> None:
+    run.update(status=status, error=error, sae_config={}, history={}, metrics={}, density=None,
+               silent_latents=None, peeking=None, training_samples=0)  # fmt: skip
+
+
+def groups_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["status"] == "finished":
+            grouped.setdefault((run["case"], run["architecture"], run["k"]), []).append(run)
+    return [
+        {
+            "case": case,
+            "architecture": architecture,
+            "k": k,
+            "n_seeds": len(members),
+            **_mean_and_std([run["metrics"] for run in members]),
+            "peeking": {
+                which: _mean_and_std([r["peeking"][which] for r in members if r["peeking"]])
+                for which in ("revived", "never_died")
+            },
+        }
+        for (case, architecture, k), members in grouped.items()
+    ]
+
+
+def _mean_and_std(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {"mean": {}, "std": {}}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if row[key] is not None]
+        result["mean"][key] = mean(values) if values else None
+        result["std"][key] = stdev(values) if len(values) > 1 else None
+    return result

@@ -1,0 +1,233 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.series import PALETTE, answer, colours, figures, footnote, reference_k
+from tests.compare.fake_results import failed, fake_results, groups_of
+
+FIGURES = ["dead_latents", "density", "pareto", "peeking"]
+HOSTILE = "</script><script>alert('x')</script> <b>a</b> | $x_1$ $ `c` [d](e)"
+
+
+class Page(HTMLParser):
+    """The tables of a page, what its tags load, and its text outside of scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.policy = ""
+        self._raw = ""
+        self._in_cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self._raw = tag if tag in ("script", "style") else ""
+        self.loaded += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action")]
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._raw = ""
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._raw:
+            if self._raw == "style":
+                assert "url(" not in data
+                assert "@import" not in data
+            return
+        self.text += data
+        if self._in_cell:
+            self.tables[-1][-1][-1] += data
+
+
+def report(results: dict[str, Any], folder: Path) -> tuple[Page, str]:
+    path = write_report(results, folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8")), (folder / "report.md").read_text("utf-8")
+
+
+def markdown_tables(markdown: str) -> list[list[list[str]]]:
+    tables = re.findall(r"(?:^\|.*\|\n)+", markdown, flags=re.MULTILINE)
+    return [
+        [
+            [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in table.splitlines()
+            if not line.startswith("| ---")
+        ]
+        for table in tables
+    ]
+
+
+def test_the_page_loads_nothing_and_may_not(tmp_path: Path) -> None:
+    page, _ = report(fake_results(ks=(25,)), tmp_path)
+    assert page.loaded == ["data:,"]
+    assert page.policy.startswith("default-src 'none';")
+    assert "http" not in page.policy
+
+
+def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
+    results = fake_results()
+    page, markdown = report(results, tmp_path)
+    in_markdown = markdown_tables(markdown)
+    assert [len(table) for table in in_markdown] == [len(table) for table in page.tables]
+    for table in (page.tables[0], in_markdown[0]):
+        head, *rows = table
+        rows_by_group = {(row[0].replace("\\", ""), row[2]): row for row in rows}
+        assert len(rows_by_group) == len(rows) == 18
+        for case in results["comparison"]["cases"]:
+            runs = [r for r in results["runs"] if r["case"] == case and r["k"] == 50]
+            row = rows_by_group[case, "50"]
+            assert row[head.index("seeds")] == "3"
+            for column, key, factor, digits in (
+                ("EV", "explained_variance", 1, 3),
+                ("dead", "dead_fraction", 100, 1),
+                ("F1", "f1", 1, 3),
+                ("ms/step", "ms_per_step", 1, 1),
+            ):
+                values = [factor * run["metrics"][key] for run in runs]
+                unit = "%" if factor == 100 else ""
+                shown = f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}{unit}"
+                assert row[head.index(column)] == shown
+
+
+def test_the_peeking_table_holds_the_numbers_of_the_runs(tmp_path: Path) -> None:
+    results = fake_results(ks=(25,))
+    page, _ = report(results, tmp_path)
+    head, *rows = page.tables[1]
+    assert {row[0] for row in rows} == {f"{c}, k 25" for c in results["comparison"]["cases"][1:]}
+    row = next(r for r in rows if r[0] == "auxk, k 25" and r[1] == "never died")
+    runs = [r for r in results["runs"] if r["case"] == "auxk"]
+    values = [run["peeking"]["never_died"]["rows_hurt"] for run in runs]
+    assert row[head.index("rows hurt")] == f"{mean(values):.3f} ± {stdev(values):.3f}"
+
+
+def test_every_case_is_in_every_figure_of_its_own_colour() -> None:
+    cases = [f"case {i}" for i in range(21)]
+    results = fake_results(cases=cases, ks=(10, 25), seeds=(0,))
+    colour = colours(results)
+    assert len(set(colour.values())) == 21
+    assert [colour[case] for case in cases[:8]] == list(PALETTE)
+    for figure in figures(results):
+        for panel in figure.panels:
+            drawn = {series.label.split(",")[0]: series.colour for series in panel.series}
+            assert drawn == colour
+
+
+def test_images_are_written_and_stale_ones_removed(tmp_path: Path) -> None:
+    report(fake_results(ks=(25,), seeds=(0, 1)), tmp_path)
+    images = sorted((tmp_path / "figures").iterdir())
+    assert [image.name for image in images] == [f"{name}.png" for name in FIGURES]
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+    page, markdown = report(fake_results(ks=(25,), peeking=False), tmp_path)
+    assert not (tmp_path / "figures" / "peeking.png").exists()
+    assert "peeking.png" not in markdown
+    assert "too few latents were dead and came back" in page.text
+    assert len(page.tables) == 1
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted(["report.html", "report.md", *(f"{name}.png" for name in FIGURES[:3])])
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    results = fake_results(ground_truth=False, ks=(32,), seeds=(0,))
+    page, markdown = report(results, tmp_path)
+    for text in (page.text, markdown):
+        assert "±" not in text
+        assert "One seed" in text
+    assert "CE recovered" in page.tables[0][0]
+    assert "F1" not in page.tables[0][0]
+    assert "Best F1" not in page.text
+    assert all(s.band is None for f in figures(results) for p in f.panels for s in p.series)
+
+
+def test_failed_and_unfinished_runs_are_named(tmp_path: Path) -> None:
+    results = fake_results(ks=(25,))
+    failed(results["runs"][0], "failed", "RuntimeError: <CUDA>\nout of memory")
+    failed(results["runs"][1], "unfinished", None)
+    results["groups"] = groups_of(results["runs"])
+    page, markdown = report(results, tmp_path)
+    for text in (page.text, markdown.replace("\\", "")):
+        assert "Failed: none, auxk-topk, k=25, seed 0: RuntimeError: <CUDA>" in text
+        assert "Not finished: none, auxk-topk, k=25, seed 1" in text
+    assert page.tables[0][1][3] == "1"
+
+
+def test_a_report_without_a_finished_run(tmp_path: Path) -> None:
+    results = fake_results(cases=("auxk",), ks=(25,))
+    for run in results["runs"]:
+        failed(run, "unfinished", None)
+    results["groups"] = []
+    page, markdown = report(results, tmp_path)
+    assert "no run has finished" in page.text
+    assert "no run has finished" in markdown
+    assert page.tables == []
+
+
+def test_names_cannot_become_markup(tmp_path: Path) -> None:
+    results = fake_results(cases=("auxk", HOSTILE), ks=(25,), seeds=(0,))
+    page, markdown = report(results, tmp_path)
+    # The scripts of the page: plotly, one a figure with its loader, sorting.
+    assert page.tags.count("script") == 2 + len(FIGURES)
+    assert "b" not in page.tags
+    assert page.tables[0][2][0] == HOSTILE
+    assert len(markdown_tables(markdown)[0][2]) == len(page.tables[0][2])
+
+
+def groups(**values: tuple[float, float | None]) -> dict[str, Any]:
+    """Results with nothing but groups: dead fraction and its spread by case."""
+    return {
+        "runs": [],
+        "groups": [
+            {"case": case, "architecture": "auxk-topk", "k": 8, "n_seeds": 1 if sd is None else 3,
+             "mean": {"dead_fraction": value}, "std": {"dead_fraction": sd}, "peeking": {}}
+            for case, (value, sd) in values.items()
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"a": (0.2, 0.01), "b": (0.1, 0.01)}, "b (10.0 ± 1.0%); most a (20.0 ± 1.0%)."),
+        ({"a": (0.2, 0.06), "b": (0.1, 0.05)}, "b (10.0 ± 5.0%), level with a (20.0 ± 6.0%)."),
+        ({"a": (0.2, None), "b": (0.1, None)}, "b (10.0%); most a (20.0%)."),
+        ({"a": (0.1, None), "b": (0.1, None)}, "a (10.0%), level with b (10.0%)."),
+        ({"a": (0.1, None)}, "a (10.0%)."),
+    ],
+)
+def test_ties_within_the_spread_are_called_level(values: dict[str, Any], text: str) -> None:
+    assert answer(groups(**values))[0] == ("Fewest dead latents", text)
+
+
+def test_a_case_with_more_false_latents_peeks_more() -> None:
+    lines = dict(answer(fake_results(ks=(25,))))
+    assert re.search(r"least reanimation .*most SAELens topk", lines["Residual peeking"])
+    without_truth = dict(answer(fake_results(ks=(25,), ground_truth=False)))
+    assert "rows" in without_truth["Residual peeking"]
+
+
+def test_cases_are_compared_at_one_k() -> None:
+    results = fake_results(ks=(16, 25, 50, None))
+    assert reference_k(results["groups"]) == 25
+    assert "compares at k 25" in footnote(results)
+    ks = {group["k"] for group in results["groups"]}
+    assert ks == {16, 25, 50, None}
