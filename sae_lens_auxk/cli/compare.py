@@ -1,0 +1,84 @@
+"""``sae-lens-auxk compare``."""
+
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae_lens import logger as sae_lens_logger
+from simple_parsing import ArgumentParser
+
+from sae_lens_auxk.cli.refuse import refuse
+from sae_lens_auxk.compare.plan import Comparison, require_known
+from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.run import load_results, run_comparison
+
+INTERRUPTED = 130
+
+
+def compare(args: Sequence[str]) -> int:
+    """Train variants side by side, measure and report; see ``--help``."""
+    try:
+        comparison, output, report_only = _parse(args)
+        if report_only is not None:
+            print(f"report  {write_report(load_results(report_only), report_only)}")
+            return 0
+        # A bar and a report say it all; SAELens would warn of what this command does on
+        # purpose, once a case.
+        sae_lens_logger.setLevel("ERROR")
+        warnings.simplefilter("ignore")
+        report = run_comparison(comparison.resolved(), output, _command(args))
+    except (ValueError, TypeError) as error:
+        return refuse(str(error))
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: the passes that are finished are in {output}; the same command goes "
+            f"on from there:\n  {_command(args)}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    print(f"report  {report}")
+    return 0
+
+
+def _parse(args: Sequence[str]) -> tuple[Comparison, Path, Path | None]:
+    """The comparison, the folder to write to, and the folder to only report on, if any."""
+    file_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config", type=Path)
+    file = file_parser.parse_known_args(args)[0].config
+
+    parser = ArgumentParser(
+        prog="sae-lens-auxk compare",
+        allow_abbrev=False,
+        description=(
+            "Train auxiliary losses side by side on the same activations, measure them, and "
+            "write a report. Without arguments: a small synthetic model, about a minute and a "
+            "half on 2 CPU cores. The same command again goes on where it was stopped."
+        ),
+    )
+    default = Comparison() if file is None else Comparison.from_file(file)
+    parser.add_arguments(Comparison, dest="comparison", default=default)
+    parser.add_argument(
+        "--config", type=Path, help="a YAML or TOML file of the same fields; flags win over it"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("comparison"),
+        help="the folder for results, report and SAEs (default: comparison)",
+    )
+    parser.add_argument(
+        "--report-only",
+        type=Path,
+        metavar="FOLDER",
+        help="train nothing: write the report of FOLDER again, from its results.json",
+    )
+    options, unknown = parser.parse_known_args(args)
+    flags = [flag.removeprefix("--") for flag in unknown if flag.startswith("--")] or unknown
+    require_known(flags, [action.dest for action in parser._actions], "compare")
+    return options.comparison, options.output, options.report_only
+
+
+def _command(args: Sequence[str]) -> str:
+    return shlex.join(["sae-lens-auxk", "compare", *args])
