@@ -55,10 +55,10 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
 SYNTHETIC_DEFAULTS: dict[str, Any] = {
     "k": [8],
     "d_sae": 256,
-    "training_samples": 150_000,
-    "batch_size": 512,
-    "lr": 1e-3,
-    "eval_samples": 20_000,
+    "training_samples": 100_000,
+    "batch_size": 256,
+    "lr": 2e-3,
+    "eval_samples": 10_000,
     "n_features": 512,
     "d_in": 64,
 }
@@ -123,14 +123,14 @@ class Comparison:
             samples, and a synthetic model that has no seed of its own.
         d_sae (int | None): Latents. None: 256, for a language model 12288.
         training_samples (int | None): Activations (tokens) that each SAE is trained on. None:
-            150000, for a language model 20 million.
-        batch_size (int | None): Activations in a training step. None: 512, for a language
+            100000, for a language model 20 million.
+        batch_size (int | None): Activations in a training step. None: 256, for a language
             model 4096.
-        lr (float | None): Learning rate. None: 1e-3, for a language model 3e-4.
+        lr (float | None): Learning rate. None: 2e-3, for a language model 3e-4.
         dead_after (int | None): A latent that is silent for so many activations is dead, in
             the measurements of every case and, unless a case says otherwise, for its auxiliary
             loss. None: 10 million, or a twentieth of training_samples where that is less.
-        eval_samples (int | None): Held-out activations that are measured on. None: 20000, for
+        eval_samples (int | None): Held-out activations that are measured on. None: 10000, for
             a language model 65536.
         device (str): Where to train: "cpu", "cuda", "cuda:1".
         autocast (bool): Train in bfloat16 where autocast allows it.
