@@ -3,38 +3,44 @@
 import shlex
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from sae_lens import logger as sae_lens_logger
 from simple_parsing import ArgumentParser
 
 from sae_lens_auxk.cli.refuse import refuse
-from sae_lens_auxk.compare.plan import Comparison, require_known
+from sae_lens_auxk.compare.plan import Comparison, Resolved, require_known
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.run import load_results, run_comparison
 
 INTERRUPTED = 130
+SMALL_STEP = 2**24
+"""Products in an encoder's forward pass: batch size times latents times width."""
 
 
 def compare(args: Sequence[str]) -> int:
     """Train variants side by side, measure and report; see ``--help``."""
+    # A bar and a report say it all; SAELens would warn of what this command does on purpose,
+    # once a case.
+    sae_lens_logger.setLevel("ERROR")
+    warnings.simplefilter("ignore")
     try:
-        comparison, output, report_only = _parse(args)
-        if report_only is not None:
-            print(f"report  {write_report(load_results(report_only), report_only)}")
-            return 0
-        # A bar and a report say it all; SAELens would warn of what this command does on
-        # purpose, once a case.
-        sae_lens_logger.setLevel("ERROR")
-        warnings.simplefilter("ignore")
-        report = run_comparison(comparison.resolved(), output, _command(args))
+        options = _parse(args)
+        if options.report_only is not None:
+            report = write_report(load_results(options.report_only), options.report_only)
+        else:
+            comparison = options.comparison.resolved()
+            _use_threads_that_pay(comparison)
+            report = run_comparison(comparison, options.output, _command(args))
     except (ValueError, TypeError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(
-            f"interrupted: the passes that are finished are in {output}; the same command goes "
-            f"on from there:\n  {_command(args)}",
+            "interrupted: the passes that were finished are kept, and reported; the same command "
+            f"goes on from there:\n  {_command(args)}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -42,8 +48,18 @@ def compare(args: Sequence[str]) -> int:
     return 0
 
 
-def _parse(args: Sequence[str]) -> tuple[Comparison, Path, Path | None]:
-    """The comparison, the folder to write to, and the folder to only report on, if any."""
+def _use_threads_that_pay(comparison: Resolved) -> None:
+    """One thread for steps so small that threads cost more time than they save.
+
+    On a busy machine, where they wait for each other, such a step takes ten times as long.
+    """
+    n_products = comparison.batch_size * comparison.d_sae * (comparison.d_in or 0)
+    if comparison.device == "cpu" and 0 < n_products <= SMALL_STEP:
+        torch.set_num_threads(1)
+
+
+def _parse(args: Sequence[str]) -> Namespace:
+    """``comparison``, ``output`` and ``report_only``; a ValueError for a flag there is not."""
     file_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config", type=Path)
     file = file_parser.parse_known_args(args)[0].config
@@ -77,7 +93,7 @@ def _parse(args: Sequence[str]) -> tuple[Comparison, Path, Path | None]:
     options, unknown = parser.parse_known_args(args)
     flags = [flag.removeprefix("--") for flag in unknown if flag.startswith("--")] or unknown
     require_known(flags, [action.dest for action in parser._actions], "compare")
-    return options.comparison, options.output, options.report_only
+    return options
 
 
 def _command(args: Sequence[str]) -> str:

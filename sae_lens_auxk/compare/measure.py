@@ -1,6 +1,5 @@
 """What a trained SAE is measured by; each metric is defined in docs/compare.md."""
 
-from math import ceil
 from statistics import median
 from typing import Any
 

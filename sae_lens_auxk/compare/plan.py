@@ -5,7 +5,7 @@ import itertools
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ _OWN_RUN_FIELDS = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """
     What is compared, on what, and for how long. None means a default that depends on the rest.
@@ -177,34 +177,26 @@ class Comparison:
     context_size: int = 128
     language_model: dict[str, Any] = field(default_factory=dict[str, Any], cmd=False)
 
-    def resolved(self) -> "Comparison":
+    def resolved(self) -> "Resolved":
         """The comparison with every default filled in, checked.
 
         Raises:
             ValueError: a field has a value that is not allowed; the message names the field,
                 the value and what is allowed.
         """
-        values: dict[str, Any] = {}
         defaults = LANGUAGE_MODEL_DEFAULTS if self.model_name else SYNTHETIC_DEFAULTS
         if isinstance(self.synthetic_model, str):  # which knows its sizes
             defaults = {k: v for k, v in defaults.items() if k not in ("n_features", "d_in")}
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                values[name] = default
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        values: dict[str, Any] = vars(self) | defaults | given
         if self.preset is None:
-            given = self.cases or self.aux_variant
-            values["preset"] = [] if given else list(PRESETS)
-        resolved = replace(self, **values)
-        if resolved.dead_after is None and isinstance(resolved.training_samples, int):
-            resolved.dead_after = max(1, min(10_000_000, resolved.training_samples // 20))
+            values["preset"] = [] if self.cases or self.aux_variant else list(PRESETS)
+        n_samples = values["training_samples"]
+        if self.dead_after is None and isinstance(n_samples, int):
+            values["dead_after"] = max(1, min(10_000_000, n_samples // 20))
+        resolved = Resolved(**values)
         _validate(resolved)
         return resolved
-
-    @property
-    def dead_feature_window(self) -> int:
-        """``dead_after`` in SAELens's count: silent for more than so many steps."""
-        assert self.dead_after is not None and self.batch_size is not None
-        return ceil(self.dead_after / self.batch_size) - 1
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, plain enough for JSON."""
@@ -242,16 +234,40 @@ class Comparison:
             raise ValueError(f"config={str(path)!r} is not allowed: it must hold fields and values")
         return cls.from_dict(values)
 
+
+# Fields here have no default, unlike in the base; pyright would rather have one.
+# pyright: reportGeneralTypeIssues=false
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Comparison):
+    """A comparison that says all; made by :meth:`Comparison.resolved`."""
+
+    preset: list[str] = field()
+    k: list[int] = field()
+    d_sae: int = field()
+    training_samples: int = field()
+    batch_size: int = field()
+    lr: float = field()
+    dead_after: int = field()
+    eval_samples: int = field()
+
+    @property
+    def dead_feature_window(self) -> int:
+        """``dead_after`` in SAELens's count: silent for more than so many steps."""
+        return ceil(self.dead_after / self.batch_size) - 1
+
     def synthetic_model_config(self, seed: int) -> SyntheticModelConfig | str:
         """What SAELens makes or loads the synthetic model of a pass from."""
         if isinstance(self.synthetic_model, str):
             return self.synthetic_model
-        given = {"seed": None, **(self.synthetic_model or {})}
+        given: dict[str, Any] = {"seed": None, **(self.synthetic_model or {})}
         if given["seed"] is None:
             given["seed"] = seed
         # SAELens asks for a generator's name; a mapping without one means its default, Zipf.
         zipfian = ZipfianFiringProbabilityConfig.generator_name()
-        probability = {"generator_name": zipfian, **given.get("firing_probability", {})}
+        probability: dict[str, Any] = {"generator_name": zipfian}
+        probability |= given.get("firing_probability", {})
         return SyntheticModelConfig.from_dict(
             {
                 **given,
@@ -286,7 +302,7 @@ class Case:
         """``title`` as the name of a folder."""
         return re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")
 
-    def sae_config(self, comparison: Comparison, d_in: int) -> TrainingSAEConfig:
+    def sae_config(self, comparison: Resolved, d_in: int) -> TrainingSAEConfig:
         """The config to train with; a ValueError names the case and what is wrong with it."""
         config_class = get_sae_training_class(self.architecture)[1]
         known = {f.name for f in fields(config_class)}
@@ -298,7 +314,7 @@ class Case:
         if "dead_threshold_tokens" in known:
             values["dead_threshold_tokens"] = comparison.dead_after
         if "matryoshka_widths" in known:
-            values["matryoshka_widths"] = _matryoshka_widths(comparison.d_sae or 0)
+            values["matryoshka_widths"] = _matryoshka_widths(comparison.d_sae)
         values |= {name: value for name, value in comparison.sae.items() if name in known}
         values |= self.fields
         try:
@@ -307,7 +323,7 @@ class Case:
             raise ValueError(f"case {self.title!r}: {error}") from error
 
 
-def cases_of(comparison: Comparison) -> list[Case]:
+def cases_of(comparison: Resolved) -> list[Case]:
     """All cases of a resolved comparison, each once, in the order in which they are shown."""
     cases: dict[tuple[str, str, Any], Case] = {}
 
@@ -317,7 +333,7 @@ def cases_of(comparison: Comparison) -> list[Case]:
         require_known(given, known - {"d_in", "d_sae", "device"}, f"a case of {architecture}")
         name = name or _label(architecture, given)
         ks = [given["k"]] if "k" in given else comparison.k if "k" in known else [None]
-        for k in ks or []:
+        for k in ks:
             case = Case(name, architecture, given if k is None else {**given, "k": k})
             same = cases.setdefault((name, architecture, k), case)
             if same != case:
@@ -328,7 +344,7 @@ def cases_of(comparison: Comparison) -> list[Case]:
         for variant in comparison.aux_variant or []
         for alpha in comparison.aux_loss_coefficient or [None]
     ]
-    sweep = itertools.chain(*(PRESETS[name] for name in comparison.preset or []), variants)
+    sweep = itertools.chain(*(PRESETS[name] for name in comparison.preset), variants)
     for architecture, given in itertools.product(comparison.architecture, sweep):
         if not given:
             add(None, STOCK[architecture], {})
@@ -352,9 +368,7 @@ def _label(architecture: str, given: Mapping[str, Any]) -> str:
         defaults = {}
         parts = [f"SAELens {architecture}"]
     for name, value in given.items():
-        if name not in ("aux_variant", "k") and not (
-            name in defaults and value == defaults[name]
-        ):
+        if name not in ("aux_variant", "k") and not (name in defaults and value == defaults[name]):
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             parts.append(f"{short.get(name, name)} {shown}")
     return ", ".join(parts)
@@ -394,11 +408,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _validate(comparison: Comparison) -> None:
+def _validate(comparison: Resolved) -> None:
     for name in ("d_sae", "training_samples", "batch_size", "dead_after", "eval_samples"):
         _require_int(name, getattr(comparison, name), minimum=1)
     _require_int("context_size", comparison.context_size, minimum=2)
-    assert comparison.training_samples and comparison.dead_after and comparison.batch_size
     if comparison.batch_size > comparison.training_samples:
         allowed = f"at most training_samples ({comparison.training_samples})"
         raise reject("batch_size", comparison.batch_size, allowed)
@@ -417,8 +430,8 @@ def _validate(comparison: Comparison) -> None:
         _require_list(name, getattr(comparison, name))
         for value in getattr(comparison, name):
             _require_int(name, value, minimum=minimum)
-    for k in comparison.k or []:
-        if k > (comparison.d_sae or 0):
+    for k in comparison.k:
+        if k > (comparison.d_sae):
             raise reject("k", k, f"at most d_sae ({comparison.d_sae})")
     _require_choices("architecture", comparison.architecture, ARCHITECTURES)
     if comparison.preset:
@@ -453,7 +466,7 @@ def _validate_device(device: Any) -> None:
         raise ValueError(f"{reject('device', device, allowed)} ({error})") from error
 
 
-def _validate_language_model(comparison: Comparison) -> None:
+def _validate_language_model(comparison: Resolved) -> None:
     if not comparison.dataset_path:
         raise reject("dataset_path", comparison.dataset_path, "a data set's name or folder")
     for name in ("n_features", "d_in", "synthetic_model"):
@@ -472,12 +485,14 @@ def _validate_language_model(comparison: Comparison) -> None:
     require_known(comparison.language_model, known - set(_OWN_RUN_FIELDS), "language_model")
 
 
-def _validate_synthetic_model(comparison: Comparison) -> None:
+def _validate_synthetic_model(comparison: Resolved) -> None:
     for name in ("dataset_path", "hook_name"):
         if getattr(comparison, name) is not None:
             raise reject(name, getattr(comparison, name), "left out unless model_name is given")
     if comparison.language_model:
-        raise reject("language_model", comparison.language_model, "empty unless model_name is given")
+        raise reject(
+            "language_model", comparison.language_model, "empty unless model_name is given"
+        )
     source = comparison.synthetic_model
     if isinstance(source, str):
         for name in ("n_features", "d_in"):

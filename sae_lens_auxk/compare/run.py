@@ -21,16 +21,16 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_auxk.compare.measure import measure
-from sae_lens_auxk.compare.plan import Case, Comparison, cases_of
+from sae_lens_auxk.compare.plan import Case, Resolved, cases_of
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.sources import Source, source_of
-from sae_lens_auxk.compare.train import LockstepTrainer, Record, build_sae
+from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
 
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
@@ -38,7 +38,7 @@ EXTENDABLE = ("seeds",)
 """Fields that may differ from those of the results that a folder has: a pass is one seed."""
 
 
-def run_comparison(comparison: Comparison, folder: Path, command: str = "") -> Path:
+def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Path:
     """Train what has not been trained yet, measure it, write results and report.
 
     Args:
@@ -57,7 +57,7 @@ def run_comparison(comparison: Comparison, folder: Path, command: str = "") -> P
     _write_json(folder / RESULTS_FILENAME, results)
     left = [seed for seed in comparison.seeds if not _pass_file(folder, seed).exists()]
     n_done = len(comparison.seeds) - len(left)
-    n_samples = comparison.training_samples or 0
+    n_samples = comparison.training_samples
     try:
         if left:
             source = source_of(comparison)
@@ -92,7 +92,7 @@ def load_results(folder: Path) -> dict[str, Any]:
 
 
 def _train_pass(
-    comparison: Comparison, source: Source, seed: int, folder: Path, bar: "tqdm[Any]"
+    comparison: Resolved, source: Source, seed: int, folder: Path, bar: "tqdm[Any]"
 ) -> None:
     """Train and measure all cases with one seed; the folder gets its name when all is in it."""
     final = _pass_file(folder, seed).parent
@@ -109,7 +109,7 @@ def _train_pass(
         saes=saes,
         hook_name=data.hook_name,
         data_provider=data.batches(),
-        dead_after=comparison.dead_after or 0,
+        dead_after=comparison.dead_after,
         on_samples=bar.update,
     )
     for slug, sae in trainer.fit().items():
@@ -174,7 +174,7 @@ def _pass_file(folder: Path, seed: int) -> Path:
 # --- results ---------------------------------------------------------------------------------
 
 
-def _load_or_begin(comparison: Comparison, folder: Path, command: str) -> dict[str, Any]:
+def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> dict[str, Any]:
     if (folder / RESULTS_FILENAME).exists():
         results = load_results(folder)
         _require_same(comparison.to_dict(), results["comparison"], folder)
@@ -212,7 +212,7 @@ def _require_same(new: Mapping[str, Any], old: Mapping[str, Any], folder: Path) 
         )
 
 
-def _collect(results: dict[str, Any], comparison: Comparison, folder: Path) -> dict[str, Any]:
+def _collect(results: dict[str, Any], comparison: Resolved, folder: Path) -> dict[str, Any]:
     """The results with all passes that are finished."""
     runs: list[dict[str, Any]] = []
     finished = True

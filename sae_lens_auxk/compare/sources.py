@@ -27,7 +27,7 @@ from sae_lens.synthetic import (
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_auxk.compare.plan import Comparison, nearest, reject
+from sae_lens_auxk.compare.plan import Resolved, nearest, reject
 
 HELD_OUT_SEED = 2**31
 """Added to a pass's seed for its held-out samples: they are not its training samples again."""
@@ -78,7 +78,7 @@ class Source(Protocol):
         ...
 
 
-def source_of(comparison: Comparison) -> Source:
+def source_of(comparison: Resolved) -> Source:
     """The source that a resolved comparison names; loads its model."""
     return LanguageModel(comparison) if comparison.model_name else Synthetic(comparison)
 
@@ -89,7 +89,7 @@ def source_of(comparison: Comparison) -> Source:
 class Synthetic:
     """SAELens's synthetic models: sums of known features."""
 
-    def __init__(self, comparison: Comparison):
+    def __init__(self, comparison: Resolved):
         self._comparison = comparison
         self._config: SyntheticModelConfig | str | None = None
         self.model = self._load(seed=comparison.seeds[0])
@@ -115,7 +115,6 @@ class Synthetic:
 
     def open(self, seed: int, saes: Mapping[str, TrainingSAE[Any]]) -> Pass:
         comparison = self._comparison
-        assert comparison.training_samples and comparison.batch_size and comparison.lr
         config = SyntheticSAERunnerConfig(
             synthetic_model=self.model.cfg,
             sae=next(iter(saes.values())).cfg,
@@ -136,7 +135,7 @@ class Synthetic:
 class SyntheticPass:
     """A synthetic model and the samples of one seed."""
 
-    comparison: Comparison
+    comparison: Resolved
     seed: int
     model: SyntheticModel
     trainer_config: SAETrainerConfig
@@ -165,7 +164,7 @@ class SyntheticPass:
             sae,
             self.model.feature_dict,
             self.model.activation_generator,
-            num_samples=self.comparison.eval_samples or 0,
+            num_samples=self.comparison.eval_samples,
             batch_size=self.trainer_config.train_batch_size_samples,
         )
         return {
@@ -183,13 +182,12 @@ class SyntheticPass:
 class LanguageModel:
     """Activations of a language model on text, by SAELens's ``MultiSAETrainingRunner``."""
 
-    def __init__(self, comparison: Comparison):
+    def __init__(self, comparison: Resolved):
         self._comparison = comparison
         given = comparison.language_model
-        assert comparison.model_name
         self.model = load_model(
             comparison.model_class_name,
-            comparison.model_name,
+            comparison.model_name or "",
             device=given.get("llm_device") or comparison.device,
             model_from_pretrained_kwargs=given.get("model_from_pretrained_kwargs"),
         )
@@ -226,33 +224,27 @@ class LanguageModel:
 
     def open(self, seed: int, saes: Mapping[str, TrainingSAE[Any]]) -> Pass:
         comparison = self._comparison
-        assert comparison.model_name and comparison.dataset_path
-        assert comparison.training_samples and comparison.batch_size and comparison.lr
-        config = MultiSAETrainingRunnerConfig(
-            **{
-                **comparison.language_model,
-                "saes": {name: sae.cfg for name, sae in saes.items()},
-                "hook_names": self.hook_name,
-                "model_name": comparison.model_name,
-                "model_class_name": comparison.model_class_name,
-                "dataset_path": comparison.dataset_path,
-                "context_size": comparison.context_size,
-                "training_tokens": comparison.training_samples,
-                "train_batch_size_tokens": comparison.batch_size,
-                "lr": comparison.lr,
-                "device": comparison.device,
-                "autocast": comparison.autocast,
-                "dead_feature_window": comparison.dead_feature_window,
-                "seed": seed,
-                "output_path": None,
-                "checkpoint_path": None,
-                "logger": LoggingConfig(log_to_wandb=False),
-            }
-        )
+        own: dict[str, Any] = {
+            "saes": {name: sae.cfg for name, sae in saes.items()},
+            "hook_names": self.hook_name,
+            "model_name": comparison.model_name,
+            "model_class_name": comparison.model_class_name,
+            "dataset_path": comparison.dataset_path,
+            "context_size": comparison.context_size,
+            "training_tokens": comparison.training_samples,
+            "train_batch_size_tokens": comparison.batch_size,
+            "lr": comparison.lr,
+            "device": comparison.device,
+            "autocast": comparison.autocast,
+            "dead_feature_window": comparison.dead_feature_window,
+            "seed": seed,
+            "output_path": None,
+            "checkpoint_path": None,
+            "logger": LoggingConfig(log_to_wandb=False),
+        }
+        config = MultiSAETrainingRunnerConfig(**comparison.language_model, **own)
         torch.manual_seed(seed)
-        runner = MultiSAETrainingRunner(
-            config, override_model=self.model, override_saes=dict(saes)
-        )
+        runner = MultiSAETrainingRunner(config, override_model=self.model, override_saes=dict(saes))
         # What run() does before it trains: without it a saved SAE would not know its model.
         runner._set_sae_metadata()
         return LanguageModelPass(comparison, runner)
@@ -261,7 +253,7 @@ class LanguageModel:
 class LanguageModelPass:
     """A language model and its text, read on from batch to batch."""
 
-    def __init__(self, comparison: Comparison, runner: MultiSAETrainingRunner):
+    def __init__(self, comparison: Resolved, runner: MultiSAETrainingRunner):
         self.trainer_config = runner.cfg.to_sae_trainer_config()
         self.hook_name = next(iter(runner.cfg.hook_names_per_sae.values()))
         self.true_features = None
@@ -288,7 +280,14 @@ class LanguageModelPass:
             SamePrompts(self._tokens),  # type: ignore[arg-type]
             self._runner.model,
             ActivationScaler(),  # any scaling has been folded into the weights
-            EvalConfig(compute_ce_loss=True, n_eval_reconstruction_batches=len(self._tokens)),
+            EvalConfig(
+                compute_ce_loss=True,
+                n_eval_reconstruction_batches=len(self._tokens),
+                # The rest is measured on activations, as it is for synthetic data.
+                compute_l2_norms=False,
+                compute_sparsity_metrics=False,
+                compute_variance_metrics=False,
+            ),
             model_kwargs=cfg.model_kwargs,
             exclude_special_tokens=False if excluded is None else excluded.tolist(),
         )
@@ -314,11 +313,8 @@ class SamePrompts:
         """SAELens rewinds the text here; there is nothing to rewind."""
 
 
-def _rows(
-    batches: Iterable[dict[str, torch.Tensor]], hook_name: str, n_rows: int | None
-) -> torch.Tensor:
+def _rows(batches: Iterable[dict[str, torch.Tensor]], hook_name: str, n_rows: int) -> torch.Tensor:
     """(n_rows, d_in): the first rows of some batches."""
-    assert n_rows
     rows: list[torch.Tensor] = []
     for batch in batches:
         rows.append(batch[hook_name].reshape(-1, batch[hook_name].shape[-1]))
