@@ -5,6 +5,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -91,8 +92,13 @@ def _parse(args: Sequence[str]) -> Namespace:
         help="train nothing: write the report of FOLDER again, from its results.json",
     )
     options, unknown = parser.parse_known_args(args)
-    flags = [flag.removeprefix("--") for flag in unknown if flag.startswith("--")] or unknown
-    require_known(flags, [action.dest for action in parser._actions], "compare")
+    is_flag = {field.name: field.metadata.get("cmd", True) for field in fields(Comparison)}
+    if unknown:
+        known = [f"--{name}" for name in is_flag if is_flag[name]]
+        require_known(unknown, [*known, "--config", "--output", "--report-only"], "compare")
+    # simple-parsing forgets the default of a field that is no flag.
+    from_file = {name: getattr(default, name) for name in is_flag if not is_flag[name]}
+    options.comparison = replace(options.comparison, **from_file)
     return options
 
 

@@ -280,14 +280,7 @@ class LanguageModelPass:
             SamePrompts(self._tokens),  # type: ignore[arg-type]
             self._runner.model,
             ActivationScaler(),  # any scaling has been folded into the weights
-            EvalConfig(
-                compute_ce_loss=True,
-                n_eval_reconstruction_batches=len(self._tokens),
-                # The rest is measured on activations, as it is for synthetic data.
-                compute_l2_norms=False,
-                compute_sparsity_metrics=False,
-                compute_variance_metrics=False,
-            ),
+            EvalConfig(compute_ce_loss=True, n_eval_reconstruction_batches=len(self._tokens)),
             model_kwargs=cfg.model_kwargs,
             exclude_special_tokens=False if excluded is None else excluded.tolist(),
         )
@@ -303,7 +296,7 @@ class SamePrompts:
 
     def __init__(self, tokens: list[torch.Tensor]):
         self._tokens = itertools.cycle(tokens)
-        self.store_batch_size_prompts = tokens[0].shape[0]
+        self.store_batch_size_prompts, self.context_size = tokens[0].shape
 
     def get_batch_tokens(self, _batch_size: int) -> torch.Tensor:
         """(prompts, context_size), whatever size is asked for."""
