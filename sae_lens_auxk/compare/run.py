@@ -119,7 +119,7 @@ def _train_pass(
     records = trainer.records
     del trainer, saes  # with the optimizers: measuring needs room too
 
-    x = data.held_out()
+    x = data.held_out().to(comparison.device)
     runs: list[dict[str, Any]] = []
     for slug, case in cases.items():
         record = records[slug]
