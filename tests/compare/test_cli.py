@@ -130,3 +130,8 @@ def test_the_other_commands_do_not_import_it() -> None:
         "sys.exit('sae_lens_auxk.compare' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_autocast_needs_no_value(asked_for: list[Any]) -> None:
+    assert cli.main(["compare", "--autocast"]) == 0
+    assert asked_for[0][0].autocast is True

@@ -196,3 +196,11 @@ def test_files_that_are_refused(name: str | None, text: str, message: str, tmp_p
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
         Comparison.from_file(path)
+
+
+@pytest.mark.parametrize("name", ["docs/compare.md", "examples/compare_smollm2.yaml"])
+def test_what_is_shown_is_allowed(name: str, tmp_path: Path) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    path = tmp_path / "comparison.yaml"
+    path.write_text(text.split("```yaml\n")[-1].split("```")[0], encoding="utf-8")
+    assert len(cases_of(Comparison.from_file(path).resolved())) >= 3
