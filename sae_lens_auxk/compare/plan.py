@@ -55,7 +55,7 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
 SYNTHETIC_DEFAULTS: dict[str, Any] = {
     "k": [8],
     "d_sae": 256,
-    "training_samples": 100_000,
+    "training_samples": 80_000,
     "batch_size": 256,
     "lr": 2e-3,
     "eval_samples": 10_000,
@@ -123,7 +123,7 @@ class Comparison:
             samples, and a synthetic model that has no seed of its own.
         d_sae (int | None): Latents. None: 256, for a language model 12288.
         training_samples (int | None): Activations (tokens) that each SAE is trained on. None:
-            100000, for a language model 20 million.
+            80000, for a language model 20 million.
         batch_size (int | None): Activations in a training step. None: 256, for a language
             model 4096.
         lr (float | None): Learning rate. None: 2e-3, for a language model 3e-4.
