@@ -8,6 +8,7 @@ from sae_lens_auxk.cli.refuse import refuse
 
 COMMANDS = {
     "train": "train one SAE: SAELens's own training command with this package's architectures",
+    "compare": "train variants side by side, measure them, and write a report",
     "upload": "publish an SAE or a comparison on the Hugging Face Hub, for SAE.from_pretrained",
     "download": "fetch an SAE from the Hugging Face Hub into a folder",
 }

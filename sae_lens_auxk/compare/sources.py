@@ -1,0 +1,316 @@
+"""What the SAEs of a pass are trained on: a synthetic model, or a language model.
+
+A source belongs to a comparison. It opens a pass for each seed: the batches that all SAEs of
+the pass share, held-out activations, and the metrics that need more than activations.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.load_model import load_model
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.synthetic import (
+    SyntheticActivationIterator,
+    SyntheticModel,
+    SyntheticModelConfig,
+    SyntheticSAERunnerConfig,
+    eval_sae_on_synthetic_data,
+)
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from sae_lens_auxk.compare.plan import Resolved, nearest, reject
+
+HELD_OUT_SEED = 2**31
+"""Added to a pass's seed for its held-out samples: they are not its training samples again."""
+
+
+class Pass(Protocol):
+    """The data of one seed."""
+
+    @property
+    def trainer_config(self) -> SAETrainerConfig:
+        """SAELens's config of each SAE's trainer."""
+        ...
+
+    @property
+    def hook_name(self) -> str:
+        """What the batches are called."""
+        ...
+
+    @property
+    def true_features(self) -> torch.Tensor | None:
+        """(n_features, d_in), where they are known."""
+        ...
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Training batches (batch_size, d_in), by the name of the hook; endless."""
+        ...
+
+    def held_out(self) -> torch.Tensor:
+        """(eval_samples, d_in): activations after those that were trained on."""
+        ...
+
+    def metrics(self, sae: SAE[Any]) -> dict[str, float]:
+        """What else this kind of data can say about an inference SAE."""
+        ...
+
+
+class Source(Protocol):
+    """What a comparison is about."""
+
+    d_in: int
+
+    def describe(self) -> dict[str, Any]:
+        """The entry ``data`` of results.json."""
+        ...
+
+    def open(self, seed: int, saes: Mapping[str, TrainingSAE[Any]]) -> Pass:
+        """The data of a seed, for these SAEs."""
+        ...
+
+
+def source_of(comparison: Resolved) -> Source:
+    """The source that a resolved comparison names; loads its model."""
+    return LanguageModel(comparison) if comparison.model_name else Synthetic(comparison)
+
+
+# --- synthetic models ------------------------------------------------------------------------
+
+
+class Synthetic:
+    """SAELens's synthetic models: sums of known features."""
+
+    def __init__(self, comparison: Resolved):
+        self._comparison = comparison
+        self._config: SyntheticModelConfig | str | None = None
+        self.model = self._load(seed=comparison.seeds[0])
+        self.d_in = self.model.cfg.hidden_dim
+
+    def _load(self, seed: int) -> SyntheticModel:
+        config = self._comparison.synthetic_model_config(seed)
+        # One with a seed of its own is the same in every pass, and can take minutes to make.
+        if config != self._config:
+            self._config = config
+            self.model = SyntheticModel.load_from_source(config, device=self._comparison.device)
+        return self.model
+
+    def describe(self) -> dict[str, Any]:
+        cfg = self.model.cfg
+        return {
+            "kind": "synthetic",
+            "description": (
+                f"synthetic model: {cfg.num_features} features in {cfg.hidden_dim} dimensions"
+            ),
+            "synthetic_model": cfg.to_dict(),
+        }
+
+    def open(self, seed: int, saes: Mapping[str, TrainingSAE[Any]]) -> Pass:
+        comparison = self._comparison
+        config = SyntheticSAERunnerConfig(
+            synthetic_model=self.model.cfg,
+            sae=next(iter(saes.values())).cfg,
+            training_samples=comparison.training_samples,
+            batch_size=comparison.batch_size,
+            lr=comparison.lr,
+            device=comparison.device,
+            autocast_sae=comparison.autocast,
+            dead_feature_window=comparison.dead_feature_window,
+            logger=LoggingConfig(log_to_wandb=False),
+        )
+        model = self._load(seed)
+        torch.manual_seed(seed)
+        return SyntheticPass(comparison, seed, model, config.to_sae_trainer_config())
+
+
+@dataclass
+class SyntheticPass:
+    """A synthetic model and the samples of one seed."""
+
+    comparison: Resolved
+    seed: int
+    model: SyntheticModel
+    trainer_config: SAETrainerConfig
+    hook_name: str = "synthetic"
+
+    @property
+    def true_features(self) -> torch.Tensor:
+        return self.model.feature_dict.feature_vectors.detach()
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        batches = SyntheticActivationIterator(
+            self.model.feature_dict,
+            self.model.activation_generator,
+            batch_size=self.trainer_config.train_batch_size_samples,
+        )
+        return ({self.hook_name: batch} for batch in batches)
+
+    def held_out(self) -> torch.Tensor:
+        torch.manual_seed(self.seed + HELD_OUT_SEED)
+        return _rows(self.batches(), self.hook_name, self.comparison.eval_samples)
+
+    def metrics(self, sae: SAE[Any]) -> dict[str, float]:
+        """SAELens's own evaluation against the true features, on the same samples every time."""
+        torch.manual_seed(self.seed + HELD_OUT_SEED)
+        result = eval_sae_on_synthetic_data(
+            sae,
+            self.model.feature_dict,
+            self.model.activation_generator,
+            num_samples=self.comparison.eval_samples,
+            batch_size=self.trainer_config.train_batch_size_samples,
+        )
+        return {
+            "f1": result.classification.f1_score,
+            "mcc": result.mcc,
+            "precision": result.classification.precision,
+            "recall": result.classification.recall,
+            "uniqueness": result.uniqueness,
+        }
+
+
+# --- language models -------------------------------------------------------------------------
+
+
+class LanguageModel:
+    """Activations of a language model on text, by SAELens's ``MultiSAETrainingRunner``."""
+
+    def __init__(self, comparison: Resolved):
+        self._comparison = comparison
+        given = comparison.language_model
+        self.model = load_model(
+            comparison.model_class_name,
+            comparison.model_name or "",
+            device=given.get("llm_device") or comparison.device,
+            model_from_pretrained_kwargs=given.get("model_from_pretrained_kwargs"),
+        )
+        n_layers: Any = getattr(getattr(self.model, "cfg", None), "n_layers", 0)
+        self.hook_name = comparison.hook_name or f"blocks.{n_layers // 2}.hook_resid_pre"
+        self.d_in = self._width()
+
+    @torch.no_grad()
+    def _width(self) -> int:
+        """The size of the activations at the hook; a ValueError if there is no such hook."""
+        if self.hook_name not in self.model.hook_dict:
+            raise reject(
+                "hook_name",
+                self.hook_name,
+                f"a hook point of {self._comparison.model_name}."
+                f"{nearest(self.hook_name, self.model.hook_dict)}",
+            )
+        token = torch.zeros((1, 1), dtype=torch.long, device=next(self.model.parameters()).device)
+        _, cache = self.model.run_with_cache(token, names_filter=[self.hook_name])
+        return cache[self.hook_name].shape[-1]
+
+    def describe(self) -> dict[str, Any]:
+        comparison = self._comparison
+        return {
+            "kind": "language_model",
+            "description": (
+                f"{comparison.model_name}, {self.hook_name}, text {comparison.dataset_path}"
+            ),
+            "model_name": comparison.model_name,
+            "hook_name": self.hook_name,
+            "dataset_path": comparison.dataset_path,
+            "d_in": self.d_in,
+        }
+
+    def open(self, seed: int, saes: Mapping[str, TrainingSAE[Any]]) -> Pass:
+        comparison = self._comparison
+        own: dict[str, Any] = {
+            "saes": {name: sae.cfg for name, sae in saes.items()},
+            "hook_names": self.hook_name,
+            "model_name": comparison.model_name,
+            "model_class_name": comparison.model_class_name,
+            "dataset_path": comparison.dataset_path,
+            "context_size": comparison.context_size,
+            "training_tokens": comparison.training_samples,
+            "train_batch_size_tokens": comparison.batch_size,
+            "lr": comparison.lr,
+            "device": comparison.device,
+            "autocast": comparison.autocast,
+            "dead_feature_window": comparison.dead_feature_window,
+            "seed": seed,
+            "output_path": None,
+            "checkpoint_path": None,
+            "logger": LoggingConfig(log_to_wandb=False),
+        }
+        config = MultiSAETrainingRunnerConfig(**comparison.language_model, **own)
+        torch.manual_seed(seed)
+        runner = MultiSAETrainingRunner(config, override_model=self.model, override_saes=dict(saes))
+        # What run() does before it trains: without it a saved SAE would not know its model.
+        runner._set_sae_metadata()
+        return LanguageModelPass(comparison, runner)
+
+
+class LanguageModelPass:
+    """A language model and its text, read on from batch to batch."""
+
+    def __init__(self, comparison: Resolved, runner: MultiSAETrainingRunner):
+        self.trainer_config = runner.cfg.to_sae_trainer_config()
+        self.hook_name = next(iter(runner.cfg.hook_names_per_sae.values()))
+        self.true_features = None
+        self._comparison = comparison
+        self._runner = runner
+        self._batches = runner.activations_store.get_multi_hook_data_loader()
+        self._tokens: list[torch.Tensor] = []
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self._batches)
+
+    def held_out(self) -> torch.Tensor:
+        return _rows(self._batches, self.hook_name, self._comparison.eval_samples)
+
+    def metrics(self, sae: SAE[Any]) -> dict[str, float]:
+        """SAELens's CE loss recovered, on the same prompts every time."""
+        cfg, store = self._runner.cfg, self._runner.activations_store
+        if not self._tokens:
+            size = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+            self._tokens = [store.get_batch_tokens(size) for _ in range(cfg.n_eval_batches)]
+        excluded = store.exclude_special_tokens
+        metrics, _ = run_evals(
+            sae,
+            SamePrompts(self._tokens),  # type: ignore[arg-type]
+            self._runner.model,
+            ActivationScaler(),  # any scaling has been folded into the weights
+            EvalConfig(compute_ce_loss=True, n_eval_reconstruction_batches=len(self._tokens)),
+            model_kwargs=cfg.model_kwargs,
+            exclude_special_tokens=False if excluded is None else excluded.tolist(),
+        )
+        score = metrics["model_performance_preservation"]["ce_loss_score"]
+        return {"ce_loss_recovered": score}
+
+
+class SamePrompts:
+    """What ``run_evals`` asks of SAELens's activation store, with the same prompts each time.
+
+    The store itself reads on, and every case would be measured on other text.
+    """
+
+    def __init__(self, tokens: list[torch.Tensor]):
+        self._tokens = itertools.cycle(tokens)
+        self.store_batch_size_prompts, self.context_size = tokens[0].shape
+
+    def get_batch_tokens(self, _batch_size: int) -> torch.Tensor:
+        """(prompts, context_size), whatever size is asked for."""
+        return next(self._tokens)
+
+    def reset_input_dataset(self) -> None:
+        """SAELens rewinds the text here; there is nothing to rewind."""
+
+
+def _rows(batches: Iterable[dict[str, torch.Tensor]], hook_name: str, n_rows: int) -> torch.Tensor:
+    """(n_rows, d_in): the first rows of some batches."""
+    rows: list[torch.Tensor] = []
+    for batch in batches:
+        rows.append(batch[hook_name].reshape(-1, batch[hook_name].shape[-1]))
+        if sum(len(part) for part in rows) >= n_rows:
+            break
+    return torch.cat(rows)[:n_rows]

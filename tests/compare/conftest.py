@@ -1,0 +1,34 @@
+"""Small comparisons for the tests of compare."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sae_lens_auxk.compare.plan import Comparison, Resolved
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """Steps this small are slower on more threads, much slower where tests run side by side."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def tiny(**fields: Any) -> Resolved:
+    """A comparison on a synthetic model that takes seconds."""
+    defaults: dict[str, Any] = {
+        "aux_variant": ["none", "auxk"],
+        "k": [2],
+        "seeds": [0],
+        "d_sae": 24,
+        "training_samples": 1600,
+        "batch_size": 32,
+        "dead_after": 128,
+        "eval_samples": 256,
+        "n_features": 32,
+        "d_in": 12,
+    }
+    return Comparison(**{**defaults, **fields}).resolved()

@@ -1,0 +1,97 @@
+"""A comparison on a (tiny) language model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from sae_lens_auxk.compare import run, sources
+from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.compare.run import load_results, run_comparison
+from sae_lens_auxk.compare.sources import LanguageModel, SamePrompts
+from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
+    monkeypatch.setattr(sources, "load_model", lambda *_, **__: gpt2())
+    monkeypatch.setattr(run, "write_report", lambda _, folder: folder)
+    tokens().to_parquet(tmp_path / "text" / "train.parquet")
+    return Comparison(
+        aux_variant=["none", "auxk"],
+        preset=["saelens"],
+        k=[4],
+        seeds=[0],
+        d_sae=48,
+        training_samples=1280,
+        batch_size=64,
+        lr=1e-2,
+        dead_after=128,
+        eval_samples=200,
+        model_name="tiny",
+        dataset_path=str(tmp_path / "text"),
+        context_size=CONTEXT_SIZE,
+        language_model={
+            "streaming": False,
+            "prepend_bos": False,
+            "store_batch_size_prompts": 4,
+            "n_batches_in_buffer": 4,
+            "n_eval_batches": 2,
+        },
+    ).resolved()
+
+
+def test_runs_and_measures(comparison: Resolved, tmp_path: Path) -> None:
+    run_comparison(comparison, tmp_path / "out")
+    results = load_results(tmp_path / "out")
+    assert results["data"]["hook_name"] == "blocks.1.hook_resid_pre"
+    assert results["data"]["d_in"] == D_MODEL
+    assert [entry["case"] for entry in results["runs"]] == ["SAELens topk", "none", "auxk"]
+    for entry in results["runs"]:
+        assert entry["error"] is None
+        assert entry["metrics"]["l0"] == 4
+        assert entry["metrics"]["explained_variance"] > 0
+        assert entry["metrics"]["ce_loss_recovered"] is not None
+        assert "f1" not in entry["metrics"]
+        sae = SAE.load_from_disk(tmp_path / "out" / entry["folder"])
+        assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
+        assert sae.cfg.metadata.model_name == "tiny"
+
+
+def test_ce_loss_is_of_the_same_prompts_for_every_case(comparison: Resolved) -> None:
+    source: Any = LanguageModel(comparison)
+    config = run.cases_of(comparison)[0].sae_config(comparison, source.d_in)
+    sae = run.build_sae(config, seed=0)
+    data = source.open(0, {"": sae})
+    assert data.metrics(sae) == data.metrics(sae)
+
+
+def test_the_middle_is_the_default_place_and_a_wrong_one_is_refused(comparison: Resolved) -> None:
+    assert LanguageModel(comparison).hook_name == "blocks.1.hook_resid_pre"
+    wrong = Comparison(**{**vars(comparison), "hook_name": "blocks.1.hook_resid_prf"}).resolved()
+    with pytest.raises(ValueError, match="hook_name=.*Did you mean blocks.1.hook_resid_pre"):
+        LanguageModel(wrong)
+
+
+def test_same_prompts_start_over() -> None:
+    batches = [torch.zeros(2, 3), torch.ones(2, 3)]
+    prompts = SamePrompts(batches)
+    assert (prompts.store_batch_size_prompts, prompts.context_size) == (2, 3)
+    assert [int(prompts.get_batch_tokens(9)[0, 0]) for _ in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"language_model": {"stream": True}}, "stream is no field.*Did you mean streaming"),
+        ({"language_model": {"lr": 1.0}}, "lr is said by lr"),
+        ({"model_class_name": "Hooked"}, "model_class_name='Hooked'"),
+        ({"model_class_name": "AutoModelForCausalLM"}, "hook_name=None.*model.layers"),
+        ({"dataset_path": None}, "dataset_path=None"),
+    ],
+)
+def test_what_is_refused(comparison: Resolved, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Comparison(**{**vars(comparison), **fields}).resolved()

@@ -1,0 +1,206 @@
+"""The fields of a comparison, its presets, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens.synthetic import SyntheticModelConfig
+
+from sae_lens_auxk.compare.plan import Comparison, cases_of
+from tests.compare.conftest import tiny
+from tests.helpers import ARCHITECTURES, STOCK, VARIANTS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def names(comparison: Any) -> list[str]:
+    return [case.name for case in cases_of(comparison)]
+
+
+def test_the_default_compares_every_variant_bias_and_saelens() -> None:
+    comparison = Comparison().resolved()
+    assert names(comparison) == [
+        "SAELens topk",
+        "none",
+        "auxk",
+        "straight_through",
+        "reanimation",
+        "pre_activation",
+        "ghost_gradients",
+        "multi_topk",
+        "auxk, bias matched",
+        "auxk, bias none",
+    ]
+    assert {case.fields.get("aux_variant") for case in cases_of(comparison)} >= set(VARIANTS)
+
+
+def test_saelens_comes_as_it_comes() -> None:
+    stock: Any = cases_of(tiny(aux_variant=None, preset=["saelens"]))[0].sae_config(tiny(), 12)
+    assert stock.architecture() == "topk"
+    assert stock.aux_loss_coefficient == 1.0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_and_its_counterpart(architecture: str) -> None:
+    comparison = tiny(
+        aux_variant=None, preset=["saelens", "variants"], architecture=[architecture], k=[2, 3]
+    )
+    cases = cases_of(comparison)
+    has_k = "topk" in architecture
+    assert [case.k for case in cases[:2]] == ([2, 3] if has_k else [None, None])
+    assert cases[0].architecture == STOCK[architecture]
+    assert ("multi_topk" in names(comparison)) == has_k
+    for case in cases:
+        config: Any = case.sae_config(comparison, d_in=12)
+        assert (config.architecture(), config.d_in, config.d_sae) == (case.architecture, 12, 24)
+    assert len({case.slug for case in cases}) == len(cases)
+
+
+def test_dead_after_is_one_span_for_all() -> None:
+    """SAELens's mask and this package's begin with the same batch."""
+    comparison = tiny(dead_after=100, batch_size=32)
+    config: Any = cases_of(comparison)[1].sae_config(comparison, 12)
+    assert config.dead_threshold_tokens == 100
+    n_steps_silent = next(n for n in range(100) if n * 32 >= 100)
+    first_dead_step = next(n for n in range(100) if n > comparison.dead_feature_window)
+    assert first_dead_step == n_steps_silent == 4
+
+
+def test_the_default_run_is_long_enough_for_latents_to_die() -> None:
+    comparison = Comparison().resolved()
+    assert comparison.dead_after * 5 < comparison.training_samples
+    assert comparison.dead_feature_window * 5 < (
+        comparison.training_samples / comparison.batch_size
+    )
+
+
+def test_coefficients_are_swept() -> None:
+    comparison = tiny(aux_variant=["auxk", "none"], aux_loss_coefficient=[0.01, 1.0])
+    assert names(comparison) == [
+        "auxk, alpha 0.01",
+        "auxk, alpha 1",
+        "none, alpha 0.01",
+        "none, alpha 1",
+    ]
+
+
+def test_explicit_cases_and_shared_fields() -> None:
+    comparison = tiny(
+        aux_variant=None,
+        cases=[
+            {"name": "mine", "aux_variant": "auxk", "k_aux": 3},
+            {"architecture": "jumprelu", "l0_coefficient": 0.5},
+            {"aux_variant": "auxk", "k": 5, "aux_bias": "none"},
+        ],
+        sae={"apply_b_dec_to_input": False, "k_aux": 7},
+    )
+    mine, jumprelu, last = cases_of(comparison)
+    assert (mine.name, jumprelu.name) == ("mine", "SAELens jumprelu, l0_coefficient 0.5")
+    assert (last.name, last.k) == ("auxk, bias none", 5)
+    configs: list[Any] = [case.sae_config(comparison, 12) for case in (mine, jumprelu, last)]
+    assert [config.apply_b_dec_to_input for config in configs] == [False] * 3
+    assert (configs[0].k_aux, configs[2].k_aux) == (3, 7)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".toml"])
+def test_a_file_says_the_same_as_the_fields(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"comparison{suffix}"
+    path.write_text(
+        "seeds: [3]\nlr: 1.0e-2\ncases:\n  - aux_variant: none\nsynthetic_model:\n  bias: false\n"
+        if suffix == ".yaml"
+        else 'seeds = [3]\nlr = 1e-2\ncases = [{aux_variant = "none"}]\n'
+        "[synthetic_model]\nbias = false\n"
+    )
+    assert Comparison.from_file(path) == Comparison(
+        seeds=[3], lr=1e-2, cases=[{"aux_variant": "none"}], synthetic_model={"bias": False}
+    )
+
+
+def test_the_published_benchmark() -> None:
+    """Every value of SynthSAEBench-16k's published table."""
+    comparison = Comparison.from_file(ROOT / "benchmarks" / "synthsaebench.yaml").resolved()
+    model: Any = comparison.synthetic_model_config(seed=7)
+    assert isinstance(model, SyntheticModelConfig)
+    assert (model.num_features, model.hidden_dim, model.seed) == (16384, 768, 42)
+    zipf: Any = model.firing_probability
+    assert (zipf.exponent, zipf.max_prob, zipf.min_prob) == (0.5, 0.4, 5e-4)
+    hierarchy: Any = model.hierarchy
+    assert (hierarchy.total_root_nodes, hierarchy.branching_factor) == (128, 4)
+    assert (hierarchy.max_depth, hierarchy.mutually_exclusive_portion) == (3, 1.0)
+    correlation: Any = model.correlation
+    assert (correlation.rank, correlation.correlation_scale) == (25, 0.1)
+    orthogonalization: Any = model.orthogonalization
+    assert (orthogonalization.num_steps, orthogonalization.lr) == (100, 3e-4)
+    means: Any = model.mean_firing_magnitudes
+    spread: Any = model.std_firing_magnitudes
+    assert (means.start, means.end, spread.mean, spread.std) == (5.0, 4.0, 0.5, 0.5)
+    assert (comparison.d_sae, comparison.batch_size, comparison.lr) == (4096, 1024, 3e-4)
+    assert comparison.training_samples == 200_000_000
+
+
+def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
+    model: Any = tiny().synthetic_model_config(seed=7)
+    assert model.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": ["variant"]}, "preset='variant' is not allowed.*Did you mean variants"),
+        ({"architecture": ["auxk-topkk"]}, "architecture='auxk-topkk'.*Did you mean auxk-topk"),
+        ({"aux_variant": ["aukx"]}, "aux_variant='aukx'.*Did you mean auxk"),
+        ({"aux_variant": None, "aux_loss_coefficient": [0.1]}, "aux_loss_coefficient.*aux_variant"),
+        ({"aux_loss_coefficient": [-1.0]}, "case 'none, alpha -1, .*aux_loss_coefficient=-1.0"),
+        ({"k": [0]}, "k=0 is not allowed: it must be an integer >= 1"),
+        ({"k": [25]}, r"k=25 is not allowed: it must be at most d_sae \(24\)"),
+        ({"k": []}, "k=.*one or more"),
+        ({"seeds": [1, 1]}, "seeds=.*each once"),
+        ({"d_sae": 0}, "d_sae=0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"batch_size": 5000}, r"batch_size=5000.*training_samples \(1600\)"),
+        ({"dead_after": 1600}, "dead_after=1600.*no latent is ever dead"),
+        ({"device": "cudda"}, "device='cudda'"),
+        ({"model_name": "gpt2"}, "dataset_path=None"),
+        ({"hook_name": "x"}, "hook_name='x'.*model_name"),
+        ({"model_name": "gpt2", "dataset_path": "x"}, "n_features=32.*synthetic"),
+        ({"synthetic_model": {"hierachy": {}}}, "hierachy.*Did you mean hierarchy"),
+        ({"synthetic_model": {"hidden_dim": 3}}, "hidden_dim is said by d_in"),
+        ({"synthetic_model": {"firing_probability": {"x": 1}}}, "synthetic_model: .*'x'"),
+        ({"synthetic_model": "somewhere/model"}, "n_features=32.*saved synthetic_model"),
+        ({"sae": {"k_auxx": 3}}, "k_auxx is no field.*Did you mean k_aux"),
+        ({"cases": [{"aux_varient": "none"}]}, "aux_varient is no field.*Did you mean aux_variant"),
+        ({"cases": [{"architecture": "topkk"}]}, "architecture='topkk'.*Did you mean"),
+        ({"cases": [{"name": "a"}, {"name": "a", "k_aux": 2}]}, "two that differ are called 'a"),
+        ({"aux_variant": None, "preset": []}, "nothing to compare"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seedz: [1]", "seedz is no field of a comparison. Did you mean seeds"),
+        ("a.yaml", "- 1", "must hold fields"),
+        ("a.yaml", "a: [", "cannot be read"),
+        ("a.toml", "seeds [", "cannot be read"),
+        ("a.json", "{}", "must end in .yaml"),
+        (None, "", "there is no such file"),
+    ],
+)
+def test_files_that_are_refused(name: str | None, text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / (name or "missing.yaml")
+    if name:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Comparison.from_file(path)
+
+
+@pytest.mark.parametrize("name", ["docs/compare.md", "examples/compare_smollm2.yaml"])
+def test_what_is_shown_is_allowed(name: str, tmp_path: Path) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    path = tmp_path / "comparison.yaml"
+    path.write_text(text.split("```yaml\n")[-1].split("```")[0], encoding="utf-8")
+    assert len(cases_of(Comparison.from_file(path).resolved())) >= 3

@@ -1,0 +1,224 @@
+"""Whole comparisons: what is written, kept, gone on with, and refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.sae import SAE
+
+from sae_lens_auxk.compare import run
+from sae_lens_auxk.compare.run import groups_of, load_results, run_comparison
+from sae_lens_auxk.compare.train import LockstepTrainer
+from tests.compare.conftest import tiny
+
+RUN_KEYS = {
+    "name",
+    "case",
+    "architecture",
+    "k",
+    "seed",
+    "status",
+    "error",
+    "sae_config",
+    "folder",
+    "training_samples",
+    "history",
+    "metrics",
+    "density",
+    "silent_latents",
+    "peeking",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has tests of its own, and takes longer than these comparisons."""
+
+    def write(results: dict[str, Any], folder: Path) -> Path:
+        (folder / "report.html").write_text(str(results["finished"]))
+        return folder / "report.html"
+
+    monkeypatch.setattr(run, "write_report", write)
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of SAEs of each pass that is trained from now on."""
+    passes: list[int] = []
+    fit = LockstepTrainer.fit
+
+    def counted(self: LockstepTrainer) -> Any:
+        passes.append(len(self.saes))
+        return fit(self)
+
+    monkeypatch.setattr(LockstepTrainer, "fit", counted)
+    return passes
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    comparison = tiny(preset=["saelens"], seeds=[0, 1])
+    report = run_comparison(comparison, tmp_path, "the command")
+    assert report.read_text() == "True"
+    results = load_results(tmp_path)
+    assert results["finished"]
+    assert results["command"] == "the command"
+    assert type(comparison)(**results["comparison"]) == comparison
+    assert results["data"]["kind"] == "synthetic"
+    assert [entry["seed"] for entry in results["runs"]] == [0, 0, 0, 1, 1, 1]
+    for entry in results["runs"]:
+        assert set(entry) == RUN_KEYS
+        assert (entry["status"], entry["error"]) == ("finished", None)
+        assert entry["training_samples"] == 1600
+        assert {len(values) for values in entry["history"].values()} == {50}
+        metrics = entry["metrics"]
+        assert {"explained_variance", "l0", "mse", "dead_fraction", "dense_latents"} <= set(metrics)
+        assert {"f1", "mcc", "precision", "recall", "uniqueness", "features_covered"} <= set(
+            metrics
+        )
+        assert metrics["ms_per_step"] > 0
+        assert "ce_loss_recovered" not in metrics
+        assert sum(entry["density"]["counts"]) + entry["silent_latents"] == 24
+        assert metrics["dead_fraction"] == entry["history"]["dead_fraction"][-1]
+        assert set(entry["peeking"]) == {"revived", "never_died"}
+        sae = SAE.load_from_disk(tmp_path / entry["folder"])
+        assert sae.cfg.architecture() == "topk"
+        assert (tmp_path / entry["folder"] / "sparsity.safetensors").exists()
+    assert [group["case"] for group in results["groups"]] == ["SAELens topk", "none", "auxk"]
+    assert {group["n_seeds"] for group in results["groups"]} == {2}
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_cases_see_the_same_weights_and_data_whatever_is_beside_them(tmp_path: Path) -> None:
+    run_comparison(tiny(aux_variant=["auxk"]), tmp_path / "alone")
+    run_comparison(tiny(preset=["saelens", "variants"]), tmp_path / "beside")
+    alone, beside = (
+        next(r for r in load_results(tmp_path / name)["runs"] if r["case"] == "auxk")
+        for name in ("alone", "beside")
+    )
+    for entry in (alone, beside):
+        del entry["metrics"]["ms_per_step"]
+    assert alone == beside
+
+
+def test_the_same_command_again_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_comparison(tiny(), tmp_path)
+    first = load_results(tmp_path)
+    passes = count_passes(monkeypatch)
+    run_comparison(tiny(), tmp_path)
+    assert passes == []
+    assert load_results(tmp_path) == first
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """What was done before is kept and reported; what comes after is as if nothing happened."""
+    comparison = tiny(seeds=[0, 1])
+    run_comparison(comparison, tmp_path / "whole")
+
+    folder = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        passes = count_passes(patch)
+        fit = LockstepTrainer.fit
+
+        def interrupted(self: LockstepTrainer) -> Any:
+            saes = fit(self)
+            if len(passes) == 2:
+                raise error
+            return saes
+
+        patch.setattr(LockstepTrainer, "fit", interrupted)
+        with pytest.raises(error):
+            run_comparison(comparison, folder)
+    results = load_results(folder)
+    assert not results["finished"]
+    statuses = ["finished", "finished", "unfinished", "unfinished"]
+    assert [entry["status"] for entry in results["runs"]] == statuses
+    assert {group["n_seeds"] for group in results["groups"]} == {1}
+    assert (folder / "report.html").read_text() == "False"
+
+    passes = count_passes(monkeypatch)
+    run_comparison(comparison, folder)
+    assert passes == [2]
+    assert (folder / "report.html").read_text() == "True"
+    runs = [load_results(tmp_path / name)["runs"] for name in ("whole", "interrupted")]
+    for entry in runs[0] + runs[1]:
+        del entry["metrics"]["ms_per_step"]
+    assert runs[0] == runs[1]
+
+
+def test_more_seeds_go_on_with_the_same_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_comparison(tiny(), tmp_path)
+    passes = count_passes(monkeypatch)
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    assert passes == [2]
+    assert {group["n_seeds"] for group in load_results(tmp_path)["groups"]} == {2}
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    run_comparison(tiny(), tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="another comparison: lr is 0.002 there and 0.1 now"):
+        run_comparison(tiny(lr=0.1), tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="something else"):
+        run_comparison(tiny(), tmp_path)
+
+
+def test_a_failed_case_is_reported_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = run.build_sae
+
+    def broken(config: Any, seed: int) -> Any:
+        sae = build(config, seed)
+        if config.aux_variant == "auxk":
+            with torch.no_grad():
+                sae.b_dec.fill_(torch.nan)
+        return sae
+
+    monkeypatch.setattr(run, "build_sae", broken)
+    run_comparison(tiny(), tmp_path)
+    results = load_results(tmp_path)
+    none, auxk = results["runs"]
+    assert (none["status"], auxk["status"]) == ("finished", "failed")
+    assert "loss is nan" in auxk["error"]
+    assert auxk["metrics"] == {}
+    assert results["finished"]
+    assert [group["case"] for group in results["groups"]] == ["none"]
+
+
+def test_groups_by_hand() -> None:
+    def entry(seed: int, ev: float | None, status: str = "finished") -> dict[str, Any]:
+        peeking = {name: {"n_latents": seed} for name in ("revived", "never_died")}
+        return {
+            "case": "a",
+            "architecture": "topk",
+            "k": 2,
+            "status": status,
+            "metrics": {"explained_variance": ev, "l0": 2.0},
+            "peeking": peeking,
+        }
+
+    (group,) = groups_of([entry(0, 0.5), entry(1, 0.7), entry(2, None), entry(9, 9, "failed")])
+    assert group["n_seeds"] == 3
+    assert group["mean"] == {"explained_variance": pytest.approx(0.6), "l0": 2.0}
+    assert group["std"] == {"explained_variance": pytest.approx(0.02**0.5), "l0": 0.0}
+    assert group["peeking"]["revived"] == {"mean": {"n_latents": 1}, "std": {"n_latents": 1}}
+    (single,) = groups_of([entry(0, 0.5)])
+    assert single["std"]["explained_variance"] is None
+
+
+def test_no_nan_is_written(tmp_path: Path) -> None:
+    run._write_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0, (2,)]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0, [2]]}
