@@ -1,0 +1,107 @@
+"""What would make the straight-through nudge better? Candidates, side by side with auxk.
+
+Each candidate is a loss of its own, registered under a name and compared by
+``sae-lens-auxk compare``'s machinery on a synthetic model:
+
+    python benchmarks/straight_through.py --output straight-through
+
+A candidate is the nudge of ``sae_lens_auxk/aux_losses/straight_through.py`` with one thing changed:
+
+- ``gated``: only where the residual pulls upwards, that is, where firing lowers the loss.
+- ``gain``: only where firing *at the threshold* would lower the loss: 2 t r.W > t^2 |W|^2.
+- ``decoder``: the decoder row learns too, as if the latent had fired at the threshold t.
+- ``joint``: the residual is what the dead latents nearest to firing leave of it together.
+"""
+
+import argparse
+from dataclasses import replace
+from functools import partial, update_wrapper
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.auxk import k_aux_of
+from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.run import run_comparison
+
+
+def nudge(
+    inputs: AuxLossInputs,
+    cfg: Any,
+    gate: str = "",
+    decoder: bool = False,
+    joint: bool = False,
+) -> torch.Tensor:
+    acts = inputs.nearest_dead(k_aux_of(cfg))
+    residual = inputs.residual
+    if joint:
+        residual = residual - acts.relu().decode().detach()
+    h = acts.h
+    threshold = inputs.firing_threshold().clamp(min=0).expand(len(h), -1)
+    pull = 2 * acts.project(residual).to(inputs.x.dtype)
+    if gate == "gated":
+        pull = pull.relu()
+    elif gate == "gain":
+        pull = pull * (pull > threshold)
+    loss = -(pull * h).sum(dim=-1).mean()
+    if decoder:
+        fires = (pull > threshold).to(h.dtype) * threshold if gate else threshold.expand_as(h)
+        norms = acts.decoder.norm_at(acts.selected, fires)
+        fired = replace(acts, pre=(fires / norms).where(h.detach() != 0, 0))
+        loss = loss - 2 * (residual * fired.decode()).sum(dim=-1).mean()
+    return loss - loss.detach()
+
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "gated": {"gate": "gated"},
+    "gain": {"gate": "gain"},
+    "decoder": {"decoder": True},
+    "gated, decoder": {"gate": "gated", "decoder": True},
+    "gain, decoder": {"gate": "gain", "decoder": True},
+    "joint": {"joint": True},
+    "joint, decoder": {"joint": True, "decoder": True},
+    "joint, gain, decoder": {"joint": True, "gate": "gain", "decoder": True},
+}
+for name, options in CANDIDATES.items():
+    register_aux_loss(
+        f"st {name}",
+        update_wrapper(partial(nudge, **options), nudge),
+        default_coefficient=1 / 32,
+        uses_k_aux=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("straight-through"))
+    parser.add_argument("--architecture", nargs="+", default=["auxk-topk", "auxk-batchtopk"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--names", nargs="+", default=list(CANDIDATES))
+    args = parser.parse_args()
+    base = ("none", "straight_through")
+    cases = [{"aux_variant": "auxk", "aux_bias": "none", "name": "auxk"}]
+    cases += [{"aux_variant": name} for name in base]
+    cases += [{"aux_variant": f"st {name}"} for name in args.names]
+    comparison = Comparison(
+        architecture=args.architecture,
+        cases=[{**c, "architecture": a} for a in args.architecture for c in cases],
+        sae={"k_aux": 64},
+        seeds=args.seeds,
+        k=[10],
+        d_sae=512,
+        n_features=1024,
+        d_in=128,
+        training_samples=400_000,
+        batch_size=512,
+        lr=1e-3,
+        dead_after=20_000,
+    )
+    run_comparison(comparison.resolved(), args.output)
+
+
+if __name__ == "__main__":
+    main()
