@@ -36,7 +36,8 @@ def compare(args: Sequence[str]) -> int:
             comparison = options.comparison.resolved()
             _use_threads_that_pay(comparison)
             report = run_comparison(comparison, options.output, _command(args))
-    except (ValueError, TypeError) as error:
+    # An OSError is what a model or data set that cannot be found comes as.
+    except (ValueError, TypeError, OSError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(

@@ -177,9 +177,11 @@ def _pass_file(folder: Path, seed: int) -> Path:
 def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> dict[str, Any]:
     if (folder / RESULTS_FILENAME).exists():
         results = load_results(folder)
-        _require_same(comparison.to_dict(), results["comparison"], folder)
-        return results
-    if folder.exists() and any(folder.iterdir()):
+        # One that has come to nothing yet, over a misspelt data set say, binds nobody.
+        if any(folder.glob(f"runs/seed-*[0-9]/{PASS_FILENAME}")):
+            _require_same(comparison.to_dict(), results["comparison"], folder)
+            return results
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else than a comparison: give another --output.")
     folder.mkdir(parents=True, exist_ok=True)
     return {

@@ -100,7 +100,10 @@ class Synthetic:
         # One with a seed of its own is the same in every pass, and can take minutes to make.
         if config != self._config:
             self._config = config
-            self.model = SyntheticModel.load_from_source(config, device=self._comparison.device)
+            try:
+                self.model = SyntheticModel.load_from_source(config, device=self._comparison.device)
+            except OSError as error:
+                raise ValueError(f"synthetic_model={config!r} cannot be loaded: {error}") from error
         return self.model
 
     def describe(self) -> dict[str, Any]:
@@ -185,12 +188,16 @@ class LanguageModel:
     def __init__(self, comparison: Resolved):
         self._comparison = comparison
         given = comparison.language_model
-        self.model = load_model(
-            comparison.model_class_name,
-            comparison.model_name or "",
-            device=given.get("llm_device") or comparison.device,
-            model_from_pretrained_kwargs=given.get("model_from_pretrained_kwargs"),
-        )
+        try:
+            self.model = load_model(
+                comparison.model_class_name,
+                comparison.model_name or "",
+                device=given.get("llm_device") or comparison.device,
+                model_from_pretrained_kwargs=given.get("model_from_pretrained_kwargs"),
+            )
+        except (OSError, ValueError) as error:
+            name = comparison.model_name
+            raise ValueError(f"model_name={name!r} cannot be loaded: {error}") from error
         n_layers: Any = getattr(getattr(self.model, "cfg", None), "n_layers", 0)
         self.hook_name = comparison.hook_name or f"blocks.{n_layers // 2}.hook_resid_pre"
         self.d_in = self._width()

@@ -95,3 +95,17 @@ def test_same_prompts_start_over() -> None:
 def test_what_is_refused(comparison: Resolved, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Comparison(**{**vars(comparison), **fields}).resolved()
+
+
+@pytest.mark.parametrize("name", ["model_name", "synthetic_model"])
+def test_a_model_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    fields: dict[str, Any] = {name: missing}
+    if name == "model_name":
+        fields |= {
+            "dataset_path": "text",
+            "hook_name": "model.layers.6",
+            "model_class_name": "AutoModelForCausalLM",
+        }
+    with pytest.raises(ValueError, match=f"{name}='{missing}' cannot be loaded"):
+        sources.source_of(Comparison(**fields).resolved())

@@ -169,6 +169,20 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def test_a_comparison_that_came_to_nothing_may_be_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise FileNotFoundError("no such data set")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "source_of", fail)
+        with pytest.raises(FileNotFoundError):
+            run_comparison(tiny(), tmp_path)
+    run_comparison(tiny(lr=0.1), tmp_path)
+    assert load_results(tmp_path)["comparison"]["lr"] == 0.1
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="something else"):
