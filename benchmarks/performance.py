@@ -194,9 +194,11 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
                 for key, result in results.items()
                 if key.split("|")[::2] == [axis, variant] and "median" in result
             ]
-            panel.loglog(*zip(*points, strict=True), style, label=variant, base=2)
+            panel.plot(*zip(*points, strict=True), style, label=variant)
+        if axis != "dead":
+            panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
         panel.set_xlabel({"dead": "share of dead latents", "batch": "rows"}.get(axis, axis))
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.xaxis.set_major_formatter(
             lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:.3g}"
         )

@@ -10,6 +10,9 @@ A candidate is the nudge of ``sae_lens_auxk/aux_losses/straight_through.py`` wit
 - ``gated``: only where the residual pulls upwards, that is, where firing lowers the loss.
 - ``gain``: only where firing *at the threshold* would lower the loss: 2 t r.W > t^2 |W|^2.
 - ``decoder``: the decoder row learns too, as if the latent had fired at the threshold t.
+- ``best n``: only the n latents of the row with the strongest pull; ``push``: the others get no
+  pull upwards, but keep theirs downwards.
+- ``times 4``, ``by 4``: another coefficient.
 - ``joint``: the residual is what the dead latents nearest to firing leave of it together.
 """
 
@@ -33,25 +36,31 @@ def nudge(
     gate: str = "",
     decoder: bool = False,
     joint: bool = False,
+    best: int | None = None,
+    push: bool = False,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     acts = inputs.nearest_dead(k_aux_of(cfg))
     residual = inputs.residual
     if joint:
         residual = residual - acts.relu().decode().detach()
     h = acts.h
-    threshold = inputs.firing_threshold().clamp(min=0).expand(len(h), -1)
-    pull = 2 * acts.project(residual).to(inputs.x.dtype)
+    threshold = inputs.firing_threshold().clamp(min=0).reshape(-1, 1).expand(len(h), 1).to(h.dtype)
+    pull = all_pull = 2 * acts.project(residual).to(inputs.x.dtype)
     if gate == "gated":
         pull = pull.relu()
     elif gate == "gain":
         pull = pull * (pull > threshold)
+    if best is not None and best < pull.shape[1]:
+        others = all_pull.clamp(max=0) if push else 0.0
+        pull = pull.where(pull >= pull.topk(best, dim=1).values[:, -1:], others)
     loss = -(pull * h).sum(dim=-1).mean()
     if decoder:
         fires = (pull > threshold).to(h.dtype) * threshold if gate else threshold.expand_as(h)
         norms = acts.decoder.norm_at(acts.selected, fires)
         fired = replace(acts, pre=(fires / norms).where(h.detach() != 0, 0))
         loss = loss - 2 * (residual * fired.decode()).sum(dim=-1).mean()
-    return loss - loss.detach()
+    return scale * (loss - loss.detach())
 
 
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -60,6 +69,20 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "decoder": {"decoder": True},
     "gated, decoder": {"gate": "gated", "decoder": True},
     "gain, decoder": {"gate": "gain", "decoder": True},
+    "gain, best 16": {"gate": "gain", "best": 16},
+    "gain, best 4": {"gate": "gain", "best": 4},
+    "gain, decoder, best 16": {"gate": "gain", "decoder": True, "best": 16},
+    "gain, decoder, best 4": {"gate": "gain", "decoder": True, "best": 4},
+    "gain, decoder, best 2": {"gate": "gain", "decoder": True, "best": 2},
+    "gain, decoder, best 1": {"gate": "gain", "decoder": True, "best": 1},
+    "gain, decoder, best 4, push": {"gate": "gain", "decoder": True, "best": 4, "push": True},
+    "gain, decoder, best 1, push": {"gate": "gain", "decoder": True, "best": 1, "push": True},
+    "gain, decoder, best 2, times 4": {"gate": "gain", "decoder": True, "best": 2, "scale": 4},
+    "gain, decoder, best 1, times 4": {"gate": "gain", "decoder": True, "best": 1, "scale": 4},
+    "gain, decoder, best 1, times 16": {"gate": "gain", "decoder": True, "best": 1, "scale": 16},
+    "gain, decoder, best 2, times 16": {"gate": "gain", "decoder": True, "best": 2, "scale": 16},
+    "gain, decoder, best 4, times 4": {"gate": "gain", "decoder": True, "best": 4, "scale": 4},
+    "gain, decoder, best 2, by 4": {"gate": "gain", "decoder": True, "best": 2, "scale": 0.25},
     "joint": {"joint": True},
     "joint, decoder": {"joint": True, "decoder": True},
     "joint, gain, decoder": {"joint": True, "gate": "gain", "decoder": True},
@@ -84,7 +107,8 @@ def main() -> None:
     args = parser.parse_args()
     base = ("none", "straight_through")
     cases = [{"aux_variant": "auxk", "aux_bias": "none", "name": "auxk"}]
-    cases += [{"aux_variant": name} for name in base]
+    strong = {"aux_loss_coefficient": 1 / 8, "name": "auxk, times 4"}
+    cases += [{**cases[0], **strong}, *({"aux_variant": name} for name in base)]
     cases += [{"aux_variant": f"st {name}"} for name in args.names]
     comparison = Comparison(
         architecture=args.architecture,

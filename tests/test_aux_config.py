@@ -23,6 +23,8 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config
         ({"dead_criterion": "epochs"}, r"dead_criterion='epochs' .* 'tokens', 'steps', 'batch'"),
         ({"dead_threshold_tokens": 0}, r"dead_threshold_tokens=0 .* >= 1"),
         ({"dead_threshold_tokens": -1}, r"dead_threshold_tokens=-1"),
+        ({"aux_batch_fraction": 0.0}, r"aux_batch_fraction=0.0 .* more than 0 and at most 1"),
+        ({"aux_batch_fraction": 1.5}, r"aux_batch_fraction=1.5 .* at most 1"),
         ({"aux_warm_up_steps": -1}, r"aux_warm_up_steps=-1"),
         ({"aux_decay_steps": 10}, r"aux_decay_steps=10 .* aux_decay_start_step is set"),
         ({"aux_decay_start_step": 10}, r"aux_decay_steps=0 .* >= 1"),

@@ -17,6 +17,7 @@ def test_every_field_reaches_the_config() -> None:
         "--aux_loss_coefficient 0.25 --k_aux 7 --aux_bias matched --aux_relu true "
         "--dead_criterion steps --dead_threshold_tokens 5000 --aux_warm_up_steps 3 "
         "--aux_decay_start_step 10 --aux_decay_steps 5 --log_to_wandb false "
+        "--aux_batch_fraction 0.25 "
         "--training_tokens 77"
     )
     cfg: Any = _parse_cfg_args(flags.split())
@@ -27,6 +28,7 @@ def test_every_field_reaches_the_config() -> None:
     assert (sae.aux_bias, sae.aux_relu, sae.dead_criterion) == ("matched", True, "steps")
     assert (sae.dead_threshold_tokens, sae.aux_warm_up_steps) == (5000, 3)
     assert (sae.aux_decay_start_step, sae.aux_decay_steps) == (10, 5)
+    assert sae.aux_batch_fraction == 0.25
 
 
 def test_defaults_are_the_configs() -> None:
