@@ -28,28 +28,30 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--autocast", action="store_true")
     parser.add_argument("--architecture", default="auxk-topk")
-    parser.add_argument("--samples", type=int, default=2_000_000)
+    parser.add_argument("--samples", type=int, default=600_000)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(args.seed)
     sae = get_sae_training_class(args.architecture)[1](
-        d_in=768,
-        d_sae=8192,
-        k=25,
+        d_in=128,
+        d_sae=1024,
+        k=10,
+        # So few that with most latents dead they are pairs on a GPU, and later columns.
+        k_aux=8,
         device=args.device,
         aux_bias="none",
-        dead_threshold_tokens=200_000,
+        dead_threshold_tokens=20_000,
     )
     runner = SyntheticSAERunner(
         SyntheticSAERunnerConfig(
-            synthetic_model=SyntheticModelConfig(num_features=16_384, hidden_dim=768, seed=0),
+            synthetic_model=SyntheticModelConfig(num_features=2048, hidden_dim=128, seed=0),
             sae=sae,
             training_samples=args.samples,
-            batch_size=1024,
-            lr=3e-4,
+            batch_size=512,
+            lr=1e-3,
             device=args.device,
             autocast_sae=args.autocast,
-            eval_samples=100_000,
+            eval_samples=20_000,
             output_path=None,
             checkpoint_path=None,
             logger=LoggingConfig(log_to_wandb=False),
