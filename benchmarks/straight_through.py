@@ -5,7 +5,9 @@ Each candidate is a loss of its own, registered under a name and compared by
 
     python benchmarks/straight_through.py --output straight-through
 
-A candidate is the nudge of ``sae_lens_auxk/aux_losses/straight_through.py`` with one thing changed:
+The plain nudge is the gradient of the main loss with respect to the activation of each of the
+``k_aux`` dead latents nearest to firing, passed straight to its ``h``, and nothing else. A candidate
+changes something of it:
 
 - ``gated``: only where the residual pulls upwards, that is, where firing lowers the loss.
 - ``gain``: only where firing *at the threshold* would lower the loss: 2 t r.W > t^2 |W|^2.
@@ -64,6 +66,7 @@ def nudge(
 
 
 CANDIDATES: dict[str, dict[str, Any]] = {
+    "plain": {},
     "gated": {"gate": "gated"},
     "gain": {"gate": "gain"},
     "decoder": {"decoder": True},
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", default=list(CANDIDATES))
     args = parser.parse_args()
-    base = ("none", "straight_through")
+    base = ("none", "straight_through")  # the second is "gain, decoder, best 1, times 4"
     cases = [{"aux_variant": "auxk", "aux_bias": "none", "name": "auxk"}]
     strong = {"aux_loss_coefficient": 1 / 8, "name": "auxk, times 4"}
     cases += [{**cases[0], **strong}, *({"aux_variant": name} for name in base)]

@@ -27,8 +27,20 @@ class Activations(Protocol):
         """The same with negative values set to 0."""
         ...
 
+    def only(self, index: torch.Tensor) -> "Activations":
+        """The entries at ``index`` (B, n) of each row."""
+        ...
+
     def decode(self) -> torch.Tensor:
         """(B, d_in): the sum of ``h_bi W_i`` over the selection, with its graph."""
+        ...
+
+    def decode_as(self, values: torch.Tensor) -> torch.Tensor:
+        """The same with constants ``values`` (B, m) in the place of ``h``.
+
+        W_i's gradient is that of a latent which fires at that value: as in SAELens's own loss
+        its norm, where ``h`` is rescaled by it, is no way to change the output.
+        """
         ...
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,37 +99,48 @@ class DenseAccess:
         return self.h.sum(dim=0, dtype=torch.promote_types(self.h.dtype, torch.float32))
 
     def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._normalized(self.W_dec.index_select(0, latents))
+        return _normalized(self.W_dec.index_select(0, latents), self.rescaled)
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:  # noqa: ARG002
         if among is None:
-            return MaskedColumns(keep_largest(self.h, k), self._normalized(self.W_dec))
+            return MaskedColumns(keep_largest(self.h, k), self.W_dec, self.rescaled)
         latents = among.nonzero().squeeze(1)
-        return MaskedColumns(keep_largest(self.columns(latents), k), self.decoder_rows(latents))
+        rows = self.W_dec.index_select(0, latents)
+        return MaskedColumns(keep_largest(self.columns(latents), k), rows, self.rescaled)
 
     def at_rows(self, rows: torch.Tensor) -> "DenseAccess":
         return replace(self, h=self.h.index_select(0, rows))
 
-    def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows / rows.norm(dim=-1, keepdim=True) if self.rescaled else rows
-
 
 @dataclass(frozen=True)
 class MaskedColumns:
-    """A selection as (B, n) with zeros outside of it, and the n rows ``W`` that belong to it."""
+    """A selection as (B, n) with zeros outside of it, and the n rows of W_dec that belong to it."""
 
     h: torch.Tensor
-    W: torch.Tensor
+    rows: torch.Tensor
+    rescaled: bool
 
     def relu(self) -> "MaskedColumns":
         return replace(self, h=self.h.relu())
 
+    def only(self, index: torch.Tensor) -> "MaskedColumns":
+        h = torch.zeros_like(self.h).scatter(-1, index, self.h.gather(-1, index))
+        return replace(self, h=h)
+
     def decode(self) -> torch.Tensor:
-        return self.h @ self.W
+        return self.h @ _normalized(self.rows, self.rescaled)
+
+    def decode_as(self, values: torch.Tensor) -> torch.Tensor:
+        norms = self.rows.detach().norm(dim=-1) if self.rescaled else 1.0
+        return (values / norms).to(self.rows.dtype) @ self.rows
 
     @torch.no_grad()
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.W.dtype) @ self.W.T
+        return x.to(self.rows.dtype) @ _normalized(self.rows, self.rescaled).T
+
+
+def _normalized(rows: torch.Tensor, rescaled: bool) -> torch.Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True) if rescaled else rows
 
 
 @dataclass(frozen=True)

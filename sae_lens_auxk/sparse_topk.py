@@ -70,9 +70,13 @@ class SparseActivations:
     rows of W_dec as they are.
     """
 
-    decoder: Decoder
+    encoder: Encoder
     selected: Selected
     pre: torch.Tensor
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.encoder.decoder
 
     @property
     def h(self) -> torch.Tensor:
@@ -81,8 +85,21 @@ class SparseActivations:
     def relu(self) -> "SparseActivations":
         return replace(self, pre=self.pre.relu())
 
+    def only(self, index: torch.Tensor) -> "SparseActivations":
+        # From the values, not from ``pre`` and its graph over all that was selected.
+        with torch.no_grad():
+            h = self.h.gather(1, index)
+            latents = self.selected.latents.view(-1, self.pre.shape[1]).expand(len(h), -1)
+        return _activations(
+            self.encoder, h, Pairs.per_row(latents.gather(1, index), self.selected.d_sae)
+        )
+
     def decode(self) -> torch.Tensor:
         return self.decoder.weighted_sums(self.pre, self.selected)
+
+    def decode_as(self, values: torch.Tensor) -> torch.Tensor:
+        pre = values.to(self.pre.dtype) / self.decoder.norm_at(self.selected, values)
+        return self.decoder.weighted_sums(pre, self.selected)
 
     @torch.no_grad()
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,13 +143,17 @@ class SparseAccess:
             else:
                 h, latents = top_k(hidden_pre, k, among)
                 selected = Pairs.per_row(latents, d_sae)
-            chosen = h > -torch.inf
-        pre = self.encoder.before_norm(h.masked_fill(~chosen, 0), selected)
-        # What is not there has a value of 0, and must not be given a gradient.
-        return SparseActivations(self.encoder.decoder, selected, pre.where(chosen, 0))
+            h = h.masked_fill_(h == -torch.inf, 0)
+        return _activations(self.encoder, h, selected)
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
         return SparseAccess(self.encoder.at_rows(rows))
+
+
+def _activations(encoder: Encoder, h: torch.Tensor, selected: Selected) -> SparseActivations:
+    """Selected values ``h`` (B, k); one that is 0 stands for nothing, and gets no gradient."""
+    pre = encoder.before_norm(h, selected)
+    return SparseActivations(encoder, selected, pre.where(h != 0, 0))
 
 
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:

@@ -73,9 +73,23 @@ def _straight_through_gradient(step: Step, cfg: Any) -> torch.Tensor:
     """A loss with the gradient that straight_through shall have (its value is another)."""
     total = torch.zeros((), dtype=torch.float64)
     for b in _rows(step):
-        for i in _nearest(step, b, cfg):
-            pull = 2 * step.scale[b] * (_residual(step, b) * _latent(step, i)).sum()
-            total = total - pull.detach() * step.h[b, i]
+        residual = step.scale[b] * _residual(step, b)
+        nearest = _nearest(step, b, cfg)
+        pulls = [2 * (residual * _latent(step, i)).sum().item() for i in nearest]
+        if not nearest:
+            continue
+        pull = max(pulls)
+        i = nearest[pulls.index(pull)]
+        if step.threshold is None:
+            active = [a for a in step.a[b].tolist() if a > 0]
+            threshold = min(active, default=0.0)
+        else:
+            threshold = max(0.0, step.threshold[i].item())
+        if pull <= threshold * step.scale[b] ** 2:
+            continue
+        norm = step.W_dec[i].detach().pow(2).sum().sqrt() if step.rescaled else 1.0
+        fired = threshold / norm * step.W_dec[i]
+        total = total - pull * step.h[b, i] - 2 * (residual * fired).sum()
     return total / len(_rows(step))
 
 

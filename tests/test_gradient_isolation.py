@@ -36,16 +36,48 @@ def test_no_live_latent_moves(architecture: str, variant: str) -> None:
     assert moved["W_enc"], "the dead latents' encoder must move"
 
 
-@pytest.mark.parametrize("variant", ["auxk", "straight_through"])
-def test_only_the_k_aux_latents_nearest_to_firing_move(variant: str) -> None:
-    sae = build("auxk-topk", aux_variant=variant, k_aux=2)
+def test_only_the_k_aux_latents_nearest_to_firing_move() -> None:
+    sae = build("auxk-topk", aux_variant="auxk", k_aux=2)
     x = torch.randn(1, 8)
     h = sae.encode_with_hidden_pre(x)[1]
     nearest = set(h[0, :N_DEAD].topk(2).indices.tolist())
     assert moved_latents(aux_gradients(sae, x, DEAD))["b_enc"] == nearest
 
 
-@pytest.mark.parametrize("variant", ["straight_through", "reanimation", "pre_activation"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_straight_through_moves_the_best_latent_as_if_it_had_fired(
+    sparse: bool, rescaled: bool
+) -> None:
+    sae = build(
+        "auxk-topk", aux_variant="straight_through", k_aux=4, rescale_acts_by_decoder_norm=rescaled
+    )
+    sae._can_be_sparse = lambda sae_in: sparse
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    x = torch.randn(1, 8)
+    acts, h = sae.encode_with_hidden_pre(x)
+    residual = (x - sae.decode(acts))[0].detach()
+    nearest = h[0, :N_DEAD].topk(4).indices
+    pulls = sae.W_dec[nearest] @ residual
+    best = int(nearest[pulls.argmax()])
+    # What the main loss's gradient would be if this latent fired, just so.
+    threshold = acts[acts > 0].min()
+    assert 2 * pulls.max() > threshold, "the residual must pull for this test to say something"
+    gradients = aux_gradients(sae, x, DEAD)
+    moved = moved_latents(gradients)
+    assert moved["W_enc"] == moved["W_dec"] == moved["b_enc"] == {best}
+    alpha = sae.cfg.aux_coefficient_at(0)
+    torch.testing.assert_close(gradients["b_enc"][best], -alpha * 2 * pulls.max())
+    of_fired = gradients["W_dec"][best]
+    if rescaled:  # h is multiplied by the norm, by which it has a gradient of its own
+        along = sae.W_dec[best].detach()
+        through_norm = -alpha * 2 * pulls.max() * h[0, best] * along
+        of_fired = of_fired - through_norm.detach()
+    torch.testing.assert_close(of_fired, -alpha * 2 * threshold.detach() * residual)
+
+
+@pytest.mark.parametrize("variant", ["reanimation", "pre_activation"])
 def test_decoder_moves_only_through_the_norm_factor_of_h(variant: str) -> None:
     x = torch.randn(16, 8)
     plain = build("auxk-topk", aux_variant=variant, rescale_acts_by_decoder_norm=False)

@@ -93,6 +93,7 @@ _OWN_RUN_FIELDS = {
     "resume_from_checkpoint": "--output",
     "logger": "--output",
     "evaluator": "eval_samples",
+    "prefetch_llm_batches": "nobody: a comparison reads its text batch by batch",
 }
 
 
