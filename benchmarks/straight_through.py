@@ -6,8 +6,8 @@ Each candidate is a loss of its own, registered under a name and compared by
     python benchmarks/straight_through.py --output straight-through
 
 The plain nudge is the gradient of the main loss with respect to the activation of each of the
-``k_aux`` dead latents nearest to firing, passed straight to its ``h``, and nothing else. A candidate
-changes something of it:
+``k_aux`` dead latents nearest to firing, passed straight to its ``h``, and nothing else. A
+candidate changes something of it:
 
 - ``gated``: only where the residual pulls upwards, that is, where firing lowers the loss.
 - ``gain``: only where firing *at the threshold* would lower the loss: 2 t r.W > t^2 |W|^2.
