@@ -4,10 +4,12 @@ Triton runs on the CPU by its interpreter, in a process of its own: it reads TRI
 when a kernel is defined. On a GPU the kernels are compiled.
 """
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -19,6 +21,7 @@ from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import InColumns, Pairs
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
+from tests.helpers import VARIANTS, build_sae, build_trainer, kill_latents
 
 
 @settings(max_examples=40)
@@ -332,3 +335,28 @@ def test_the_kernels_can_be_turned_off() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
     )
     assert "SAE_LENS_AUXK_OPS='fast' is not allowed" in result.stderr
+
+
+def test_a_step_leaves_nothing_behind() -> None:
+    """The buffers go with the step, without waiting for Python to look for cycles."""
+    alive: list[weakref.ref[LatentGradient]] = []
+    make = LatentGradient.__init__
+
+    def note(self: LatentGradient, *args: object, **kwargs: object) -> None:
+        make(self, *args, **kwargs)  # type: ignore[arg-type]
+        alive.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentGradient, "__init__", note)
+        gc.disable()
+        try:
+            for variant in VARIANTS:
+                sae = build_sae("auxk-topk", aux_variant=variant, dead_threshold_tokens=16)
+                kill_latents(sae, 10)
+                trainer = build_trainer(sae)
+                for _ in range(3):
+                    trainer.step(torch.randn(16, 8))
+        finally:
+            gc.enable()
+    assert len(alive) == 2 * 3 * len(VARIANTS)
+    assert not [ref for ref in alive if ref() is not None]
