@@ -24,17 +24,11 @@ import torch
 from parts import measure_parts
 from step import Case, measure
 
+from sae_lens_auxk.compare.plan import PRESETS, STOCK
+
 DOCS = Path(__file__).parent.parent / "docs"
 ARCHITECTURES = ("auxk-topk", "auxk-batchtopk", "auxk-matryoshka-batchtopk")
-VARIANTS = (
-    "none",
-    "auxk",
-    "straight_through",
-    "reanimation",
-    "pre_activation",
-    "ghost_gradients",
-    "multi_topk",
-)
+VARIANTS = tuple(case["aux_variant"] for case in PRESETS["variants"])
 FRACTIONS = (1.0, 1 / 8)
 SECTIONS = ("step", "variants", "growth", "parts")
 
@@ -56,7 +50,7 @@ def step_cases(device: str) -> dict[str, Case]:
             for aux in ("auxk", "none")
         }
         for architecture in ARCHITECTURES if device == "cuda" else ARCHITECTURES[:1]:
-            stock = architecture.removeprefix("auxk-").replace("-", "_")
+            stock = STOCK[architecture]
             cases[f"SAELens {stock}|{d_sae}"] = replace(case, architecture=stock)
             for variant in ("auxk", "none"):
                 cases[f"{architecture} {variant}|{d_sae}"] = replace(
