@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from sae_lens_auxk.ops.encoder import gather_columns
+from sae_lens_auxk.ops.columns import gather_columns
 from sae_lens_auxk.ops.gradient import LatentGradient, transposed
 from sae_lens_auxk.ops.selected import InColumns, Pairs
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch

@@ -165,7 +165,7 @@ class AuxTraining(_Base):
         """Count the batch, and give the auxiliary loss with its coefficient; sets the metrics."""
         step = self._schedule_step(step_input)
         coefficient = self.cfg.aux_coefficient_at(step)
-        dead, revived, max_dead = self._update_dead_latents(step_input, feature_acts)
+        dead, revived = self._update_dead_latents(step_input, feature_acts)
         n_dead = dead.sum()
         self._aux_metrics = {
             "dead_latents": n_dead,
@@ -175,27 +175,29 @@ class AuxTraining(_Base):
             "revived_latents": revived,
         }
         aux = self.cfg.aux_loss
+        n_rows = feature_acts.shape[0]
+        max_dead = self._max_dead(dead, n_rows) if aux.uses_dead_latents else dead.numel()
         loss = sae_out.new_zeros(())
-        if coefficient == 0 or (aux.uses_dead_latents and max_dead == 0):
+        if coefficient == 0 or max_dead == 0:
             return loss
         record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead, max_dead)
-        rows = self._aux_rows(feature_acts.shape[0], step)
+        rows = self._aux_rows(n_rows, step)
         for level in self._levels(record, feature_acts):
             seen = level if rows is None else level.at_rows(rows)
-            loss = loss + coefficient * self._level_loss(seen)
             n_used = level.dead.sum()
+            loss = loss + coefficient * self._level_loss(seen, n_used)
             if aux.uses_k_aux:
                 n_used = n_used.clamp(max=k_aux_of(self.cfg))
             self._aux_metrics["k_aux_used"] += n_used
         return loss
 
-    def _level_loss(self, level: AuxLossInputs) -> torch.Tensor:
+    def _level_loss(self, level: AuxLossInputs, n_dead: torch.Tensor) -> torch.Tensor:
         """The loss of one record, 0 where it needs dead latents and there are none."""
         aux = self.cfg.aux_loss
         if not aux.uses_dead_latents:
             return aux.function(level, self.cfg)
         if aux.by_mask:
-            return aux.function(level, self.cfg).where(level.dead.any(), 0)
+            return aux.function(level, self.cfg).where(n_dead > 0, 0)
         if level.dead_latents.numel() == 0:
             return level.x.new_zeros(())
         return aux.function(level, self.cfg)
@@ -215,44 +217,44 @@ class AuxTraining(_Base):
     @torch.no_grad()
     def _update_dead_latents(
         self, step_input: TrainStepInput, feature_acts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Count the batch.
-
-        Returns:
-            The dead latents (d_sae,), how many were revived, and a number that the dead latents
-            are no more than: an upper bound on CUDA, where the true number is not known yet.
-        """
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the batch; the dead latents (d_sae,), and how many were revived."""
         fired = fired_in_batch(feature_acts)
-        n_rows = feature_acts.shape[0]
-        n_tokens: int | torch.Tensor = n_rows
+        n_tokens: int | torch.Tensor = feature_acts.shape[0]
         if self._n_finite_rows is not None:
             n_tokens = self._n_finite_rows
             fired = fired & (n_tokens > 0)
-        silent_for = self.tokens_since_fired.clone()
-        count_tokens(self.tokens_since_fired, fired, n_tokens)
-
-        max_dead: int | None = None
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
         match criterion:
             case "tokens":
-                threshold = self.cfg.dead_threshold_tokens
-                dead = self.tokens_since_fired >= threshold
-                was_dead = silent_for >= threshold
-                if dead.is_cuda:
-                    max_dead = self._dead_count_ahead.at_most(n_rows)
-                    self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
+                was_dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
+                count_tokens(self.tokens_since_fired, fired, n_tokens)
+                dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
             case "steps":
+                count_tokens(self.tokens_since_fired, fired, n_tokens)
                 dead = step_input.dead_neuron_mask
-                if dead is None:
-                    dead = torch.zeros_like(fired)
-                was_dead = dead
+                was_dead = dead = torch.zeros_like(fired) if dead is None else dead
             case "batch":
+                was_dead = self.tokens_since_fired > 0
+                count_tokens(self.tokens_since_fired, fired, n_tokens)
                 dead = ~fired
-                was_dead = silent_for > 0
-                max_dead = dead.numel()
-        if max_dead is None:
-            max_dead = int(dead.sum())
-        return dead, (was_dead & fired).sum(), max_dead
+        return dead, (was_dead & fired).sum()
+
+    def _max_dead(self, dead: torch.Tensor, n_rows: int) -> int:
+        """A number that the dead latents are no more than, called at every step if at all.
+
+        An upper bound on CUDA, where the true number is not known yet.
+        """
+        match self.cfg.resolved_dead_criterion:
+            case "tokens" if dead.is_cuda:
+                bound = self._dead_count_ahead.at_most(n_rows)
+                threshold = self.cfg.dead_threshold_tokens
+                self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
+                return int(dead.sum()) if bound is None else bound
+            case "batch":
+                return dead.numel()
+            case _:
+                return int(dead.sum())
 
     def _record(
         self,

@@ -9,8 +9,10 @@ def usable_rows(x: torch.Tensor, normalize_activations: str) -> torch.Tensor:
 
     A row must be finite, and under ``constant_norm_rescale``, which divides by its norm, not 0.
     """
+    # One sum instead of a look at each entry: what is not finite makes it not finite. So would
+    # finite entries beyond 1e35, but their squares, the loss, are not finite either.
     x = x.flatten(1)
-    usable = x.isfinite().all(dim=1)
+    usable = x.sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
     if normalize_activations == "constant_norm_rescale":
         usable = usable & x.any(dim=1)
     return usable
@@ -18,15 +20,11 @@ def usable_rows(x: torch.Tensor, normalize_activations: str) -> torch.Tensor:
 
 @torch.no_grad()
 def replace_rows(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """Put in place of every other row of ``x`` (B, ...) the nearest usable row above it.
+    """Put the first usable row of ``x`` (B, ...) in place of every row that is not usable.
 
-    The first rows take the batch's last usable row; a batch without any becomes ones. A
-    repeated row costs nothing but a little weight on its token, needs no change of shape and
-    no host synchronisation, which dropping the row would.
+    A batch without a usable row becomes finite numbers of no meaning. A repeated row costs
+    nothing but weight on its token, needs no change of shape and no host synchronisation, which
+    dropping the row would.
     """
-    rows = torch.arange(x.shape[0], device=x.device)
-    source = torch.where(usable, rows, -1)
-    last = source.max()
-    source = source.cummax(dim=0).values
-    source = torch.where(source < 0, last, source).clamp(min=0)
-    return torch.where(last >= 0, x.index_select(0, source), 1.0)
+    first = x.index_select(0, usable.int().argmax(dim=0, keepdim=True)).nan_to_num(1.0, 1.0, 1.0)
+    return torch.where(usable.view(-1, *[1] * (x.ndim - 1)), x, first)

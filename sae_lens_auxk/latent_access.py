@@ -73,6 +73,16 @@ class LatentAccess(Protocol):
         """
         ...
 
+    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
+        """(B,): the sums of ``relu(threshold - h)`` over some latents.
+
+        Args:
+            threshold: broadcastable to (B, d_sae).
+            among: (d_sae,) bool, the latents.
+            at_most: a number that those are no more than.
+        """
+        ...
+
     def at_rows(self, rows: torch.Tensor) -> "LatentAccess":
         """The same for some rows (m,) of the batch."""
         ...
@@ -107,6 +117,19 @@ class DenseAccess:
         latents = among.nonzero().squeeze(1)
         rows = self.W_dec.index_select(0, latents)
         return MaskedColumns(keep_largest(self.columns(latents), k), rows, self.rescaled)
+
+    def shortfall(
+        self,
+        threshold: torch.Tensor,
+        among: torch.Tensor,
+        at_most: int,  # noqa: ARG002
+    ) -> torch.Tensor:
+        latents = among.nonzero().squeeze(1)
+        if threshold.ndim > 0 and threshold.shape[-1] > 1:
+            threshold = threshold.index_select(-1, latents)
+        h = self.columns(latents)
+        missing = (threshold.to(h.dtype) - h).relu()
+        return missing.sum(dim=-1, dtype=torch.promote_types(missing.dtype, torch.float32))
 
     def at_rows(self, rows: torch.Tensor) -> "DenseAccess":
         return replace(self, h=self.h.index_select(0, rows))
@@ -172,9 +195,15 @@ class LevelAccess:
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
         assert among is not None
-        of_all = torch.zeros(self.d_sae, dtype=torch.bool, device=among.device)
-        of_all[self.start : self.end] = among
-        return self.whole.largest(k, of_all, at_most)
+        return self.whole.largest(k, self._of_all(among), at_most)
+
+    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
+        return self.whole.shortfall(threshold, self._of_all(among), at_most)
+
+    def _of_all(self, of_level: torch.Tensor) -> torch.Tensor:
+        of_all = torch.zeros(self.d_sae, dtype=torch.bool, device=of_level.device)
+        of_all[self.start : self.end] = of_level
+        return of_all
 
     def at_rows(self, rows: torch.Tensor) -> "LevelAccess":
         return replace(self, whole=self.whole.at_rows(rows))

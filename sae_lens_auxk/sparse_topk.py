@@ -23,8 +23,9 @@ from typing_extensions import override
 from sae_lens_auxk.aux_training import never_compiled
 from sae_lens_auxk.latent_access import LatentAccess
 from sae_lens_auxk.ops import use_sparse_step
+from sae_lens_auxk.ops.columns import gather_columns
 from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.encoder import Encoder, gather_columns
+from sae_lens_auxk.ops.encoder import Encoder
 from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
 from sae_lens_auxk.ops.topk import top_k, top_k_of_batch
 
@@ -130,8 +131,9 @@ class SparseAccess:
         with torch.no_grad():
             dense = at_most <= COLUMNS_WORTH_A_PAIR[hidden_pre.is_cuda] * k
             if among is not None and (dense or not hidden_pre.is_cuda):
-                latents, exists = _padded_nonzero(among, _aligned(at_most))
-                h = gather_columns(hidden_pre, latents).masked_fill_(~exists, -torch.inf)
+                latents = _indices(among, at_most)
+                missing = torch.arange(len(latents), device=among.device) >= among.sum()
+                h = gather_columns(hidden_pre, latents).masked_fill_(missing, -torch.inf)
                 positions = None
                 if k < len(latents):
                     h, positions = top_k(h, k)
@@ -145,6 +147,9 @@ class SparseAccess:
                 selected = Pairs.per_row(latents, d_sae)
             h = h.masked_fill_(h == -torch.inf, 0)
         return _activations(self.encoder, h, selected)
+
+    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
+        return self.encoder.shortfall(threshold, _indices(among, at_most), among.sum())
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
         return SparseAccess(self.encoder.at_rows(rows))
@@ -163,21 +168,13 @@ COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
 COLUMNS_WORTH_A_DOT = 24
 
 
-def _aligned(n: int) -> int:
-    """``n`` rounded up: a product in bfloat16 over other numbers of columns is 5 times slower."""
-    return -n // 64 * -64
+def _indices(mask: torch.Tensor, at_most: int) -> torch.Tensor:
+    """(n,) int64: where ``mask`` is True, and 0s up to ``at_most`` rounded up.
 
-
-def _padded_nonzero(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices where ``mask`` is True, ascending, and 0s up to ``size``; which ones exist.
-
-    ``nonzero()`` would wait for the device, as its result's shape depends on it.
+    ``nonzero()`` would wait for the device, as its result's shape depends on it. A product in
+    bfloat16 over a number of columns that 64 does not divide is up to 5 times slower.
     """
-    n = mask.numel()
-    place = torch.where(mask, mask.cumsum(0) - 1, size)
-    indices = torch.arange(n, device=mask.device)
-    padded = indices.new_zeros(size + 1).scatter_(0, place, indices)[:size]
-    return padded, torch.arange(size, device=mask.device) < mask.sum()
+    return mask.nonzero_static(size=-at_most // 64 * -64, fill_value=0).squeeze(1)
 
 
 class SparseTopK(_Base):

@@ -10,14 +10,15 @@ from sae_lens_auxk.finite_rows import replace_rows, usable_rows
 from tests.helpers import ARCHITECTURES, build_config, build_sae, build_trainer, forward
 
 
-def test_rows_are_replaced_by_the_finite_row_above() -> None:
+def test_rows_are_replaced_by_a_finite_row() -> None:
     x = torch.arange(5.0).unsqueeze(1).repeat(1, 3)
     x[0, 1] = torch.nan
     x[2, 0] = torch.inf
     x[3, 2] = -torch.inf
     usable = usable_rows(x, "none")
     assert usable.tolist() == [False, True, False, False, True]
-    assert replace_rows(x, usable)[:, 0].tolist() == [4, 1, 1, 1, 4]
+    assert replace_rows(x, usable)[:, 0].tolist() == [1, 1, 1, 1, 4]
+    assert replace_rows(x, usable & False).isfinite().all()
 
 
 def test_a_row_of_zeros_has_no_norm_to_rescale_by() -> None:

@@ -240,6 +240,15 @@ KERNEL_TESTS = textwrap.dedent(
             torch.einsum("bd,bkd->bk", x.to(dtype).float(), rounded[latents]),
             rtol=1e-5, atol=1e-4,
         )
+
+    columns, n_columns = torch.arange(1, 200, 3, device=device), torch.tensor(40, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        h = torch.randn(5, 200, device=device).to(dtype)
+        for threshold in (torch.tensor(0.3, device=device), torch.rand(5, 1, device=device)):
+            total, below = kernels.shortfall(h, threshold, columns, n_columns, torch.bfloat16)
+            missing = (threshold - h.float())[:, columns[:40]].relu()
+            torch.testing.assert_close(total, missing.sum(dim=1))
+            assert torch.equal(below[:, :40], (missing > 0).bfloat16()) and not below[:, 40:].any()
     print("kernels are right")
     """
 )

@@ -100,6 +100,10 @@ class AuxLossInputs:
             return threshold
         return threshold.index_select(-1, self.dead_latents)
 
+    def dead_shortfall(self) -> torch.Tensor:
+        """(B,): the sum of ``relu(threshold - h)`` over the dead latents, with its graph."""
+        return self.access.shortfall(self.firing_threshold(), self.dead, self.max_dead)
+
     def hidden_pre_sums(self) -> torch.Tensor:
         """(d_sae,): ``h`` summed over the batch, with its graph."""
         return self.access.sums()

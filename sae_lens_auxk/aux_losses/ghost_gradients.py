@@ -21,7 +21,8 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     """
     # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
     h = inputs.dead_hidden_pre()
-    acts = (h - h.detach().amax(dim=-1, keepdim=True)).exp()
+    largest = inputs.nearest_dead(1).h.detach().sum(dim=-1, keepdim=True)
+    acts = (h - largest.to(h.dtype)).exp()
     ghost = inputs.to_output_units(inputs.decode_dead(acts))
 
     residual = inputs.residual

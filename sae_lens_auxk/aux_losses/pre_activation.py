@@ -7,7 +7,7 @@ import torch
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("pre_activation", default_coefficient=3e-6)
+@register_aux_loss("pre_activation", default_coefficient=3e-6, by_mask=True)
 def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``mean_b sum_{i in D} relu(threshold - h_bi)``.
 
@@ -19,8 +19,4 @@ def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: AR
     Techniques". Deviations: only dead latents are counted (as in SAELens's
     ``pre_act_loss_coefficient``), and they are not weighted by their decoder norms.
     """
-    h = inputs.dead_hidden_pre()
-    # In h's own precision: bfloat16 halves the time of a loss that is all memory traffic, and
-    # rounding a difference of two such numbers does not change its sign.
-    missing = (inputs.dead_threshold().to(h.dtype) - h).relu()
-    return missing.sum(dim=-1, dtype=inputs.x.dtype).mean()
+    return inputs.dead_shortfall().mean()

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -120,8 +121,8 @@ def _train_pass(
     del trainer, saes  # with the optimizers: measuring needs room too
 
     x = data.held_out().to(comparison.device)
-    runs: list[dict[str, Any]] = []
-    for slug, case in cases.items():
+
+    def run(slug: str) -> dict[str, Any]:
         record = records[slug]
         measured: dict[str, Any] = {}
         if record.error is None:
@@ -131,17 +132,18 @@ def _train_pass(
             # One that cannot be measured is no reason to lose the others.
             except Exception as error:
                 record.error = f"{type(error).__name__}: {error}"
-        runs.append(
-            {
-                **_run(case, seed, "finished" if record.error is None else "failed"),
-                "error": record.error,
-                "sae_config": configs[slug].to_dict(),
-                "folder": (final / slug).relative_to(folder).as_posix(),
-                "training_samples": (record.history["samples"] or [0])[-1],
-                "history": record.history,
-                **measured,
-            }
-        )
+        return {
+            **_run(cases[slug], seed, "finished" if record.error is None else "failed"),
+            "error": record.error,
+            "sae_config": configs[slug].to_dict(),
+            "folder": (final / slug).relative_to(folder).as_posix(),
+            "training_samples": (record.history["samples"] or [0])[-1],
+            "history": record.history,
+            **measured,
+        }
+
+    with ThreadPoolExecutor(data.measured_at_once) as pool:
+        runs = list(pool.map(run, cases))
     _write_json(partial / PASS_FILENAME, runs)
     partial.rename(final)
 

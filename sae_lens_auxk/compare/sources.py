@@ -5,8 +5,10 @@ the pass share, held-out activations, and the metrics that need more than activa
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +59,11 @@ class Pass(Protocol):
 
     def held_out(self) -> torch.Tensor:
         """(eval_samples, d_in): activations after those that were trained on."""
+        ...
+
+    @property
+    def measured_at_once(self) -> int:
+        """Threads that :meth:`metrics` may be called from."""
         ...
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
@@ -156,17 +163,31 @@ class SyntheticPass:
         )
         return ({self.hook_name: batch} for batch in batches)
 
-    def held_out(self) -> torch.Tensor:
+    @cached_property
+    @torch.no_grad()
+    def _held_out_features(self) -> list[torch.Tensor]:
+        """Batches (n, n_features) of the held-out samples' feature activations, sparse."""
         torch.manual_seed(self.seed + HELD_OUT_SEED)
-        return _rows(self.batches(), self.hook_name, self.comparison.eval_samples)
+        rows = torch.arange(self.comparison.eval_samples)
+        batches = rows.split(self.trainer_config.train_batch_size_samples)
+        return [self.model.activation_generator(len(batch)).to_sparse() for batch in batches]
+
+    @torch.no_grad()
+    def held_out(self) -> torch.Tensor:
+        features = (batch.to_dense() for batch in self._held_out_features)
+        return torch.cat([self.model.feature_dict(batch) for batch in features])
+
+    @property
+    def measured_at_once(self) -> int:
+        # Most of the time is MCC's, on one core; each holds a few (d_sae, n_features) tensors.
+        return min(8, os.cpu_count() or 1)
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
         """SAELens's own evaluation against the true features, on the same samples every time."""
-        torch.manual_seed(self.seed + HELD_OUT_SEED)
         result = eval_sae_on_synthetic_data(
             sae,
             self.model.feature_dict,
-            self.model.activation_generator,
+            SameFeatures(self._held_out_features),  # type: ignore[arg-type]
             num_samples=self.comparison.eval_samples,
             batch_size=self.trainer_config.train_batch_size_samples,
         )
@@ -177,6 +198,20 @@ class SyntheticPass:
             "recall": result.classification.recall,
             "uniqueness": result.uniqueness,
         }
+
+
+class SameFeatures:
+    """What SAELens's evaluation asks of a generator of activations, the same ones each time.
+
+    The generator itself would draw them anew for every case, from torch's one global state.
+    """
+
+    def __init__(self, batches: list[torch.Tensor]):
+        self._batches = iter(batches)
+
+    def sample(self, _batch_size: int) -> torch.Tensor:
+        """(n, n_features), the next batch, whatever size is asked for."""
+        return next(self._batches).to_dense()
 
 
 # --- language models -------------------------------------------------------------------------
@@ -274,6 +309,10 @@ class LanguageModelPass:
 
     def held_out(self) -> torch.Tensor:
         return _rows(self._batches, self.hook_name, self._comparison.eval_samples)
+
+    @property
+    def measured_at_once(self) -> int:
+        return 1  # there is one language model, with one set of hooks
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
         """SAELens's CE loss recovered, on the same prompts every time."""

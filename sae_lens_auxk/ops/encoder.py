@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops.columns import gather_columns, shortfall
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
@@ -84,6 +85,24 @@ class Encoder:
         h = self.hidden_pre if latents is None else gather_columns(self.hidden_pre, latents)
         return _AtColumns.apply(h, self.handle, self._bias, self.decoder.handle, self, latents)
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """(d_sae,) b_enc, without a graph."""
+        return self._bias.detach()
+
+    def shortfall(
+        self, threshold: torch.Tensor, latents: torch.Tensor, n_latents: torch.Tensor
+    ) -> torch.Tensor:
+        """(B,) the sums of ``relu(threshold - h)`` over some latents, with their graph.
+
+        Args:
+            threshold: () or (B, 1), a constant.
+            latents: (n,) int64, of which the first ``n_latents`` () count.
+        """
+        return _Shortfall.apply(
+            self.handle, self._bias, self.decoder.handle, self, threshold, latents, n_latents
+        )
+
     def sums(self) -> torch.Tensor:
         """(d_sae,) the sums of ``h`` over the batch, with their graph."""
         x = self.x.sum(dim=0)
@@ -141,35 +160,86 @@ class _AtColumns(torch.autograd.Function):
         encoder: Encoder,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(h)
         ctx.encoder, ctx.latents = encoder, latents
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
-        (h,) = ctx.saved_tensors
         encoder, latents = ctx.encoder, ctx.latents
-        dtype = encoder.W.dtype
         lent = grad.to(encoder.x_autocast.dtype)
         n = grad.shape[1]
         if grad.is_cuda and n % 8:  # see AuxLossInputs.decode_dead
             lent = torch.nn.functional.pad(lent, (0, -n % 8))
-        # A column of ones gives the bias's gradient, without another pass over (B, n).
-        d_in = encoder.x.shape[1]
-        x = torch.nn.functional.pad(encoder.x_autocast, (0, 8))
-        x[:, d_in] = 1
-        products = matmul_to(lent.T, x, dtype)[:n]
-        rows, grad_bias = products[:, :d_in].contiguous(), products[:, d_in]
-        norm = encoder.decoder.norm
-        if norm is not None:
-            # The norm is the same for a whole column, so that it can come after the product.
-            own = norm if latents is None else norm.index_select(0, latents)
-            rows, grad_bias = rows * own.unsqueeze(1), grad_bias * own
-            grad_norm = torch.linalg.vecdot(grad, h, dim=0).to(dtype) / own
-            encoder.decoder.add_norm_gradient(_at(grad_norm, latents, norm))
-        encoder.gradient.add_rows(rows, latents)
-        return None, None, _at(grad_bias, latents, encoder.W[0]), None, None, None
+        sums = matmul_to(lent.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
+        return None, None, _add_sums(encoder, sums, latents), None, None, None
+
+
+class _Shortfall(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        handle: torch.Tensor,  # noqa: ARG004
+        bias: torch.Tensor,  # noqa: ARG004
+        decoder_handle: torch.Tensor,  # noqa: ARG004
+        encoder: Encoder,
+        threshold: torch.Tensor,
+        latents: torch.Tensor,
+        n_latents: torch.Tensor,
+    ) -> torch.Tensor:
+        dtype = encoder.x_autocast.dtype
+        total, below = shortfall(encoder.hidden_pre, threshold, latents, n_latents, dtype)
+        ctx.save_for_backward(below)
+        ctx.encoder, ctx.latents = encoder, latents
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grad_outputs
+        (below,) = ctx.saved_tensors
+        encoder = ctx.encoder
+        # A row's gradient is the same for all latents, so that it can go with x, which is small.
+        x = (_with_ones(encoder.x) * -grad.unsqueeze(1)).to(below.dtype)
+        sums = matmul_to(below.T, x, encoder.W.dtype)
+        return None, _add_sums(encoder, sums, ctx.latents), None, None, None, None, None
+
+
+def _with_ones(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (B, d_in) with a column of ones and 7 of zeros.
+
+    The column of ones gives the bias's gradient without another pass over (B, n).
+    """
+    padded = torch.nn.functional.pad(x, (0, 8))
+    padded[:, x.shape[1]] = 1
+    return padded
+
+
+def _add_sums(encoder: Encoder, sums: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
+    """Add what a gradient of columns of ``h`` does to W_enc and the norms.
+
+    Args:
+        encoder: the encoder.
+        sums: (n, d_in + 8), for each column the sum of its gradient times :func:`_with_ones`.
+        latents: (n,) int64, which columns; None for all.
+
+    Returns:
+        (d_sae,) the gradient of the bias.
+    """
+    d_in = encoder.W.shape[0]
+    rows, grad_bias = sums[:, :d_in], sums[:, d_in]
+    norm = encoder.decoder.norm
+    if norm is not None:
+        # The norm is the same for a whole column, so that it can come after the product; and its
+        # own gradient, the sum of a column's gradient times what it multiplies, is linear in x.
+        columns, bias = encoder.W, encoder.bias
+        if latents is not None:
+            norm, bias = norm.index_select(0, latents), bias.index_select(0, latents)
+            columns = gather_columns(columns, latents)
+        grad_norm = torch.linalg.vecdot(rows, columns.T) + grad_bias * bias
+        encoder.decoder.add_norm_gradient(_at(grad_norm, latents, encoder.bias))
+        rows, grad_bias = rows * norm.unsqueeze(1), grad_bias * norm
+    encoder.gradient.add_rows(rows.contiguous(), latents)
+    return _at(grad_bias, latents, encoder.bias)
 
 
 def _at(values: torch.Tensor, latents: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -198,15 +268,6 @@ class _Sums(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.encoder.gradient.add_outer(grad, x)
         return None, len(ctx.encoder.x) * grad, None, None
-
-
-def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B, n): the columns of ``x`` at indices ``columns`` (n,); no gradient."""
-    if use_triton(x):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.gather_columns(x, columns)
-    return x.index_select(1, columns)
 
 
 def _scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

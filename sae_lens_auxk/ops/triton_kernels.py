@@ -335,3 +335,65 @@ def _gather_columns(x_ptr, columns_ptr, out_ptr, width, n, WIDTH: tl.constexpr):
     column = tl.load(columns_ptr + i, mask=i < n, other=0)
     x = tl.load(x_ptr + row * width + column, mask=i < n)
     tl.store(out_ptr + row * n + i, x, mask=i < n)
+
+
+def shortfall(
+    h: torch.Tensor,
+    threshold: torch.Tensor,
+    columns: torch.Tensor,
+    n_columns: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) sums of ``relu(threshold - h)`` over columns, (B, n) where it is above 0.
+
+    Args:
+        h: (B, d_sae), contiguous.
+        threshold: () or (B, 1).
+        columns: (n,) int64, of which the first ``n_columns`` () int64 count.
+        dtype: of the second result, which is 0 or 1.
+    """
+    B, n = h.shape[0], columns.numel()
+    below = torch.empty(B, n, dtype=dtype, device=h.device)
+    blocks = triton.cdiv(n, 2048)
+    parts = torch.empty(blocks, B, dtype=torch.float32, device=h.device)
+    threshold = threshold.contiguous()
+    _shortfall[(blocks, B)](
+        h,
+        threshold,
+        columns,
+        n_columns,
+        below,
+        parts,
+        h.shape[1],
+        n,
+        B,
+        BY_ROW=threshold.numel() > 1,
+        WIDTH=2048,
+        num_warps=4,
+    )
+    return parts.sum(dim=0), below
+
+
+@triton.jit
+def _shortfall(
+    h_ptr,
+    threshold_ptr,
+    columns_ptr,
+    n_columns_ptr,
+    below_ptr,
+    parts_ptr,
+    d_sae,
+    n,
+    B,
+    BY_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    counts = i < tl.load(n_columns_ptr)
+    threshold = tl.load(threshold_ptr + (row if BY_ROW else 0)).to(tl.float32)
+    column = tl.load(columns_ptr + i, mask=counts, other=0)
+    h = tl.load(h_ptr + row * d_sae + column, mask=counts, other=float("inf"))
+    missing = tl.maximum(threshold - h.to(tl.float32), 0.0)
+    tl.store(below_ptr + row * n + i, tl.where(missing > 0, 1.0, 0.0), mask=i < n)
+    tl.store(parts_ptr + tl.program_id(0) * B + row, tl.sum(missing, axis=0))

@@ -1,0 +1,44 @@
+"""Reading columns of the pre-activations."""
+
+import torch
+
+from sae_lens_auxk.ops import use_triton
+
+
+def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(B, n): the columns of ``x`` at indices ``columns`` (n,); no gradient."""
+    if use_triton(x):
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.gather_columns(x, columns)
+    return x.index_select(1, columns)
+
+
+def shortfall(
+    h: torch.Tensor,
+    threshold: torch.Tensor,
+    columns: torch.Tensor,
+    n_columns: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far columns of ``h`` are below a threshold; no gradient.
+
+    Args:
+        h: (B, d_sae).
+        threshold: () or (B, 1).
+        columns: (n,) int64, of which the first ``n_columns`` () count.
+        dtype: of the second result.
+
+    Returns:
+        (B,) the sums of ``relu(threshold - h)`` over the columns, in float32 or float64; (B, n)
+        1 where it is above 0, else 0.
+    """
+    if use_triton(h) and h.dtype != torch.float64:
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.shortfall(h, threshold, columns, n_columns, dtype)
+    missing = (threshold.to(h.dtype) - gather_columns(h, columns)).relu()
+    exists = torch.arange(len(columns), device=h.device) < n_columns
+    missing = missing.where(exists, 0)
+    precise = torch.promote_types(h.dtype, torch.float32)
+    return missing.sum(dim=-1, dtype=precise), (missing > 0).to(dtype)
