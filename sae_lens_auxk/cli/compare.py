@@ -13,9 +13,10 @@ from sae_lens import logger as sae_lens_logger
 from simple_parsing import ArgumentParser
 
 from sae_lens_auxk.cli.refuse import refuse
-from sae_lens_auxk.compare.plan import Comparison, Resolved, require_known
+from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.run import load_results, run_comparison
+from sae_lens_auxk.validation import require_known
 
 INTERRUPTED = 130
 SMALL_STEP = 2**24

@@ -1,10 +1,9 @@
 """What is compared: the fields of a comparison, and the cases that they stand for."""
 
-import difflib
 import itertools
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import ceil, isfinite
 from pathlib import Path
@@ -21,6 +20,14 @@ from simple_parsing import field
 from sae_lens_auxk.architectures import ARCHITECTURES
 from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.validation import (
+    reject,
+    require_choice,
+    require_choices,
+    require_int,
+    require_known,
+    require_list,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -383,36 +390,10 @@ def _matryoshka_widths(d_sae: int) -> list[int]:
 # --- validation ------------------------------------------------------------------------------
 
 
-def reject(name: str, value: Any, allowed: str) -> ValueError:
-    """The error that says what a field must be."""
-    return ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
-
-
-def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """A ValueError with the choices, and the nearest of them, if ``value`` is none of them."""
-    if value not in choices:
-        error = reject(name, value, f"one of {', '.join(choices)}")
-        raise ValueError(f"{error}{nearest(str(value), choices)}")
-
-
-def require_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """A ValueError with the nearest name if ``given`` has one that is not ``known``."""
-    names = list(known)
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{name} is no field of {what}.{nearest(str(name), names)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean ...?"``, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def _validate(comparison: Resolved) -> None:
     for name in ("d_sae", "training_samples", "batch_size", "dead_after", "eval_samples"):
-        _require_int(name, getattr(comparison, name), minimum=1)
-    _require_int("context_size", comparison.context_size, minimum=2)
+        require_int(name, getattr(comparison, name), minimum=1)
+    require_int("context_size", comparison.context_size, minimum=2)
     if comparison.batch_size > comparison.training_samples:
         allowed = f"at most training_samples ({comparison.training_samples})"
         raise reject("batch_size", comparison.batch_size, allowed)
@@ -428,17 +409,17 @@ def _validate(comparison: Resolved) -> None:
     if not isinstance(comparison.autocast, bool):
         raise reject("autocast", comparison.autocast, "True or False")
     for name, minimum in (("seeds", 0), ("k", 1)):
-        _require_list(name, getattr(comparison, name))
+        require_list(name, getattr(comparison, name))
         for value in getattr(comparison, name):
-            _require_int(name, value, minimum=minimum)
+            require_int(name, value, minimum=minimum)
     for k in comparison.k:
         if k > (comparison.d_sae):
             raise reject("k", k, f"at most d_sae ({comparison.d_sae})")
-    _require_choices("architecture", comparison.architecture, ARCHITECTURES)
+    require_choices("architecture", comparison.architecture, ARCHITECTURES)
     if comparison.preset:
-        _require_choices("preset", comparison.preset, PRESETS)
+        require_choices("preset", comparison.preset, PRESETS)
     if comparison.aux_variant:
-        _require_choices("aux_variant", comparison.aux_variant, AUX_LOSSES)
+        require_choices("aux_variant", comparison.aux_variant, AUX_LOSSES)
     if comparison.aux_loss_coefficient and not comparison.aux_variant:
         raise reject(
             "aux_loss_coefficient",
@@ -504,7 +485,7 @@ def _validate_synthetic_model(comparison: Resolved) -> None:
     if not isinstance(source, dict | None):
         raise reject("synthetic_model", source, "a mapping of fields, a folder or a Hub name")
     for name in ("n_features", "d_in"):
-        _require_int(name, getattr(comparison, name), minimum=1)
+        require_int(name, getattr(comparison, name), minimum=1)
     known = {f.name for f in fields(SyntheticModelConfig)}
     sizes = {"num_features": "n_features", "hidden_dim": "d_in"}
     for name in source or {}:
@@ -515,19 +496,3 @@ def _validate_synthetic_model(comparison: Resolved) -> None:
         comparison.synthetic_model_config(seed=0)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"synthetic_model: {error}") from error
-
-
-def _require_int(name: str, value: Any, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise reject(name, value, f"an integer >= {minimum}")
-
-
-def _require_list(name: str, values: Any) -> None:
-    if not isinstance(values, list) or not values or len(set(values)) != len(values):
-        raise reject(name, values, "a list of one or more values, each once")
-
-
-def _require_choices(name: str, values: Any, choices: Collection[str]) -> None:
-    _require_list(name, values)
-    for value in values:
-        require_choice(name, value, choices)
