@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.series import PALETTE, answer, colours, figures, footnote, reference_k
+from sae_lens_auxk.compare.report.answers import answer, footnote
+from sae_lens_auxk.compare.report.figures import figures
+from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from tests.compare.fake_results import failed, fake_results, groups_of
 
 FIGURES = ["dead_latents", "density", "pareto", "peeking"]
