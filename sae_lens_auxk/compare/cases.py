@@ -69,11 +69,12 @@ class Case:
         """The config to train with; a ValueError names the case and what is wrong with it."""
         config_class = get_sae_training_class(self.architecture)[1]
         known = {f.name for f in fields(config_class)}
+        d_sae = comparison.d_sae
         shared = {
-            "d_sae": comparison.d_sae,
+            "d_sae": d_sae,
             "device": comparison.device,
             "dead_threshold_tokens": comparison.dead_after,
-            "matryoshka_widths": _matryoshka_widths(comparison.d_sae),
+            "matryoshka_widths": sorted({max(1, d_sae // part) for part in (32, 8, 2)} | {d_sae}),
         }
         values: dict[str, Any] = {"d_in": d_in}
         for given in (shared, comparison.sae):
@@ -123,19 +124,12 @@ def cases_of(comparison: Resolved) -> list[Case]:
 def _label(architecture: str, given: Mapping[str, Any]) -> str:
     """A short name that says what differs from the defaults."""
     short = {"aux_bias": "bias", "aux_loss_coefficient": "alpha"}
-    if architecture in ARCHITECTURES:
-        defaults = {f.name: f.default for f in fields(AuxConfig)}
-        parts = [given.get("aux_variant", defaults["aux_variant"])]
-    else:
-        defaults = {}
-        parts = [f"SAELens {architecture}"]
+    ours = architecture in ARCHITECTURES
+    defaults = {f.name: f.default for f in fields(AuxConfig)} if ours else {}
+    aux_variant = given.get("aux_variant", AuxConfig.aux_variant)
+    parts = [aux_variant if ours else f"SAELens {architecture}"]
     for name, value in given.items():
         if name not in ("aux_variant", "k") and not (name in defaults and value == defaults[name]):
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             parts.append(f"{short.get(name, name)} {shown}")
     return ", ".join(parts)
-
-
-def _matryoshka_widths(d_sae: int) -> list[int]:
-    """Levels of 1/32, 1/8, 1/2 and all of the latents."""
-    return sorted({max(1, d_sae // part) for part in (32, 8, 2)} | {d_sae})

@@ -1,7 +1,6 @@
 """What is compared: the fields of a comparison, and the file that they may be read from."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -105,17 +104,11 @@ class Comparison:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
-        """Inverse of :meth:`to_dict`; an unknown field is a ValueError with the nearest name."""
-        require_known(values, (f.name for f in fields(cls)), "a comparison")
-        return cls(**values)
-
-    @classmethod
     def from_file(cls, path: Path) -> "Comparison":
         """Read a YAML (.yaml, .yml) or TOML (.toml) file of the fields.
 
         Raises:
-            ValueError: no such file, no such format, or an unknown field.
+            ValueError: no such file, no such format, or an unknown field, with the nearest name.
         """
         shown = f"config={str(path)!r}"
         if not path.is_file():
@@ -133,7 +126,8 @@ class Comparison:
             raise ValueError(f"{shown} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{shown} is not allowed: it must hold fields and values")
-        return cls.from_dict(values)
+        require_known(values, (f.name for f in fields(cls)), "a comparison")
+        return cls(**values)
 
 
 # Fields here have no default, unlike in the base; pyright would rather have one.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_auxk.compare.report.drawing import png
-from sae_lens_auxk.compare.report.figures import figures
-from sae_lens_auxk.compare.report.markdown import markdown
-from sae_lens_auxk.compare.report.page import page
+from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.markdown import markdown_of
+from sae_lens_auxk.compare.report.page import page_of
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
@@ -26,22 +26,20 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    drawn = figures(results)
+    drawn = figures_of(results)
     images = {folder / "figures" / f"{figure.name}.png": figure for figure in drawn}
     for stale in {*(folder / "figures").glob("*.png")} - {*images}:
         stale.unlink()
     for path, figure in images.items():
         _replace(path, partial(png, figure))
-    for name, text in (
-        ("report.md", markdown(results, drawn)),
-        ("report.html", page(results, drawn)),
-    ):
+    texts = {"report.md": markdown_of(results, drawn), "report.html": page_of(results, drawn)}
+    for name, text in texts.items():
         _replace(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return folder / "report.html"
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file beside ``path``, then give it that name."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(partial)
-    os.replace(partial, path)
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    write(beside)
+    os.replace(beside, path)

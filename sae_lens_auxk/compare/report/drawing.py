@@ -29,7 +29,7 @@ def plotly_figure(figure: Figure) -> go.Figure:
     fig = make_subplots(
         rows=figure.n_rows,
         cols=figure.n_columns,
-        shared_yaxes=figure.shared_y,
+        shared_yaxes=True,
         subplot_titles=[panel.title for panel in figure.panels],
         horizontal_spacing=0.03,
         vertical_spacing=min(0.5, 80 / figure.height) if figure.n_rows > 1 else 0,
@@ -121,7 +121,7 @@ def _rgba(colour: str, opacity: float) -> str:
 def png(figure: Figure, path: Path) -> None:
     image = Image(figsize=(11, figure.height / 100), dpi=120, layout="constrained")
     image.suptitle(_no_math(figure.title), x=0.01, ha="left", fontsize=11, weight="bold")
-    grid = image.subplots(figure.n_rows, figure.n_columns, squeeze=False, sharey=figure.shared_y)
+    grid = image.subplots(figure.n_rows, figure.n_columns, squeeze=False, sharey=True)
     handles: dict[str, Any] = {}
     for axes, panel in zip(grid.flat, figure.panels, strict=False):
         for series in panel.series:

@@ -53,13 +53,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels in rows of at most MAX_COLUMNS, of one kind all."""
+    """One panel, or several of the same categories in rows of MAX_COLUMNS."""
 
     name: str
     title: str
     caption: str
     panels: Sequence[Panel]
-    shared_y: bool = False
 
     @property
     def n_columns(self) -> int:
@@ -77,7 +76,7 @@ class Figure:
         return max(400, 130 + 24 * len(self.panels[0].series))
 
 
-def figures(results: Mapping[str, Any]) -> list[Figure]:
+def figures_of(results: Mapping[str, Any]) -> list[Figure]:
     """The figures that there are data for."""
     k = one_of_several_k(results)
     at_k = f" At k {k}." if k else ""
@@ -108,7 +107,6 @@ def figures(results: Mapping[str, Any]) -> list[Figure]:
             "counts is the difference from latents that never died; docs/peeking.md has each "
             f"measure's definition and where it fails.{at_k}",
             _peeking(results),
-            shared_y=True,
         ),
     )
     return [figure for figure in made if any(panel.series for panel in figure.panels)]

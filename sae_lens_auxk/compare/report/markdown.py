@@ -8,7 +8,7 @@ from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.tables import Table, main_table, peeking_table
 
 
-def markdown(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
+def markdown_of(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
     tables = [main_table(results), peeking_table(results)]
     parts = [f"# {_plain(results['name'])}", _plain(results["data"].get("description", ""))]
     parts += ["\n".join(f"- **{head}**: {_plain(text)}" for head, text in answer(results))]

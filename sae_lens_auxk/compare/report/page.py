@@ -71,7 +71,7 @@ document.querySelectorAll("table.sortable").forEach(table => {
 """
 
 
-def page(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
+def page_of(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
     name = escape(results["name"])
     lines = "".join(
         f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in answer(results)

@@ -5,7 +5,7 @@ seeds; with one seed there is none, and none is shown.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
@@ -75,10 +75,9 @@ def number(group: Group, key: str, latents: str = "") -> tuple[float | None, flo
 
 
 def measured(
-    groups: Iterable[Group], metrics: Mapping[str, Metric], latents: str = ""
+    groups: Sequence[Group], metrics: Mapping[str, Metric], latents: str = ""
 ) -> dict[str, Metric]:
     """Those of the metrics that any of the groups has."""
-    groups = list(groups)
     return {
         key: metric
         for key, metric in metrics.items()
