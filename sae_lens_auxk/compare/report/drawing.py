@@ -1,12 +1,13 @@
 """Figures drawn: by plotly for the page, by matplotlib, which needs no browser, for the images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure as Image
+from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from sae_lens_auxk.compare.report.figures import Figure, Series
@@ -61,61 +62,50 @@ def plotly_figure(figure: Figure) -> go.Figure:
     return fig
 
 
-def _traces(series: Series) -> list[go.Scatter]:
+def _traces(series: Series) -> Iterator[go.Scatter]:
     label = _svg_text(series.label)
     shared = {"legendgroup": label, "showlegend": False}
-    traces: list[go.Scatter] = []
     if series.band:
         x, low, high = series.band
-        traces.append(
-            go.Scatter(
-                x=[*x, *x[::-1]],
-                y=[*low, *high[::-1]],
-                fill="toself",
-                mode="none",
-                fillcolor=_rgba(series.colour, 0.15),
-                hoverinfo="skip",
-                **shared,
-            )
+        yield go.Scatter(
+            x=[*x, *x[::-1]],
+            y=[*low, *high[::-1]],
+            fill="toself",
+            mode="none",
+            fillcolor=f"rgba({','.join(map(str, hex_to_rgb(series.colour)))},0.15)",
+            hoverinfo="skip",
+            **shared,
         )
     symbol = MARKERS[series.style % len(MARKERS)][0]
-    traces.append(
-        go.Scatter(
-            x=list(series.x),
-            y=list(series.y),
-            mode=series.mode,
-            line={
-                "color": series.colour,
-                "dash": DASHES[series.style % len(DASHES)][0],
-                "shape": "hv" if series.steps else "linear",
-                "width": 2,
-            },
-            marker={
-                "symbol": symbol if series.filled else f"{symbol}-open",
-                "color": series.colour,
-                "size": 9,
-                "line_width": 2 if not series.filled else 0,
-            },
-            error_x=_error(series.x_error),
-            error_y=_error(series.y_error),
-            name=_svg_text(_short(series.label)),
-            text=[_svg_text(text) for text in series.hover] or label,
-            hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-            **{**shared, "showlegend": series.in_legend},
-        )
+    yield go.Scatter(
+        x=list(series.x),
+        y=list(series.y),
+        mode=series.mode,
+        line={
+            "color": series.colour,
+            "dash": DASHES[series.style % len(DASHES)][0],
+            "shape": "hv" if series.steps else "linear",
+            "width": 2,
+        },
+        marker={
+            "symbol": symbol if series.filled else f"{symbol}-open",
+            "color": series.colour,
+            "size": 9,
+            "line_width": 2 if not series.filled else 0,
+        },
+        error_x=_error(series.x_error),
+        error_y=_error(series.y_error),
+        name=_svg_text(_short(series.label)),
+        text=[_svg_text(text) for text in series.hover] or label,
+        hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
+        **{**shared, "showlegend": series.in_legend},
     )
-    return traces
 
 
 def _error(values: Sequence[float | None]) -> dict[str, Any] | None:
     if not any(values):
         return None
     return {"array": [value or 0 for value in values], "thickness": 1, "width": 3}
-
-
-def _rgba(colour: str, opacity: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
 
 
 def png(figure: Figure, path: Path) -> None:
