@@ -1,6 +1,6 @@
 """The data of a report's figures, not yet drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -85,20 +85,20 @@ def figures_of(results: Mapping[str, Any]) -> list[Figure]:
             "pareto",
             "Explained variance against L0",
             "Up and to the left is better. Bars: standard deviation over seeds.",
-            [Panel(_pareto(results), "L0: latents that fire on a sample", "explained variance")],
+            [Panel([*_pareto(results)], "L0: latents that fire on a sample", "explained variance")],
         ),
         Figure(
             "dead_latents",
             "Dead latents over training",
             f"Share of latents that are dead; shaded: standard deviation over seeds.{at_k}",
-            [Panel(_dead(results), "training samples", "dead fraction")],
+            [Panel([*_dead(results)], "training samples", "dead fraction")],
         ),
         Figure(
             "density",
             "How often latents fire",
             "Histogram of log10 of the share of held-out samples that a latent fires on, mean over "
             f"seeds; latents that never fire on them are not in it.{at_k}",
-            [Panel(_density(results), "log10 of firing rate", "latents")],
+            [Panel([*_density(results)], "log10 of firing rate", "latents")],
         ),
         Figure(
             "peeking",
@@ -106,7 +106,7 @@ def figures_of(results: Mapping[str, Any]) -> list[Figure]:
             "The removal of an error corrector hurts a bit of many features, rows or latents. What "
             "counts is the difference from latents that never died; docs/peeking.md has each "
             f"measure's definition and where it fails.{at_k}",
-            _peeking(results),
+            [*_peeking(results)],
         ),
     )
     return [figure for figure in made if any(panel.series for panel in figure.panels)]
@@ -134,33 +134,28 @@ def _finished(results: Mapping[str, Any], group: Group) -> list[Mapping[str, Any
     ]
 
 
-def _pareto(results: Mapping[str, Any]) -> list[Series]:
+def _pareto(results: Mapping[str, Any]) -> Iterator[Series]:
     lines: dict[str, list[Group]] = {}
     for group in results["groups"]:
         if number(group, "l0")[0] is not None:
             lines.setdefault(label(group, results), []).append(group)
-    series: list[Series] = []
     for groups in lines.values():
         groups.sort(key=lambda group: group["mean"]["l0"])
         x, x_error = zip(*(number(group, "l0") for group in groups), strict=True)
         y, y_error = zip(*(number(group, "explained_variance") for group in groups), strict=True)
-        series.append(
-            _line(
-                groups[0],
-                results,
-                x,
-                y,
-                mode="lines+markers",
-                x_error=x_error,
-                y_error=y_error,
-                hover=[label(group, results, with_k=True) for group in groups],
-            )
+        yield _line(
+            groups[0],
+            results,
+            x,
+            y,
+            mode="lines+markers",
+            x_error=x_error,
+            y_error=y_error,
+            hover=[label(group, results, with_k=True) for group in groups],
         )
-    return series
 
 
-def _dead(results: Mapping[str, Any]) -> list[Series]:
-    series: list[Series] = []
+def _dead(results: Mapping[str, Any]) -> Iterator[Series]:
     for group in compared(results):
         runs = [run["history"] for run in _finished(results, group)]
         values: dict[float, list[float]] = {}
@@ -181,12 +176,10 @@ def _dead(results: Mapping[str, Any]) -> list[Series]:
                 [max(v - s, 0.0) for v, s in zip(y, spread, strict=True)],
                 [min(v + s, 1.0) for v, s in zip(y, spread, strict=True)],
             )
-        series.append(_line(group, results, x, y, band=band))
-    return series
+        yield _line(group, results, x, y, band=band)
 
 
-def _density(results: Mapping[str, Any]) -> list[Series]:
-    series: list[Series] = []
+def _density(results: Mapping[str, Any]) -> Iterator[Series]:
     for group in compared(results):
         runs = _finished(results, group)
         edges, *others = (run["density"]["log10_edges"] for run in runs)
@@ -198,15 +191,13 @@ def _density(results: Mapping[str, Any]) -> list[Series]:
         silent = mean(run["silent_latents"] for run in runs)
         hover = [f"{label(group, results)}: {silent:.0f} silent"] * len(edges)
         y = [*counts, counts[-1]]
-        series.append(_line(group, results, edges, y, steps=True, hover=hover))
-    return series
+        yield _line(group, results, edges, y, steps=True, hover=hover)
 
 
-def _peeking(results: Mapping[str, Any]) -> list[Panel]:
+def _peeking(results: Mapping[str, Any]) -> Iterator[Panel]:
     colour = colours(results)
     groups = with_revived(compared(results))
     names = [label(group, results) for group in groups]
-    panels: list[Panel] = []
     for key, metric in measured(groups, PEEKING, "revived").items():
         factor, unit = (100, ", %") if metric.percent else (1, "")
         series = [
@@ -224,5 +215,4 @@ def _peeking(results: Mapping[str, Any]) -> list[Panel]:
             for latents in ("never_died", "revived")
             for value, spread in [number(group, key, latents)]
         ]
-        panels.append(Panel(series, title=metric.label + unit, categories=names))
-    return panels
+        yield Panel(series, title=metric.label + unit, categories=names)
