@@ -17,6 +17,7 @@ from pathlib import Path
 import straight_through  # noqa: F401  (registers the candidates)
 
 from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     comparison = Comparison.from_file(args.config)
     comparison = replace(comparison, device=args.device, autocast=True, **given)
     command = shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]])
-    print(run_comparison(comparison.resolved(), args.output, command))
+    print(run_comparison(resolve(comparison), args.output, command))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from parts import measure_parts
 from step import Case, measure
 
-from sae_lens_auxk.compare.plan import PRESETS, STOCK
+from sae_lens_auxk.compare.cases import PRESETS, STOCK
 
 DOCS = Path(__file__).parent.parent / "docs"
 ARCHITECTURES = ("auxk-topk", "auxk-batchtopk", "auxk-matryoshka-batchtopk")

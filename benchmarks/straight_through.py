@@ -29,6 +29,7 @@ import torch
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 from sae_lens_auxk.aux_losses.auxk import k_aux_of
 from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 
 
@@ -127,7 +128,7 @@ def main() -> None:
         lr=1e-3,
         dead_after=20_000,
     )
-    run_comparison(comparison.resolved(), args.output)
+    run_comparison(resolve(comparison), args.output)
 
 
 if __name__ == "__main__":

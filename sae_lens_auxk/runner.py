@@ -1,11 +1,12 @@
 """``runner_config``: a whole SAELens run out of flat keywords."""
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from sae_lens_auxk.validation import nearest, require_choice
 
 
 def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerConfig[Any]:
@@ -36,12 +37,7 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
         >>> cfg.sae.aux_variant, cfg.model_name, cfg.logger.log_to_wandb
         ('straight_through', 'gpt2', False)
     """
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"architecture={architecture!r} is not allowed: it must be one of "
-            f"{', '.join(SAE_TRAINING_CLASS_REGISTRY)}."
-            f"{_suggest(architecture, SAE_TRAINING_CLASS_REGISTRY)}"
-        )
+    require_choice("architecture", architecture, SAE_TRAINING_CLASS_REGISTRY)
     sae_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     sae_fields = {field.name for field in fields(sae_class)}
     run_fields = {field.name for field in fields(LanguageModelSAERunnerConfig)} - {"sae"}
@@ -52,7 +48,7 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
         if name not in known:
             raise TypeError(
                 f"{name} is no field of {architecture}, of LanguageModelSAERunnerConfig or of "
-                f"LoggingConfig.{_suggest(name, known)}"
+                f"LoggingConfig.{nearest(name, known)}"
             )
     logger = {name: value for name, value in keywords.items() if name in logger_fields}
     if logger and "logger" in keywords:
@@ -62,8 +58,3 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
         run["logger"] = LoggingConfig(**logger)
     sae = sae_class(**{name: value for name, value in keywords.items() if name in sae_fields})
     return LanguageModelSAERunnerConfig(sae=sae, **run)
-
-
-def _suggest(name: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {nearest[0]}?" if nearest else ""

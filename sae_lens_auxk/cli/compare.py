@@ -13,9 +13,11 @@ from sae_lens import logger as sae_lens_logger
 from simple_parsing import ArgumentParser
 
 from sae_lens_auxk.cli.refuse import refuse
-from sae_lens_auxk.compare.plan import Comparison, Resolved, require_known
+from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import load_results, run_comparison
+from sae_lens_auxk.validation import require_known
 
 INTERRUPTED = 130
 SMALL_STEP = 2**24
@@ -33,7 +35,7 @@ def compare(args: Sequence[str]) -> int:
         if options.report_only is not None:
             report = write_report(load_results(options.report_only), options.report_only)
         else:
-            comparison = options.comparison.resolved()
+            comparison = resolve(options.comparison)
             _use_threads_that_pay(comparison)
             report = run_comparison(comparison, options.output, _command(args))
     # An OSError is what a model or data set that cannot be found comes as.

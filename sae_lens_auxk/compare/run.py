@@ -27,8 +27,9 @@ from sae_lens.saes.sae import SAE
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from sae_lens_auxk.compare.cases import Case, cases_of
 from sae_lens_auxk.compare.measure import measure
-from sae_lens_auxk.compare.plan import Case, Resolved, cases_of
+from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.sources import Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae

@@ -29,7 +29,8 @@ from sae_lens.synthetic import (
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_auxk.compare.plan import Resolved, nearest, reject
+from sae_lens_auxk.compare.plan import Resolved
+from sae_lens_auxk.validation import nearest, reject
 
 HELD_OUT_SEED = 2**31
 """Added to a pass's seed for its held-out samples: they are not its training samples again."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.compare.resolve import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -31,4 +32,4 @@ def tiny(**fields: Any) -> Resolved:
         "n_features": 32,
         "d_in": 12,
     }
-    return Comparison(**{**defaults, **fields}).resolved()
+    return resolve(Comparison(**{**defaults, **fields}))

@@ -3,8 +3,9 @@
 import math
 import random
 from collections.abc import Sequence
-from statistics import mean, stdev
 from typing import Any
+
+from sae_lens_auxk.compare.run import groups_of
 
 CASES = ("none", "SAELens topk", "auxk", "auxk, bias none", "straight_through", "reanimation")
 PEEKING = ("junk_share", "duplicate_share", "features_hurt", "rows_hurt", "latents_hurt",
@@ -38,7 +39,7 @@ def fake_results(
         "command": "sae-lens-auxk compare --preset published",
         "data": {"kind": kind, "description": "16,384 known features in 768 dimensions"},
         "runs": runs,
-        "groups": groups_of(runs),
+        "groups": list(groups_of(runs)),
     }
 
 
@@ -118,33 +119,3 @@ def _run(
 def failed(run: dict[str, Any], status: str, error: str | None) -> None:
     run.update(status=status, error=error, sae_config={}, history={}, metrics={}, density=None,
                silent_latents=None, peeking=None, training_samples=0)  # fmt: skip
-
-
-def groups_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["status"] == "finished":
-            grouped.setdefault((run["case"], run["architecture"], run["k"]), []).append(run)
-    return [
-        {
-            "case": case,
-            "architecture": architecture,
-            "k": k,
-            "n_seeds": len(members),
-            **_mean_and_std([run["metrics"] for run in members]),
-            "peeking": {
-                which: _mean_and_std([r["peeking"][which] for r in members if r["peeking"]])
-                for which in ("revived", "never_died")
-            },
-        }
-        for (case, architecture, k), members in grouped.items()
-    ]
-
-
-def _mean_and_std(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {"mean": {}, "std": {}}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row[key] for row in rows if row[key] is not None]
-        result["mean"][key] = mean(values) if values else None
-        result["std"][key] = stdev(values) if len(values) > 1 else None
-    return result

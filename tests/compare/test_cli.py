@@ -11,6 +11,7 @@ import pytest
 from sae_lens_auxk import cli
 from sae_lens_auxk.cli import compare as command
 from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.resolve import resolve
 from tests.compare.conftest import tiny
 
 
@@ -29,7 +30,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_no_arguments(asked_for: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare"]) == 0
-    assert asked_for == [(Comparison().resolved(), Path("comparison"), "sae-lens-auxk compare")]
+    assert asked_for == [(resolve(Comparison()), Path("comparison"), "sae-lens-auxk compare")]
     assert capsys.readouterr().out == "report  comparison/report.html\n"
 
 

@@ -9,6 +9,7 @@ from sae_lens import SAE
 
 from sae_lens_auxk.compare import run, sources
 from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import load_results, run_comparison
 from sae_lens_auxk.compare.sources import LanguageModel, SamePrompts
 from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
@@ -19,28 +20,30 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
     monkeypatch.setattr(sources, "load_model", lambda *_, **__: gpt2())
     monkeypatch.setattr(run, "write_report", lambda _, folder: folder)
     tokens().to_parquet(tmp_path / "text" / "train.parquet")
-    return Comparison(
-        aux_variant=["none", "auxk"],
-        preset=["saelens"],
-        k=[4],
-        seeds=[0],
-        d_sae=48,
-        training_samples=1280,
-        batch_size=64,
-        lr=1e-2,
-        dead_after=128,
-        eval_samples=200,
-        model_name="tiny",
-        dataset_path=str(tmp_path / "text"),
-        context_size=CONTEXT_SIZE,
-        language_model={
-            "streaming": False,
-            "prepend_bos": False,
-            "store_batch_size_prompts": 4,
-            "n_batches_in_buffer": 4,
-            "n_eval_batches": 2,
-        },
-    ).resolved()
+    return resolve(
+        Comparison(
+            aux_variant=["none", "auxk"],
+            preset=["saelens"],
+            k=[4],
+            seeds=[0],
+            d_sae=48,
+            training_samples=1280,
+            batch_size=64,
+            lr=1e-2,
+            dead_after=128,
+            eval_samples=200,
+            model_name="tiny",
+            dataset_path=str(tmp_path / "text"),
+            context_size=CONTEXT_SIZE,
+            language_model={
+                "streaming": False,
+                "prepend_bos": False,
+                "store_batch_size_prompts": 4,
+                "n_batches_in_buffer": 4,
+                "n_eval_batches": 2,
+            },
+        )
+    )
 
 
 def test_runs_and_measures(comparison: Resolved, tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_ce_loss_is_of_the_same_prompts_for_every_case(comparison: Resolved) -> 
 
 def test_the_middle_is_the_default_place_and_a_wrong_one_is_refused(comparison: Resolved) -> None:
     assert LanguageModel(comparison).hook_name == "blocks.1.hook_resid_pre"
-    wrong = Comparison(**{**vars(comparison), "hook_name": "blocks.1.hook_resid_prf"}).resolved()
+    wrong = resolve(Comparison(**{**vars(comparison), "hook_name": "blocks.1.hook_resid_prf"}))
     with pytest.raises(ValueError, match="hook_name=.*Did you mean blocks.1.hook_resid_pre"):
         LanguageModel(wrong)
 
@@ -94,7 +97,7 @@ def test_same_prompts_start_over() -> None:
 )
 def test_what_is_refused(comparison: Resolved, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Comparison(**{**vars(comparison), **fields}).resolved()
+        resolve(Comparison(**{**vars(comparison), **fields}))
 
 
 @pytest.mark.parametrize("name", ["model_name", "synthetic_model"])
@@ -108,4 +111,4 @@ def test_a_model_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
             "model_class_name": "AutoModelForCausalLM",
         }
     with pytest.raises(ValueError, match=f"{name}='{missing}' cannot be loaded"):
-        sources.source_of(Comparison(**fields).resolved())
+        sources.source_of(resolve(Comparison(**fields)))

@@ -9,8 +9,8 @@ import torch
 from sae_lens.saes.sae import SAE
 from sae_lens.synthetic import eval_sae_on_synthetic_data
 
+from sae_lens_auxk.compare.cases import cases_of
 from sae_lens_auxk.compare.measure import coverage, density_histogram, reconstruction
-from sae_lens_auxk.compare.plan import cases_of
 from sae_lens_auxk.compare.sources import HELD_OUT_SEED, SyntheticPass, source_of
 from sae_lens_auxk.compare.train import build_sae
 from tests.compare.conftest import tiny

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from sae_lens.synthetic import SyntheticModelConfig
 
-from sae_lens_auxk.compare.plan import Comparison, cases_of
+from sae_lens_auxk.compare.cases import cases_of
+from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.resolve import resolve
 from tests.compare.conftest import tiny
 from tests.helpers import ARCHITECTURES, STOCK, VARIANTS
 
@@ -18,7 +20,7 @@ def names(comparison: Any) -> list[str]:
 
 
 def test_the_default_compares_every_variant_bias_and_saelens() -> None:
-    comparison = Comparison().resolved()
+    comparison = resolve(Comparison())
     assert names(comparison) == [
         "SAELens topk",
         "none",
@@ -67,7 +69,7 @@ def test_dead_after_is_one_span_for_all() -> None:
 
 
 def test_the_default_run_is_long_enough_for_latents_to_die() -> None:
-    comparison = Comparison().resolved()
+    comparison = resolve(Comparison())
     assert comparison.dead_after * 5 < comparison.training_samples
     assert comparison.dead_feature_window * 5 < (
         comparison.training_samples / comparison.batch_size
@@ -118,7 +120,7 @@ def test_a_file_says_the_same_as_the_fields(suffix: str, tmp_path: Path) -> None
 
 def test_the_published_benchmark() -> None:
     """Every value of SynthSAEBench-16k's published table."""
-    comparison = Comparison.from_file(ROOT / "benchmarks" / "synthsaebench.yaml").resolved()
+    comparison = resolve(Comparison.from_file(ROOT / "benchmarks" / "synthsaebench.yaml"))
     model: Any = comparison.synthetic_model_config(seed=7)
     assert isinstance(model, SyntheticModelConfig)
     assert (model.num_features, model.hidden_dim, model.seed) == (16384, 768, 42)
@@ -203,4 +205,4 @@ def test_what_is_shown_is_allowed(name: str, tmp_path: Path) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     path = tmp_path / "comparison.yaml"
     path.write_text(text.split("```yaml\n")[-1].split("```")[0], encoding="utf-8")
-    assert len(cases_of(Comparison.from_file(path).resolved())) >= 3
+    assert len(cases_of(resolve(Comparison.from_file(path)))) >= 3

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.series import PALETTE, answer, colours, figures, footnote, reference_k
-from tests.compare.fake_results import failed, fake_results, groups_of
+from sae_lens_auxk.compare.report.answers import answer, footnote
+from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
+from sae_lens_auxk.compare.run import groups_of
+from tests.compare.fake_results import failed, fake_results
 
 FIGURES = ["dead_latents", "density", "pareto", "peeking"]
 HOSTILE = "</script><script>alert('x')</script> <b>a</b> | $x_1$ $ `c` [d](e)"
@@ -127,7 +130,7 @@ def test_every_case_is_in_every_figure_of_its_own_colour() -> None:
     colour = colours(results)
     assert len(set(colour.values())) == 21
     assert [colour[case] for case in cases[:8]] == list(PALETTE)
-    for figure in figures(results):
+    for figure in figures_of(results):
         for panel in figure.panels:
             drawn = {series.label.split(",")[0]: series.colour for series in panel.series}
             assert drawn == colour
@@ -156,14 +159,14 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     assert "CE recovered" in page.tables[0][0]
     assert "F1" not in page.tables[0][0]
     assert "Best F1" not in page.text
-    assert all(s.band is None for f in figures(results) for p in f.panels for s in p.series)
+    assert all(s.band is None for f in figures_of(results) for p in f.panels for s in p.series)
 
 
 def test_failed_and_unfinished_runs_are_named(tmp_path: Path) -> None:
     results = fake_results(ks=(25,))
     failed(results["runs"][0], "failed", "RuntimeError: <CUDA>\nout of memory")
     failed(results["runs"][1], "unfinished", None)
-    results["groups"] = groups_of(results["runs"])
+    results["groups"] = list(groups_of(results["runs"]))
     page, markdown = report(results, tmp_path)
     for text in (page.text, markdown.replace("\\", "")):
         assert "Failed: none, auxk-topk, k=25, seed 0: RuntimeError: <CUDA>" in text

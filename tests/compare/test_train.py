@@ -7,7 +7,8 @@ import torch
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_auxk.compare.plan import Resolved, cases_of
+from sae_lens_auxk.compare.cases import cases_of
+from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.sources import source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
 from tests.compare.conftest import tiny

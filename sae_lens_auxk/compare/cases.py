@@ -1,0 +1,135 @@
+"""The cases that a comparison stands for, each an SAE's config with a name."""
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_auxk.architectures import ARCHITECTURES
+from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.compare.plan import Resolved
+from sae_lens_auxk.validation import require_choice, require_known
+
+STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITECTURES}
+"""SAELens's own architecture that each of this package's extends."""
+
+PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
+    "saelens": ({},),
+    "variants": tuple(
+        {"aux_variant": variant}
+        for variant in (
+            "none",
+            "auxk",
+            "straight_through",
+            "reanimation",
+            "pre_activation",
+            "ghost_gradients",
+            "multi_topk",
+        )
+    ),
+    "biases": (
+        {"aux_variant": "auxk"},  # whose bias is "decoder"
+        {"aux_variant": "auxk", "aux_bias": "matched"},
+        {"aux_variant": "auxk", "aux_bias": "none"},
+    ),
+}
+"""The fields of each preset's cases; those of "saelens" are SAELens's own architecture."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is compared: a label, an architecture and fields of its config."""
+
+    name: str
+    architecture: str
+    fields: dict[str, Any]
+
+    @property
+    def k(self) -> float | None:
+        """Active latents per sample, where the architecture has that."""
+        return self.fields.get("k")
+
+    @property
+    def title(self) -> str:
+        """The case with everything that tells it from the others."""
+        parts = (self.name, self.architecture, *([] if self.k is None else [f"k {self.k:g}"]))
+        return ", ".join(parts)
+
+    @property
+    def slug(self) -> str:
+        """``title`` as the name of a folder."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")
+
+    def sae_config(self, comparison: Resolved, d_in: int) -> TrainingSAEConfig:
+        """The config to train with; a ValueError names the case and what is wrong with it."""
+        config_class = get_sae_training_class(self.architecture)[1]
+        known = {f.name for f in fields(config_class)}
+        d_sae = comparison.d_sae
+        shared = {
+            "d_sae": d_sae,
+            "device": comparison.device,
+            "dead_threshold_tokens": comparison.dead_after,
+            "matryoshka_widths": sorted({max(1, d_sae // part) for part in (32, 8, 2)} | {d_sae}),
+        }
+        values: dict[str, Any] = {"d_in": d_in}
+        for given in (shared, comparison.sae):
+            values |= {name: value for name, value in given.items() if name in known}
+        values |= self.fields
+        try:
+            return config_class(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"case {self.title!r}: {error}") from error
+
+
+def cases_of(comparison: Resolved) -> list[Case]:
+    """All cases of a resolved comparison, each once, in the order in which they are shown."""
+    cases: dict[tuple[str, str, Any], Case] = {}
+
+    def add(name: str | None, architecture: str, given: dict[str, Any]) -> None:
+        _, config_class = get_sae_training_class(architecture)
+        known = {f.name for f in fields(config_class)}
+        require_known(given, known - {"d_in", "d_sae", "device"}, f"a case of {architecture}")
+        name = name or _label(architecture, given)
+        ks = [given["k"]] if "k" in given else comparison.k if "k" in known else [None]
+        for k in ks:
+            case = Case(name, architecture, given if k is None else {**given, "k": k})
+            same = cases.setdefault((name, architecture, k), case)
+            if same != case:
+                raise ValueError(f"cases: two that differ are called {case.title!r}; name them.")
+
+    variants = [
+        {"aux_variant": variant} | ({} if alpha is None else {"aux_loss_coefficient": alpha})
+        for variant in comparison.aux_variant or []
+        for alpha in comparison.aux_loss_coefficient or [None]
+    ]
+    sweep = itertools.chain(*(PRESETS[name] for name in comparison.preset), variants)
+    for architecture, given in itertools.product(comparison.architecture, sweep):
+        if not given:
+            add(None, STOCK[architecture], {})
+        elif not AUX_LOSSES[given["aux_variant"]].topk_only or "topk" in architecture:
+            add(None, architecture, given)
+    for explicit in comparison.cases:
+        given = dict(explicit)
+        architecture = given.pop("architecture", comparison.architecture[0])
+        require_choice("architecture", architecture, [*ARCHITECTURES, *STOCK.values()])
+        add(given.pop("name", None), architecture, given)
+    return list(cases.values())
+
+
+def _label(architecture: str, given: Mapping[str, Any]) -> str:
+    """A short name that says what differs from the defaults."""
+    short = {"aux_bias": "bias", "aux_loss_coefficient": "alpha"}
+    ours = architecture in ARCHITECTURES
+    defaults = {f.name: f.default for f in fields(AuxConfig)} if ours else {}
+    aux_variant = given.get("aux_variant", AuxConfig.aux_variant)
+    parts = [aux_variant if ours else f"SAELens {architecture}"]
+    for name, value in given.items():
+        if name not in ("aux_variant", "k") and not (name in defaults and value == defaults[name]):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{short.get(name, name)} {shown}")
+    return ", ".join(parts)

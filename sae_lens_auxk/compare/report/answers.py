@@ -1,0 +1,117 @@
+"""What a report says in sentences: which case is best at what, and what went wrong."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sae_lens_auxk.compare.report.vocabulary import (
+    METRICS,
+    PEEKING,
+    Metric,
+    compared,
+    label,
+    number,
+    one_of_several_k,
+)
+
+Entry = tuple[str, float, float | None]
+"""A group and its number in words, the number, its spread."""
+
+
+def answer(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(question, answer) lines. Cases whose spreads overlap are level: ``|a - b| <= s_a + s_b``."""
+    if not results["groups"]:
+        return [("No answer yet", "no run has finished.")]
+    lines = [
+        (question, _ranking(entries, METRICS[key]))
+        for question, key in (
+            ("Fewest dead latents", "dead_fraction"),
+            ("Best explained variance", "explained_variance"),
+            ("Best CE loss recovered", "ce_loss_recovered"),
+            ("Best F1 with true features", "f1"),
+        )
+        if (entries := _best_first(results, key, METRICS[key]))
+    ]
+    return [*lines, ("Residual peeking", _peeking(results))]
+
+
+def _best_first(
+    results: Mapping[str, Any], key: str, metric: Metric, latents: str = ""
+) -> list[Entry]:
+    entries: list[Entry] = []
+    for group in compared(results):
+        value, spread = number(group, key, latents)
+        if value is None:
+            continue
+        said = metric.show(value, spread)
+        never = number(group, key, "never_died")
+        if latents and never[0] is not None:
+            said += f"; never died {metric.show(*never)}"
+        entries.append((f"{label(group, results)} ({said})", value, spread))
+    return sorted(entries, key=lambda entry: entry[1], reverse=metric.best is max)
+
+
+def _ranking(entries: Sequence[Entry], metric: Metric) -> str:
+    first, *others = entries
+    level = [entry for entry in others if _level(first, entry)]
+    text = first[0]
+    if level:
+        text += f", level with {_list(level)}"
+    if len(others) > len(level):
+        text += f"; {'most' if metric.best is min else 'worst'} {entries[-1][0]}"
+    return text + "."
+
+
+def _peeking(results: Mapping[str, Any]) -> str:
+    for key, what in (
+        ("junk_share", "revived latents that match no true feature"),
+        ("rows_hurt", "share of rows that removing a revived latent hurts (noise: 0.333)"),
+    ):
+        entries = _best_first(results, key, PEEKING[key], "revived")
+        if not entries:
+            continue
+        least, most = entries[0], entries[-1]
+        if len(entries) == 1:
+            return f"{what}: {least[0]}."
+        if _level(least, most):
+            return f"{what}: all level, {_list(entries)}."
+        level = sum(_level(least, entry) for entry in entries[1:])
+        also = f" and {level} level with it" if level else ""
+        return f"{what}: least {least[0]}{also}; most {most[0]}."
+    return "nothing to measure it on: too few latents were dead and came back."
+
+
+def _level(a: Entry, b: Entry) -> bool:
+    return abs(a[1] - b[1]) <= (a[2] or 0.0) + (b[2] or 0.0)
+
+
+def _list(entries: Sequence[Entry]) -> str:
+    texts = [said for said, *_ in entries]
+    if len(texts) > 3:
+        return f"{', '.join(texts[:2])} and {len(texts) - 2} more"
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if texts[1:] else texts)
+
+
+def footnote(results: Mapping[str, Any]) -> str:
+    """What the numbers are means of, and at which k the answer compares."""
+    seeds = sorted({group["n_seeds"] for group in results["groups"]})
+    parts: list[str] = []
+    if seeds == [1]:
+        parts.append("One seed: no spread is known, and a small lead may be chance.")
+    elif seeds:
+        count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        spread = "Mean ± sample standard deviation over"
+        parts.append(f"{spread} {count} seeds; level: spreads overlap.")
+    if k := one_of_several_k(results):
+        parts.append(f"The answer compares at k {k}; the table has every k.")
+    return " ".join(parts)
+
+
+def troubles(results: Mapping[str, Any]) -> list[str]:
+    """Runs that failed, each with its error, and those that are not finished."""
+    failed = [
+        f"Failed: {run['name']}: {run.get('error') or 'no error was written down'}"
+        for run in results["runs"]
+        if run["status"] == "failed"
+    ]
+    names = [run["name"] for run in results["runs"] if run["status"] == "unfinished"]
+    return failed + ([f"Not finished: {'; '.join(names)}"] if names else [])

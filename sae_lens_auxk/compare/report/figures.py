@@ -1,0 +1,218 @@
+"""The data of a report's figures, not yet drawn."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from sae_lens_auxk.compare.report.vocabulary import (
+    PEEKING,
+    Group,
+    colours,
+    compared,
+    label,
+    measured,
+    number,
+    one_of_several_k,
+    with_revived,
+)
+
+MAX_POINTS = 300
+MAX_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or set of points. ``style`` numbers dash and marker, ``band`` is (x, low, high)."""
+
+    label: str
+    colour: str
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    style: int = 0
+    mode: str = "lines"
+    steps: bool = False
+    filled: bool = True
+    in_legend: bool = True
+    x_error: Sequence[float | None] = ()
+    y_error: Sequence[float | None] = ()
+    band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None
+    hover: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; with ``categories`` y counts these from the top down."""
+
+    series: Sequence[Series]
+    x_title: str = ""
+    y_title: str = ""
+    title: str = ""
+    categories: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One panel, or several of the same categories in rows of MAX_COLUMNS."""
+
+    name: str
+    title: str
+    caption: str
+    panels: Sequence[Panel]
+
+    @property
+    def n_columns(self) -> int:
+        return min(len(self.panels), MAX_COLUMNS)
+
+    @property
+    def n_rows(self) -> int:
+        return -(-len(self.panels) // MAX_COLUMNS)
+
+    @property
+    def height(self) -> int:
+        """In pixels: enough for the names beside the axes, or in the legend beside the plot."""
+        if names := self.panels[0].categories:
+            return self.n_rows * (90 + 22 * max(len(names), 3))
+        return max(400, 130 + 24 * len(self.panels[0].series))
+
+
+def figures_of(results: Mapping[str, Any]) -> list[Figure]:
+    """The figures that there are data for."""
+    k = one_of_several_k(results)
+    at_k = f" At k {k}." if k else ""
+    made = (
+        Figure(
+            "pareto",
+            "Explained variance against L0",
+            "Up and to the left is better. Bars: standard deviation over seeds.",
+            [Panel([*_pareto(results)], "L0: latents that fire on a sample", "explained variance")],
+        ),
+        Figure(
+            "dead_latents",
+            "Dead latents over training",
+            f"Share of latents that are dead; shaded: standard deviation over seeds.{at_k}",
+            [Panel([*_dead(results)], "training samples", "dead fraction")],
+        ),
+        Figure(
+            "density",
+            "How often latents fire",
+            "Histogram of log10 of the share of held-out samples that a latent fires on, mean over "
+            f"seeds; latents that never fire on them are not in it.{at_k}",
+            [Panel([*_density(results)], "log10 of firing rate", "latents")],
+        ),
+        Figure(
+            "peeking",
+            "Residual peeking: latents that came back (filled) and that never died (hollow)",
+            "The removal of an error corrector hurts a bit of many features, rows or latents. What "
+            "counts is the difference from latents that never died; docs/peeking.md has each "
+            f"measure's definition and where it fails.{at_k}",
+            [*_peeking(results)],
+        ),
+    )
+    return [figure for figure in made if any(panel.series for panel in figure.panels)]
+
+
+def _line(
+    group: Group,
+    results: Mapping[str, Any],
+    x: Sequence[float | None],
+    y: Sequence[float | None],
+    **more: Any,
+) -> Series:
+    """In the colour of the group's case and the style of its architecture."""
+    architectures = list(dict.fromkeys(run["architecture"] for run in results["runs"]))
+    style = architectures.index(group["architecture"])
+    return Series(label(group, results), colours(results)[group["case"]], x, y, style, **more)
+
+
+def _finished(results: Mapping[str, Any], group: Group) -> list[Mapping[str, Any]]:
+    key = ("case", "architecture", "k")
+    return [
+        run
+        for run in results["runs"]
+        if run["status"] == "finished" and all(run[part] == group[part] for part in key)
+    ]
+
+
+def _pareto(results: Mapping[str, Any]) -> Iterator[Series]:
+    lines: dict[str, list[Group]] = {}
+    for group in results["groups"]:
+        if number(group, "l0")[0] is not None:
+            lines.setdefault(label(group, results), []).append(group)
+    for groups in lines.values():
+        groups.sort(key=lambda group: group["mean"]["l0"])
+        x, x_error = zip(*(number(group, "l0") for group in groups), strict=True)
+        y, y_error = zip(*(number(group, "explained_variance") for group in groups), strict=True)
+        yield _line(
+            groups[0],
+            results,
+            x,
+            y,
+            mode="lines+markers",
+            x_error=x_error,
+            y_error=y_error,
+            hover=[label(group, results, with_k=True) for group in groups],
+        )
+
+
+def _dead(results: Mapping[str, Any]) -> Iterator[Series]:
+    for group in compared(results):
+        runs = [run["history"] for run in _finished(results, group)]
+        values: dict[float, list[float]] = {}
+        for history in runs:
+            for at, dead in zip(history["samples"], history["dead_fraction"], strict=True):
+                if dead is not None:
+                    values.setdefault(at, []).append(dead)
+        x = sorted(at for at, of_runs in values.items() if len(of_runs) == len(runs))
+        if not x:
+            continue
+        x = x[:: -(-len(x) // MAX_POINTS)]
+        y = [mean(values[at]) for at in x]
+        band = None
+        if len(runs) > 1:
+            spread = [stdev(values[at]) for at in x]
+            band = (
+                x,
+                [max(v - s, 0.0) for v, s in zip(y, spread, strict=True)],
+                [min(v + s, 1.0) for v, s in zip(y, spread, strict=True)],
+            )
+        yield _line(group, results, x, y, band=band)
+
+
+def _density(results: Mapping[str, Any]) -> Iterator[Series]:
+    for group in compared(results):
+        runs = _finished(results, group)
+        edges, *others = (run["density"]["log10_edges"] for run in runs)
+        if any(other != edges for other in others):
+            continue
+        counts = [
+            mean(column) for column in zip(*(run["density"]["counts"] for run in runs), strict=True)
+        ]
+        silent = mean(run["silent_latents"] for run in runs)
+        hover = [f"{label(group, results)}: {silent:.0f} silent"] * len(edges)
+        y = [*counts, counts[-1]]
+        yield _line(group, results, edges, y, steps=True, hover=hover)
+
+
+def _peeking(results: Mapping[str, Any]) -> Iterator[Panel]:
+    colour = colours(results)
+    groups = with_revived(compared(results))
+    names = [label(group, results) for group in groups]
+    for key, metric in measured(groups, PEEKING, "revived").items():
+        factor, unit = (100, ", %") if metric.percent else (1, "")
+        series = [
+            Series(
+                f"{name}, {latents.replace('_', ' ')}",
+                colour[group["case"]],
+                [None if value is None else factor * value],
+                [row],
+                mode="markers",
+                filled=latents == "revived",
+                in_legend=False,
+                x_error=[None if spread is None else factor * spread],
+            )
+            for row, (name, group) in enumerate(zip(names, groups, strict=True))
+            for latents in ("never_died", "revived")
+            for value, spread in [number(group, key, latents)]
+        ]
+        yield Panel(series, title=metric.label + unit, categories=names)

@@ -1,0 +1,161 @@
+"""report.html: one file that loads nothing."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
+from sae_lens_auxk.compare.report.drawing import plotly_figure
+from sae_lens_auxk.compare.report.figures import Figure
+from sae_lens_auxk.compare.report.tables import TEXT_COLUMNS, Table, main_table, peeking_table
+
+# Forbids the browser to load anything: what the page needs is in the page.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+)
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+       max-width: 1400px; margin: 0 auto; padding: 14px 20px 60px; }
+h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 30px 0 4px; }
+p { margin: 4px 0 8px; max-width: 140ch; }
+.note { color: #595959; font-size: 13px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 10px 0;
+     padding: 10px 16px; background: #f3f6f9; border-left: 4px solid #0072b2; }
+dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
+.trouble { background: #fdf3e7; border-left: 4px solid #d55e00; padding: 8px 16px; }
+.trouble ul { margin: 0; padding-left: 20px; } .trouble li { overflow-wrap: anywhere; }
+.wide { overflow: auto; max-height: 75vh; }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
+small { display: block; font-size: 10px; line-height: 1; color: #595959; }
+th, td { padding: 3px 7px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 0; }
+th.text, td.text { text-align: left; }
+td.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
+th button { font: inherit; border: 0; background: none; cursor: pointer; padding: 2px 5px;
+            text-decoration: underline dotted #767676; }
+th[aria-sort=ascending] button::after { content: " \\2191"; color: #000; }
+th[aria-sort=descending] button::after { content: " \\2193"; color: #000; }
+tbody tr:hover { background: #f3f6f9; }
+.key { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
+pre { font-size: 12px; background: #f6f6f6; padding: 8px; overflow-x: auto; }
+details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+"""
+
+# Sorts by data-value where a cell has one; empty cells stay at the end either way.
+SORT = """
+document.querySelectorAll("table.sortable").forEach(table => {
+  const body = table.tBodies[0];
+  table.querySelectorAll("th").forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const value = row => row.cells[column].dataset.value;
+      const order = (a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === "" || y === "") return (x === "") - (y === "");
+        const numeric = head.dataset.kind === "number";
+        const sign = numeric ? Number(x) - Number(y) : x.localeCompare(y);
+        return down ? -sign : sign;
+      };
+      [...body.rows].sort(order).forEach(row => body.append(row));
+    });
+  });
+});
+"""
+
+
+def page_of(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
+    name = escape(results["name"])
+    lines = "".join(
+        f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in answer(results)
+    )
+    problems = "".join(f"<li>{escape(trouble)}</li>" for trouble in troubles(results))
+    sections = []
+    main, peeking = main_table(results), peeking_table(results)
+    if main.rows:
+        sections.append(f"<h2>All numbers</h2>{_table(main)}")
+    for figure in drawn:
+        plot = plotly_figure(figure).to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=figure.name,
+            config={"responsive": True, "displayModeBar": False},
+        )
+        sections.append(
+            f"<h2>{escape(figure.title)}</h2><p class=note>{escape(figure.caption)}</p>{plot}"
+        )
+        if figure.name == "peeking":
+            sections.append(_table(peeking))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}</style>
+<script>{get_plotlyjs()}</script></head><body>
+<h1>{name}</h1>
+<p class="note">{escape(results["data"].get("description", ""))}</p>
+<dl>{lines}</dl>
+{f'<div class="trouble"><ul>{problems}</ul></div>' if problems else ""}
+<p class="note">{escape(footnote(results))}</p>
+{"".join(sections)}
+<h2>How it was made</h2>{_configs(results)}
+<script>{SORT}</script>
+</body></html>
+"""
+
+
+def _table(table: Table) -> str:
+    kinds = ["text" if i < TEXT_COLUMNS else "number" for i in range(len(table.columns))]
+    head = "".join(
+        f'<th class="{kind}" data-kind="{kind}" scope="col">'
+        f'<button type="button">{escape(column)}</button></th>'
+        for column, kind in zip(table.columns, kinds, strict=True)
+    )
+    rows: list[str] = []
+    for row in table.rows:
+        cells = ""
+        for cell, kind in zip(row, kinds, strict=True):
+            value = cell.text if kind == "text" else "" if cell.value is None else repr(cell.value)
+            key = f'<span class="key" style="background:{cell.colour}"></span>'
+            cells += (
+                f'<td class="{kind}{" name" if cell.colour else ""}" data-value="{escape(value)}">'
+                f"{key if cell.colour else ''}{_small_spread(escape(cell.text))}</td>"
+            )
+        rows.append(f"<tr>{cells}</tr>")
+    return (
+        f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _small_spread(text: str) -> str:
+    number, plus_minus, spread = text.partition(" ± ")
+    return f"{number}<small>{plus_minus}{spread}</small>" if plus_minus else text
+
+
+def _configs(results: Mapping[str, Any]) -> str:
+    """The command, and behind a click the whole comparison and each case's SAE config."""
+    packages = ", ".join(f"{name} {number}" for name, number in results["packages"].items())
+    folded = {"the comparison": results["comparison"], "the data": results["data"]}
+    for run in results["runs"]:
+        key = f"{run['case']}, {run['architecture']}, k {run['k']}"
+        if run.get("sae_config") and key not in folded:
+            folded[key] = run["sae_config"]
+    return (
+        f"<p class=note>{escape(results['machine'])}; {escape(packages)}; begun "
+        f"{escape(results['created'])}</p><pre>{escape(results['command'])}</pre>"
+        "<details><summary>Configurations</summary>"
+        + "".join(
+            f"<details><summary>{escape(key)}</summary>"
+            f"<pre>{escape(json.dumps(content, indent=1))}</pre></details>"
+            for key, content in folded.items()
+        )
+        + "</details>"
+    )

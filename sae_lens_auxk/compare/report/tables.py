@@ -1,0 +1,78 @@
+"""The tables of a report: every number, and residual peeking's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens_auxk.compare.report.vocabulary import (
+    METRICS,
+    PEEKING,
+    Group,
+    Metric,
+    colours,
+    label,
+    measured,
+    number,
+    with_revived,
+)
+
+TEXT_COLUMNS = 2
+"""So many columns at the left hold text, the others numbers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Something shown; a number is sorted by ``value``, and a case has its ``colour``."""
+
+    text: str
+    value: float | None = None
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as there are columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+def main_table(results: Mapping[str, Any]) -> Table:
+    """A row a group, a column a metric that any group has."""
+    colour = colours(results)
+    metrics = measured(results["groups"], METRICS)
+    rows = [
+        [
+            Cell(group["case"], colour=colour[group["case"]]),
+            Cell(group["architecture"]),
+            Cell("–" if group["k"] is None else str(group["k"]), group["k"]),
+            Cell(str(group["n_seeds"]), group["n_seeds"]),
+            *_numbers(group, metrics),
+        ]
+        for group in results["groups"]
+    ]
+    labels = [metric.label for metric in metrics.values()]
+    return Table(["case", "architecture", "k", "seeds", *labels], rows)
+
+
+def peeking_table(results: Mapping[str, Any]) -> Table:
+    """Two rows a group that has revived latents: those, and those that never died."""
+    colour = colours(results)
+    groups = with_revived(results["groups"])
+    metrics = {"n_latents": Metric("latents", 0), "firing_rate": Metric("firing rate", 4)}
+    metrics |= measured(groups, PEEKING, "revived")
+    rows = [
+        [
+            Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
+            Cell(latents.replace("_", " ")),
+            *_numbers(group, metrics, latents),
+        ]
+        for group in groups
+        for latents in ("revived", "never_died")
+    ]
+    return Table(["case", "group", *(metric.label for metric in metrics.values())], rows)
+
+
+def _numbers(group: Group, metrics: Mapping[str, Metric], latents: str = "") -> list[Cell]:
+    numbers = {key: number(group, key, latents) for key in metrics}
+    return [Cell(metrics[key].show(*pair), pair[0]) for key, pair in numbers.items()]

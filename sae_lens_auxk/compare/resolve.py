@@ -1,0 +1,202 @@
+"""A comparison with every default filled in, and what is refused."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from math import isfinite
+from typing import Any
+
+import torch
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.synthetic import SyntheticModelConfig
+
+from sae_lens_auxk.architectures import ARCHITECTURES
+from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.compare.cases import PRESETS, cases_of
+from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.validation import (
+    reject,
+    require_choice,
+    require_choices,
+    require_int,
+    require_known,
+    require_list,
+)
+
+SYNTHETIC_DEFAULTS: dict[str, Any] = {
+    "k": [8],
+    "d_sae": 256,
+    "training_samples": 80_000,
+    "batch_size": 256,
+    "lr": 2e-3,
+    "eval_samples": 10_000,
+    "n_features": 512,
+    "d_in": 64,
+}
+LANGUAGE_MODEL_DEFAULTS: dict[str, Any] = {
+    "k": [32],
+    "d_sae": 12_288,
+    "training_samples": 20_000_000,
+    "batch_size": 4096,
+    "lr": 3e-4,
+    "eval_samples": 65_536,
+}
+
+# What a comparison sets itself in SAELens's config of a run; the rest of its fields are free.
+_OWN_RUN_FIELDS = {
+    "saes": "cases",
+    "hook_names": "hook_name",
+    "hook_head_indices": "cases",
+    "model_name": "model_name",
+    "model_class_name": "model_class_name",
+    "dataset_path": "dataset_path",
+    "training_tokens": "training_samples",
+    "train_batch_size_tokens": "batch_size",
+    "lr": "lr",
+    "device": "device",
+    "autocast": "autocast",
+    "dead_feature_window": "dead_after",
+    "seed": "seeds",
+    "output_path": "--output",
+    "checkpoint_path": "--output",
+    "n_checkpoints": "--output",
+    "save_final_checkpoint": "--output",
+    "resume_from_checkpoint": "--output",
+    "logger": "--output",
+    "evaluator": "eval_samples",
+    "prefetch_llm_batches": "nobody: a comparison reads its text batch by batch",
+}
+
+
+def resolve(comparison: Comparison) -> Resolved:
+    """The comparison with every default filled in, checked.
+
+    Raises:
+        ValueError: a field has a value that is not allowed; the message names the field, the
+            value and what is allowed.
+    """
+    defaults = LANGUAGE_MODEL_DEFAULTS if comparison.model_name else SYNTHETIC_DEFAULTS
+    if isinstance(comparison.synthetic_model, str):  # which knows its sizes
+        defaults = {k: v for k, v in defaults.items() if k not in ("n_features", "d_in")}
+    given = {name: value for name, value in vars(comparison).items() if value is not None}
+    values: dict[str, Any] = vars(comparison) | defaults | given
+    if comparison.preset is None:
+        values["preset"] = [] if comparison.cases or comparison.aux_variant else list(PRESETS)
+    n_samples = values["training_samples"]
+    if comparison.dead_after is None and isinstance(n_samples, int):
+        values["dead_after"] = max(1, min(10_000_000, n_samples // 20))
+    resolved = Resolved(**values)
+    _validate(resolved)
+    return resolved
+
+
+def _validate(comparison: Resolved) -> None:
+    for name in ("d_sae", "training_samples", "batch_size", "dead_after", "eval_samples"):
+        require_int(name, getattr(comparison, name), minimum=1)
+    require_int("context_size", comparison.context_size, minimum=2)
+    if comparison.batch_size > comparison.training_samples:
+        allowed = f"at most training_samples ({comparison.training_samples})"
+        raise reject("batch_size", comparison.batch_size, allowed)
+    if comparison.dead_after >= comparison.training_samples:
+        allowed = (
+            f"less than training_samples ({comparison.training_samples}): in a shorter run no "
+            "latent is ever dead, and nothing is compared"
+        )
+        raise reject("dead_after", comparison.dead_after, allowed)
+    lr = comparison.lr
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not isfinite(lr) or lr <= 0:
+        raise reject("lr", lr, "a finite number > 0")
+    if not isinstance(comparison.autocast, bool):
+        raise reject("autocast", comparison.autocast, "True or False")
+    for name, minimum in (("seeds", 0), ("k", 1)):
+        require_list(name, getattr(comparison, name))
+        for value in getattr(comparison, name):
+            require_int(name, value, minimum=minimum)
+    for k in comparison.k:
+        if k > comparison.d_sae:
+            raise reject("k", k, f"at most d_sae ({comparison.d_sae})")
+    require_choices("architecture", comparison.architecture, ARCHITECTURES)
+    if comparison.preset:
+        require_choices("preset", comparison.preset, PRESETS)
+    if comparison.aux_variant:
+        require_choices("aux_variant", comparison.aux_variant, AUX_LOSSES)
+    if comparison.aux_loss_coefficient and not comparison.aux_variant:
+        raise reject(
+            "aux_loss_coefficient",
+            comparison.aux_loss_coefficient,
+            "left out unless aux_variant says whose coefficient it is",
+        )
+    _validate_device(comparison.device)
+    if comparison.model_name:
+        _validate_language_model(comparison)
+    else:
+        _validate_synthetic_model(comparison)
+
+    cases = cases_of(comparison)
+    if not cases:
+        raise ValueError("nothing to compare: give preset, aux_variant or cases.")
+    configs = [case.sae_config(comparison, comparison.d_in or 1) for case in cases]
+    known = {f.name for config in configs for f in fields(config)}
+    require_known(comparison.sae, known - {"d_in", "d_sae", "device", "k"}, "any case's SAE config")
+
+
+def _validate_device(device: Any) -> None:
+    allowed = "cpu, cuda or another device that torch has here"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"{reject('device', device, allowed)} ({error})") from error
+
+
+def _validate_language_model(comparison: Resolved) -> None:
+    if not comparison.dataset_path:
+        raise reject("dataset_path", comparison.dataset_path, "a data set's name or folder")
+    about = "left out with model_name: it is about synthetic models"
+    _require_left_out(comparison, ("n_features", "d_in", "synthetic_model"), about)
+    classes = ("HookedTransformer", "AutoModelForCausalLM")
+    require_choice("model_class_name", comparison.model_class_name, classes)
+    if comparison.hook_name is None and comparison.model_class_name != "HookedTransformer":
+        allowed = "the name of a module of the model, such as model.layers.6"
+        raise reject("hook_name", None, allowed)
+    given, config_class = comparison.language_model, MultiSAETrainingRunnerConfig
+    _require_free("language_model", given, config_class, _OWN_RUN_FIELDS)
+
+
+def _validate_synthetic_model(comparison: Resolved) -> None:
+    about = "left out unless model_name is given"
+    _require_left_out(comparison, ("dataset_path", "hook_name"), about)
+    if comparison.language_model:
+        raise reject(
+            "language_model", comparison.language_model, "empty unless model_name is given"
+        )
+    source = comparison.synthetic_model
+    if isinstance(source, str):
+        about = "left out with a saved synthetic_model, which has it"
+        _require_left_out(comparison, ("n_features", "d_in"), about)
+        return
+    if not isinstance(source, dict | None):
+        raise reject("synthetic_model", source, "a mapping of fields, a folder or a Hub name")
+    for name in ("n_features", "d_in"):
+        require_int(name, getattr(comparison, name), minimum=1)
+    sizes = {"num_features": "n_features", "hidden_dim": "d_in"}
+    _require_free("synthetic_model", source or {}, SyntheticModelConfig, sizes)
+    try:
+        comparison.synthetic_model_config(seed=0)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"synthetic_model: {error}") from error
+
+
+def _require_left_out(comparison: Resolved, names: Iterable[str], allowed: str) -> None:
+    for name in names:
+        if getattr(comparison, name) is not None:
+            raise reject(name, getattr(comparison, name), allowed)
+
+
+def _require_free(
+    what: str, given: Iterable[str], config_class: type[Any], own: Mapping[str, str]
+) -> None:
+    """A ValueError for a name that is no field of the config, or that a field of ours sets."""
+    for name in given:
+        if name in own:
+            raise ValueError(f"{what}: {name} is said by {own[name]}.")
+    known = {f.name for f in fields(config_class) if not f.name.startswith("_")}
+    require_known(given, known - set(own), what)
