@@ -52,7 +52,7 @@ class LatentAccess(Protocol):
     """One step's ``h`` (B, d_sae) and ``W_i``; everything with its graph."""
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, n): the columns of ``h`` at ``latents`` (n,), or all of them."""
+        """(B, n): the columns of ``h`` at ``latents`` (n,), each once, or all of them."""
         ...
 
     def sums(self) -> torch.Tensor:

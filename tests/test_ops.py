@@ -121,7 +121,8 @@ def test_one_buffer_collects_a_gradient() -> None:
 
         def add(gradient: LatentGradient = gradient) -> None:
             gradient.add_rows(rows, latents)
-            gradient.add_pairs(values, x, torch.tensor([2, 0]), torch.tensor([0, 0, 2, 2, 2, 2]))
+            order, starts = torch.tensor([1, 0]), torch.tensor([0, 0, 2, 2, 2, 2])
+            gradient.add_pairs(values, x, torch.tensor([2, 0]), order, starts)
             gradient.add_outer(a, b)
             if not gradient.transpose:
                 gradient.add_along(along)
@@ -191,8 +192,11 @@ KERNEL_TESTS = textwrap.dedent(
     expected = torch.zeros(10, 20, device=device).index_add_(
         0, latents, values.unsqueeze(1) * x[rows]
     )
-    torch.testing.assert_close(kernels.outer_sums(values, rows, starts, x), expected)
-    out = kernels.outer_sums(values, rows, starts, x, torch.ones(10, 20, device=device))
+    order = torch.randperm(7, device=device)
+    back = order.argsort()  # the pairs in another order, and what brings them into that of latents
+    values, rows = values[order], rows[order]
+    torch.testing.assert_close(kernels.outer_sums(values, rows, back, starts, x), expected)
+    out = kernels.outer_sums(values, rows, back, starts, x, torch.ones(10, 20, device=device))
     torch.testing.assert_close(out, expected + 1)
     among = torch.rand(640, device=device) < 0.3
     x = torch.randn(3, 640, device=device)
@@ -241,6 +245,17 @@ KERNEL_TESTS = textwrap.dedent(
             rtol=1e-5, atol=1e-4,
         )
 
+    W, scale = torch.randn(100, 90, device=device).T, torch.rand(90, device=device)
+    latents, n_rows = torch.randperm(90, device=device)[:40], torch.tensor(37, device=device)
+    for among, n in ((latents, 37), (latents, 40), (None, 90)):
+        rows = torch.randn(n if n != 37 else 40, 108, device=device)[:, :100]
+        out = torch.ones(90, 100, device=device)
+        found = kernels.add_scaled(rows, scale, among, n_rows if n == 37 else None, W, out)
+        at = slice(None) if among is None else among[:n]
+        expected = torch.ones(90, 100, device=device)
+        expected[at] += rows[:n] * scale[at].unsqueeze(1)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(found[:n], torch.linalg.vecdot(rows[:n], W[at]))
     columns, n_columns = torch.arange(1, 200, 3, device=device), torch.tensor(40, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         h = torch.randn(5, 200, device=device).to(dtype)

@@ -90,8 +90,10 @@ class AuxLossInputs:
         # A product in bfloat16 over a number of columns that 8 does not divide is 5 times slower.
         missing = -acts.shape[1] % 8 if acts.is_cuda else 0
         W = self.dead_decoder()
+        if not torch.is_autocast_enabled(acts.device.type):
+            acts = acts.to(W.dtype)
         pad = torch.nn.functional.pad
-        return pad(acts.to(W.dtype), (0, missing)) @ pad(W, (0, 0, 0, missing))
+        return pad(acts, (0, missing)) @ pad(W, (0, 0, 0, missing))
 
     def dead_threshold(self) -> torch.Tensor:
         """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead)."""

@@ -20,9 +20,10 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     2024. Prior art, kept as a baseline.
     """
     # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
+    # In place, as autocast would else compute exp in float32.
     h = inputs.dead_hidden_pre()
     largest = inputs.nearest_dead(1).h.detach().sum(dim=-1, keepdim=True)
-    acts = (h - largest.to(h.dtype)).exp()
+    acts = (h - largest.to(h.dtype)).exp_()
     ghost = inputs.to_output_units(inputs.decode_dead(acts))
 
     residual = inputs.residual

@@ -82,6 +82,7 @@ class _WeightedSums(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(values)
         ctx.decoder, ctx.selected = decoder, selected
+        selected.prepare_backward()
         return selected.weighted_sums(values, decoder._matrix(selected))
 
     @staticmethod

@@ -189,19 +189,20 @@ class _Shortfall(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = encoder.x_autocast.dtype
         total, below = shortfall(encoder.hidden_pre, threshold, latents, n_latents, dtype)
-        ctx.save_for_backward(below)
-        ctx.encoder, ctx.latents = encoder, latents
+        ctx.save_for_backward(below, latents, n_latents)
+        ctx.encoder = encoder
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
-        (below,) = ctx.saved_tensors
+        below, latents, n_latents = ctx.saved_tensors
         encoder = ctx.encoder
         # A row's gradient is the same for all latents, so that it can go with x, which is small.
         x = (_with_ones(encoder.x) * -grad.unsqueeze(1)).to(below.dtype)
         sums = matmul_to(below.T, x, encoder.W.dtype)
-        return None, _add_sums(encoder, sums, ctx.latents), None, None, None, None, None
+        bias = _add_sums(encoder, sums, latents, n_latents)
+        return None, bias, None, None, None, None, None
 
 
 def _with_ones(x: torch.Tensor) -> torch.Tensor:
@@ -214,13 +215,19 @@ def _with_ones(x: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def _add_sums(encoder: Encoder, sums: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
+def _add_sums(
+    encoder: Encoder,
+    sums: torch.Tensor,
+    latents: torch.Tensor | None,
+    n_latents: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Add what a gradient of columns of ``h`` does to W_enc and the norms.
 
     Args:
         encoder: the encoder.
         sums: (n, d_in + 8), for each column the sum of its gradient times :func:`_with_ones`.
         latents: (n,) int64, which columns; None for all.
+        n_latents: () int64, how many of them count, where it is not all.
 
     Returns:
         (d_sae,) the gradient of the bias.
@@ -231,13 +238,11 @@ def _add_sums(encoder: Encoder, sums: torch.Tensor, latents: torch.Tensor | None
     if norm is not None:
         # The norm is the same for a whole column, so that it can come after the product; and its
         # own gradient, the sum of a column's gradient times what it multiplies, is linear in x.
-        columns, bias = encoder.W, encoder.bias
-        if latents is not None:
-            norm, bias = norm.index_select(0, latents), bias.index_select(0, latents)
-            columns = gather_columns(columns, latents)
-        grad_norm = torch.linalg.vecdot(rows, columns.T) + grad_bias * bias
-        encoder.decoder.add_norm_gradient(_at(grad_norm, latents, encoder.bias))
-        rows, grad_bias = rows * norm.unsqueeze(1), grad_bias * norm
+        products = encoder.gradient.add_scaled(rows, norm, latents, n_latents)
+        grad_bias = _at(grad_bias, latents, norm)
+        grad_norm = _at(products, latents, norm) + grad_bias * encoder.bias
+        encoder.decoder.add_norm_gradient(grad_norm)
+        return grad_bias * norm
     encoder.gradient.add_rows(rows.contiguous(), latents)
     return _at(grad_bias, latents, encoder.bias)
 

@@ -34,25 +34,31 @@ class LatentGradient:
         values: torch.Tensor,
         x: torch.Tensor,
         rows: torch.Tensor,
+        order: torch.Tensor,
         starts: torch.Tensor,
     ) -> None:
         """Add ``values[i] * x[rows[i]]`` to the row of each latent's pairs ``i``.
 
         Args:
-            values: (N,), in the order of the latents.
+            values: (N,).
             x: (B, d).
-            rows: (N,) int64, likewise.
-            starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
+            rows: (N,) int64.
+            order: (N,) int64, what sorts the pairs by latent.
+            starts: (d_sae + 1,) int64, where in this order each latent's pairs start, and N.
         """
         self._begin()
         if use_triton(x) and self.W.dtype == torch.float32:
             from sae_lens_auxk.ops import triton_kernels
 
-            self._rows = triton_kernels.outer_sums(values, rows, starts, x, self._rows)
+            self._rows = triton_kernels.outer_sums(values, rows, order, starts, x, self._rows)
             return
         dtype = self.W.dtype
         sums = torch.nn.functional.embedding_bag(
-            rows, x.to(dtype), starts[:-1], per_sample_weights=values.to(dtype), mode="sum"
+            rows[order],
+            x.to(dtype),
+            starts[:-1],
+            per_sample_weights=values.to(dtype)[order],
+            mode="sum",
         )
         self._rows = sums if self._rows is None else self._rows.add_(sums)
 
@@ -63,6 +69,35 @@ class LatentGradient:
             self._rows = self._buffer().index_add_(0, latents, rows)
         else:
             self._rows = rows if self._rows is None else self._rows.add_(rows)
+
+    def add_scaled(
+        self,
+        rows: torch.Tensor,
+        scale: torch.Tensor,
+        latents: torch.Tensor | None,
+        n_rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add ``scale`` times ``rows`` to those of some latents.
+
+        Args:
+            rows: (n, d).
+            scale: (d_sae,).
+            latents: (n,) int64, each once; None for all.
+            n_rows: () int64, how many of the rows count; the others are 0. None: all.
+
+        Returns:
+            (n,) the products of ``rows`` with the latents' own vectors in W.
+        """
+        W = self.W.T if self.transpose else self.W
+        if use_triton(rows) and self.W.dtype == torch.float32 and rows.dtype == torch.float32:
+            from sae_lens_auxk.ops import triton_kernels
+
+            self._begin()
+            self._rows = self._buffer()
+            return triton_kernels.add_scaled(rows, scale, latents, n_rows, W, self._rows)
+        own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
+        self.add_rows(rows * of_latent.unsqueeze(1), latents)
+        return torch.linalg.vecdot(rows, own)
 
     def add_outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the outer product of ``a`` (d_sae,) and ``b`` (d,)."""

@@ -73,10 +73,19 @@ class Pairs:
         bounds = torch.arange(self.d_sae + 1, device=latents.device, dtype=torch.int32)
         return order, torch.searchsorted(latents, bounds)
 
+    def prepare_backward(self) -> None:
+        """Do what does not depend on gradients.
+
+        In the forward pass: the optimizer's last step keeps the device busy for that long, while in
+        the backward pass it waits for the host.
+        """
+        _ = self.by_latent
+
     @property
     def in_autocast(self) -> bool:
         """Whether products are best given their matrices in autocast's precision."""
-        return self._by_kernel
+        # To read a few rows of W in float32 is faster than to convert all of it first.
+        return self._by_kernel and self.latents.numel() >= self.d_sae
 
     def weighted_sums(self, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         """(n_bags, d): for each bag the sum of ``values * W[latents]``, in values's dtype."""
@@ -107,9 +116,8 @@ class Pairs:
 
         ``x`` has a row for each bag if ``by_bag``, else one for each row of the batch.
         """
-        order, starts = self.by_latent
-        rows = (self.bags if by_bag else self.rows)[order]
-        gradient.add_pairs(values.flatten()[order], x.contiguous(), rows, starts)
+        rows = self.bags if by_bag else self.rows
+        gradient.add_pairs(values.flatten(), x.contiguous(), rows, *self.by_latent)
 
     def sum_by_latent(self, values: torch.Tensor) -> torch.Tensor:
         """(d_sae,): the sum of ``values`` over each latent's pairs."""
@@ -148,6 +156,9 @@ class InColumns:
     @property
     def in_autocast(self) -> bool:
         return True
+
+    def prepare_backward(self) -> None:
+        """See :meth:`Pairs.prepare_backward`."""
 
     @property
     def latents(self) -> torch.Tensor:

@@ -159,6 +159,7 @@ def _largest(
 def outer_sums(
     values: torch.Tensor,
     rows: torch.Tensor,
+    order: torch.Tensor,
     starts: torch.Tensor,
     x: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -166,9 +167,10 @@ def outer_sums(
     """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs, in float32.
 
     Args:
-        values: (N,) in the order of the latents.
-        rows: (N,) int64, likewise.
-        starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
+        values: (N,).
+        rows: (N,) int64.
+        order: (N,) int64, what sorts the pairs by latent.
+        starts: (d_sae + 1,) int64, where in this order each latent's pairs start, and N.
         x: (B, d), contiguous.
         out: (d_sae, d) to add to, in place; None for a new one.
     """
@@ -177,7 +179,7 @@ def outer_sums(
     if out is None:
         out = torch.empty(d_sae, d, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(d)
-    _outer_sums[(d_sae,)](values, rows, starts, x, out, d, ADD=add, WIDTH=width, num_warps=4)
+    _outer_sums[(d_sae,)](values, rows, order, starts, x, out, d, ADD=add, WIDTH=width, num_warps=4)
     return out
 
 
@@ -185,6 +187,7 @@ def outer_sums(
 def _outer_sums(
     values_ptr,
     rows_ptr,
+    order_ptr,
     starts_ptr,
     x_ptr,
     out_ptr,
@@ -197,7 +200,8 @@ def _outer_sums(
     end = tl.load(starts_ptr + latent + 1)
     column = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], dtype=tl.float32)
-    for pair in range(start, end):
+    for i in range(start, end):
+        pair = tl.load(order_ptr + i)
         row = tl.load(rows_ptr + pair)
         value = tl.load(values_ptr + pair).to(tl.float32)
         x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0)
@@ -318,23 +322,31 @@ def _scaled_cast(W_ptr, scale_ptr, out_ptr, n, WIDTH: tl.constexpr):
     tl.store(out_ptr + offsets, W * scale, mask=column < n)
 
 
+# Rows of which one program reads columns: their indices are as many bytes as 4 rows of bfloat16.
+ROWS = 8
+
+
 def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """(B, n): ``x[:, columns]`` of a contiguous ``x``."""
     n = columns.numel()
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    _gather_columns[(triton.cdiv(n, 2048), x.shape[0])](
-        x, columns, out, x.shape[1], n, WIDTH=2048, num_warps=4
+    grid = (triton.cdiv(n, 2048), triton.cdiv(x.shape[0], ROWS))
+    _gather_columns[grid](
+        x, columns, out, x.shape[0], x.shape[1], n, ROWS=ROWS, WIDTH=2048, num_warps=4
     )
     return out
 
 
 @triton.jit
-def _gather_columns(x_ptr, columns_ptr, out_ptr, width, n, WIDTH: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
+def _gather_columns(
+    x_ptr, columns_ptr, out_ptr, B, width, n, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     column = tl.load(columns_ptr + i, mask=i < n, other=0)
-    x = tl.load(x_ptr + row * width + column, mask=i < n)
-    tl.store(out_ptr + row * n + i, x, mask=i < n)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, B)):
+        x = tl.load(x_ptr + row * width + column, mask=i < n)
+        tl.store(out_ptr + row * n + i, x, mask=i < n)
 
 
 def shortfall(
@@ -357,7 +369,7 @@ def shortfall(
     blocks = triton.cdiv(n, 2048)
     parts = torch.empty(blocks, B, dtype=torch.float32, device=h.device)
     threshold = threshold.contiguous()
-    _shortfall[(blocks, B)](
+    _shortfall[(blocks, triton.cdiv(B, ROWS))](
         h,
         threshold,
         columns,
@@ -368,6 +380,7 @@ def shortfall(
         n,
         B,
         BY_ROW=threshold.numel() > 1,
+        ROWS=ROWS,
         WIDTH=2048,
         num_warps=4,
     )
@@ -386,14 +399,106 @@ def _shortfall(
     n,
     B,
     BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     counts = i < tl.load(n_columns_ptr)
-    threshold = tl.load(threshold_ptr + (row if BY_ROW else 0)).to(tl.float32)
     column = tl.load(columns_ptr + i, mask=counts, other=0)
-    h = tl.load(h_ptr + row * d_sae + column, mask=counts, other=float("inf"))
-    missing = tl.maximum(threshold - h.to(tl.float32), 0.0)
-    tl.store(below_ptr + row * n + i, tl.where(missing > 0, 1.0, 0.0), mask=i < n)
-    tl.store(parts_ptr + tl.program_id(0) * B + row, tl.sum(missing, axis=0))
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, B)):
+        threshold = tl.load(threshold_ptr + (row if BY_ROW else 0)).to(tl.float32)
+        h = tl.load(h_ptr + row * d_sae + column, mask=counts, other=float("inf"))
+        missing = tl.maximum(threshold - h.to(tl.float32), 0.0)
+        tl.store(below_ptr + row * n + i, tl.where(missing > 0, 1.0, 0.0), mask=i < n)
+        tl.store(parts_ptr + tl.program_id(0) * B + row, tl.sum(missing, axis=0))
+
+
+def add_scaled(
+    rows: torch.Tensor,
+    scale: torch.Tensor,
+    latents: torch.Tensor | None,
+    n_rows: torch.Tensor | None,
+    W: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Add ``scale`` times ``rows`` to rows of ``out``, in place; (n,) the products with W's.
+
+    Args:
+        rows: (n, d), of any strides.
+        scale: (d_sae,).
+        latents: (n,) int64, each once; None for all.
+        n_rows: () int64, how many of the rows count; None for all.
+        W: (d_sae, d), of any strides.
+        out: (d_sae, d), contiguous.
+    """
+    n, d = rows.shape
+    products = torch.zeros(n, dtype=torch.float32, device=rows.device)
+    _add_scaled[(triton.cdiv(n, 32),)](
+        rows,
+        scale,
+        scale if latents is None else latents,
+        scale if n_rows is None else n_rows,
+        W,
+        out,
+        products,
+        n,
+        d,
+        rows.stride(0),
+        rows.stride(1),
+        W.stride(0),
+        W.stride(1),
+        ALL=latents is None,
+        COUNTED=n_rows is not None,
+        LATENTS=32,
+        WIDTH=64,
+        num_warps=4,
+    )
+    return products
+
+
+@triton.jit
+def _add_scaled(
+    rows_ptr,
+    scale_ptr,
+    latents_ptr,
+    n_rows_ptr,
+    W_ptr,
+    out_ptr,
+    products_ptr,
+    n,
+    d,
+    rows_stride,
+    rows_step,
+    W_stride,
+    W_step,
+    ALL: tl.constexpr,
+    COUNTED: tl.constexpr,
+    LATENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * LATENTS + tl.arange(0, LATENTS)
+    counts = i < n
+    if COUNTED:
+        counts = i < tl.load(n_rows_ptr)
+    latent = i
+    if not ALL:
+        latent = tl.load(latents_ptr + i, mask=counts, other=0)
+    scale = tl.load(scale_ptr + latent, mask=counts, other=0.0)
+    products = tl.zeros([LATENTS], dtype=tl.float32)
+    for first in range(0, d, WIDTH):
+        column = first + tl.arange(0, WIDTH)
+        inside = counts[:, None] & (column < d)[None, :]
+        offsets = i[:, None] * rows_stride + column[None, :] * rows_step
+        rows = tl.load(rows_ptr + offsets, mask=inside, other=0.0)
+        # The other way round, as neighbouring latents are neighbours in W_enc.
+        W = tl.load(
+            W_ptr + column[:, None] * W_step + latent[None, :] * W_stride,
+            mask=counts[None, :] & (column < d)[:, None],
+            other=0.0,
+        )
+        products += tl.sum(rows * tl.trans(W), axis=1)
+        to = out_ptr + latent[:, None] * d + column[None, :]
+        added = tl.load(to, mask=inside, other=0.0) + rows * scale[:, None]
+        tl.store(to, added, mask=inside)
+    tl.store(products_ptr + i, products, mask=counts)
