@@ -114,6 +114,12 @@ def _validate(comparison: Resolved) -> None:
     for k in comparison.k:
         if k > comparison.d_sae:
             raise reject("k", k, f"at most d_sae ({comparison.d_sae})")
+    for name in ("sae", "language_model"):
+        if not isinstance(getattr(comparison, name), dict):
+            raise reject(name, getattr(comparison, name), "a mapping of fields")
+    cases = comparison.cases
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise reject("cases", cases, "a list of mappings of fields")
     require_choices("architecture", comparison.architecture, ARCHITECTURES)
     if comparison.preset:
         require_choices("preset", comparison.preset, PRESETS)

@@ -169,6 +169,8 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"synthetic_model": {"hidden_dim": 3}}, "hidden_dim is said by d_in"),
         ({"synthetic_model": {"firing_probability": {"x": 1}}}, "synthetic_model: .*'x'"),
         ({"synthetic_model": "somewhere/model"}, "n_features=32.*saved synthetic_model"),
+        ({"sae": True}, "sae=True is not allowed: it must be a mapping of fields"),
+        ({"cases": ["auxk"]}, "cases=.*a list of mappings"),
         ({"sae": {"k_auxx": 3}}, "k_auxx is no field.*Did you mean k_aux"),
         ({"cases": [{"aux_varient": "none"}]}, "aux_varient is no field.*Did you mean aux_variant"),
         ({"cases": [{"architecture": "topkk"}]}, "architecture='topkk'.*Did you mean"),
