@@ -1,0 +1,63 @@
+"""Several comparisons' results as one, with its report: parts trained by processes of their own.
+
+    python benchmarks/merge.py MERGED PART PART ...
+
+The parts are folders of ``sae-lens-auxk compare``, of the same data and training, that differ in
+cases, architectures or seeds. Of a run that two of them have, the first is taken.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.run import groups_of, load_results
+
+MAY_DIFFER = ("architecture", "preset", "aux_variant", "aux_loss_coefficient", "cases", "seeds")
+
+
+def merge(parts: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """One results.json's content; a ValueError where the parts' data or training differ."""
+    comparison = dict(parts[0]["comparison"])
+    for field in comparison:
+        values = [part["comparison"][field] for part in parts]
+        if field in MAY_DIFFER:
+            entries = [entry for value in values for entry in value or []]
+            comparison[field] = [e for i, e in enumerate(entries) if e not in entries[:i]]
+        elif any(value != values[0] for value in values):
+            raise ValueError(f"{field} is not the same in all parts: {values}")
+    runs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in parts:
+        for run in part["runs"]:
+            runs.setdefault((run["architecture"], run["case"], run["k"], run["seed"]), run)
+    # Of one architecture after the other, and in each a case's seeds together.
+    order = list(dict.fromkeys(key[:3] for key in runs))
+    ordered = [runs[key] for key in sorted(runs, key=lambda key: (order.index(key[:3]), key[3]))]
+    return {
+        **parts[0],
+        "name": name,
+        "finished": all(part["finished"] for part in parts),
+        "command": "\n".join(part["command"] for part in parts),
+        "comparison": comparison,
+        "runs": ordered,
+        "groups": list(groups_of(ordered)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("merged", type=Path)
+    parser.add_argument("parts", type=Path, nargs="+")
+    args = parser.parse_args()
+    results = merge([load_results(part) for part in args.parts], args.merged.name)
+    args.merged.mkdir(parents=True, exist_ok=True)
+    path = args.merged / "results.json"
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(write_report(results, args.merged))
+
+
+if __name__ == "__main__":
+    main()
