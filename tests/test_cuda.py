@@ -66,7 +66,9 @@ def test_trains(architecture: str, variant: str, mode: str) -> None:
         assert output.losses["aux_loss"] > 0
 
 
-@pytest.mark.parametrize("variant", ["none", "auxk", "straight_through", "reanimation"])
+@pytest.mark.parametrize(
+    "variant", ["none", "auxk", "straight_through", "reanimation", "pre_activation", "multi_topk"]
+)
 @pytest.mark.parametrize("dead_threshold_tokens", [128, 10**9])
 def test_a_step_does_not_wait_for_the_device(variant: str, dead_threshold_tokens: int) -> None:
     """Forward and backward of ours; SAELens's trainer waits in its own bookkeeping."""
