@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 from sae_lens_auxk.ops.columns import gather_columns
 from sae_lens_auxk.ops.gradient import LatentGradient, transposed
-from sae_lens_auxk.ops.selected import InColumns, Pairs
+from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
 
 D_IN, K, K_AUX = 768, 32, 512
@@ -24,6 +24,14 @@ def show(name: str, function: Callable[[], Any]) -> None:
     timer = Timer("function()", globals={"function": function}, num_threads=threads)
     milliseconds = timer.blocked_autorange(min_run_time=0.3).median * 1e3
     print(f"{name:50s} {milliseconds:8.2f} ms", flush=True)
+
+
+def decode(selected: Selected, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    return selected.weighted_sums(values, selected.matrix(W))
+
+
+def dots(selected: Selected, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    return selected.dots(x, selected.matrix(W))
 
 
 @torch.no_grad()
@@ -92,8 +100,8 @@ def measure_parts(device: str, n: int, B: int, dead_shares: tuple[float, ...]) -
             forms["pairs"] = (forms["pairs"][0], W_dec, x)
         for form, (chosen, W, x_) in forms.items():
             add = partial(chosen.add_to, filled, aux_values, x_, False)
-            show(f"{form}: decode", partial(chosen.weighted_sums, aux_values, W))
-            show(f"{form}: gradient of activations", partial(chosen.dots, x_, W))
+            show(f"{form}: decode", partial(decode, chosen, aux_values, W))
+            show(f"{form}: gradient of activations", partial(dots, chosen, x_, W))
             show(f"{form}: weight gradient, added to one", add)
         show("pairs: order by latent", lambda p=forms["pairs"][0]: replace(p).by_latent)
     show("\nW_dec in half precision", lambda: W_dec.to(half))

@@ -64,7 +64,10 @@ class Decoder:
         self.gradient.add_along(grad / self.norm)
 
     def _matrix(self, selected: Selected) -> torch.Tensor:
-        return self._in_autocast if selected.in_autocast else self.W
+        W = selected.matrix(self.W)
+        if not selected.in_autocast:
+            return W
+        return self._in_autocast if W is self.W else W.to(self._autocast or W.dtype)
 
     @cached_property
     def _in_autocast(self) -> torch.Tensor:
@@ -80,16 +83,16 @@ class _WeightedSums(torch.autograd.Function):
         decoder: Decoder,
         selected: Selected,
     ) -> torch.Tensor:
-        ctx.save_for_backward(values)
-        ctx.decoder, ctx.selected = decoder, selected
         selected.prepare_backward()
-        return selected.weighted_sums(values, decoder._matrix(selected))
+        W = decoder._matrix(selected)
+        ctx.save_for_backward(values, W)
+        ctx.decoder, ctx.selected = decoder, selected
+        return selected.weighted_sums(values, W)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        (values,) = ctx.saved_tensors
+        values, W = ctx.saved_tensors
         decoder, selected = ctx.decoder, ctx.selected
-        W = decoder._matrix(selected)
         grad = grad_outputs[0].to(W.dtype).contiguous()
         selected.add_to(decoder.gradient, values, grad, by_bag=True)
         return selected.dots(grad, W).view_as(values).to(values.dtype), None, None, None

@@ -34,31 +34,25 @@ class LatentGradient:
         values: torch.Tensor,
         x: torch.Tensor,
         rows: torch.Tensor,
-        order: torch.Tensor,
         starts: torch.Tensor,
     ) -> None:
         """Add ``values[i] * x[rows[i]]`` to the row of each latent's pairs ``i``.
 
         Args:
-            values: (N,).
+            values: (N,), in the order of the latents.
             x: (B, d).
-            rows: (N,) int64.
-            order: (N,) int64, what sorts the pairs by latent.
-            starts: (d_sae + 1,) int64, where in this order each latent's pairs start, and N.
+            rows: (N,) int64, likewise.
+            starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         """
         self._begin()
         if use_triton(x) and self.W.dtype == torch.float32:
             from sae_lens_auxk.ops import triton_kernels
 
-            self._rows = triton_kernels.outer_sums(values, rows, order, starts, x, self._rows)
+            self._rows = triton_kernels.outer_sums(values, rows, starts, x, self._rows)
             return
         dtype = self.W.dtype
         sums = torch.nn.functional.embedding_bag(
-            rows[order],
-            x.to(dtype),
-            starts[:-1],
-            per_sample_weights=values.to(dtype)[order],
-            mode="sum",
+            rows, x.to(dtype), starts[:-1], per_sample_weights=values.to(dtype), mode="sum"
         )
         self._rows = sums if self._rows is None else self._rows.add_(sums)
 

@@ -73,13 +73,21 @@ class Pairs:
         bounds = torch.arange(self.d_sae + 1, device=latents.device, dtype=torch.int32)
         return order, torch.searchsorted(latents, bounds)
 
+    @cached_property
+    def _rows_by_latent(self) -> torch.Tensor:
+        return self.rows[self.by_latent[0]]
+
+    @cached_property
+    def _bags_by_latent(self) -> torch.Tensor:
+        return self._rows_by_latent if self.bags is self.rows else self.bags[self.by_latent[0]]
+
     def prepare_backward(self) -> None:
         """Do what does not depend on gradients.
 
         In the forward pass: the optimizer's last step keeps the device busy for that long, while in
         the backward pass it waits for the host.
         """
-        _ = self.by_latent
+        _ = self._rows_by_latent, self._bags_by_latent
 
     @property
     def in_autocast(self) -> bool:
@@ -87,8 +95,15 @@ class Pairs:
         # To read a few rows of W in float32 is faster than to convert all of it first.
         return self._by_kernel and self.latents.numel() >= self.d_sae
 
+    def matrix(self, W: torch.Tensor) -> torch.Tensor:
+        """What the products need of ``W`` (d_sae, d)."""
+        return W
+
     def weighted_sums(self, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-        """(n_bags, d): for each bag the sum of ``values * W[latents]``, in values's dtype."""
+        """(n_bags, d): for each bag the sum of ``values * W[latents]``, in values's dtype.
+
+        ``W`` is what :meth:`matrix` gives.
+        """
         if self._by_kernel:
             from sae_lens_auxk.ops import triton_kernels
 
@@ -98,13 +113,16 @@ class Pairs:
         )
 
     def dots(self, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-        """(N,): for each pair the product ``x[bag] . W[latent]``, in float32 or x's dtype."""
+        """(N,): for each pair the product ``x[bag] . W[latent]``, in float32 or x's dtype.
+
+        ``W`` is what :meth:`matrix` gives.
+        """
         if self._by_kernel:
             from sae_lens_auxk.ops import triton_kernels
 
             return triton_kernels.dots(x, self._table, W).flatten()
         if self.columns is not None:
-            return self.columns.dots(x, W).flatten()
+            return self.columns.dots(x, self.columns.matrix(W)).flatten()
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x.contiguous(), W, self.latents, self.offsets, self.bags, 0, -1
         )
@@ -116,8 +134,9 @@ class Pairs:
 
         ``x`` has a row for each bag if ``by_bag``, else one for each row of the batch.
         """
-        rows = self.bags if by_bag else self.rows
-        gradient.add_pairs(values.flatten(), x.contiguous(), rows, *self.by_latent)
+        order, starts = self.by_latent
+        rows = self._bags_by_latent if by_bag else self._rows_by_latent
+        gradient.add_pairs(values.flatten()[order], x.contiguous(), rows, starts)
 
     def sum_by_latent(self, values: torch.Tensor) -> torch.Tensor:
         """(d_sae,): the sum of ``values`` over each latent's pairs."""
@@ -157,6 +176,10 @@ class InColumns:
     def in_autocast(self) -> bool:
         return True
 
+    def matrix(self, W: torch.Tensor) -> torch.Tensor:
+        """(n, d): the rows of the n columns."""
+        return W.index_select(0, self.columns)
+
     def prepare_backward(self) -> None:
         """See :meth:`Pairs.prepare_backward`."""
 
@@ -167,12 +190,11 @@ class InColumns:
 
     def weighted_sums(self, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         """(B, d): see :meth:`Pairs.weighted_sums`."""
-        rows = W.index_select(0, self.columns)
-        return matmul_to(self._dense(values, W.dtype), rows, values.dtype)
+        return matmul_to(self._dense(values, W.dtype), W, values.dtype)
 
     def dots(self, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         """(B, k): see :meth:`Pairs.dots`."""
-        products = x @ W.index_select(0, self.columns).T
+        products = x @ W.T
         return products if self.positions is None else products.gather(1, self.positions)
 
     def add_to(

@@ -159,7 +159,6 @@ def _largest(
 def outer_sums(
     values: torch.Tensor,
     rows: torch.Tensor,
-    order: torch.Tensor,
     starts: torch.Tensor,
     x: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -167,10 +166,9 @@ def outer_sums(
     """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs, in float32.
 
     Args:
-        values: (N,).
-        rows: (N,) int64.
-        order: (N,) int64, what sorts the pairs by latent.
-        starts: (d_sae + 1,) int64, where in this order each latent's pairs start, and N.
+        values: (N,) in the order of the latents.
+        rows: (N,) int64, likewise.
+        starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         x: (B, d), contiguous.
         out: (d_sae, d) to add to, in place; None for a new one.
     """
@@ -179,7 +177,7 @@ def outer_sums(
     if out is None:
         out = torch.empty(d_sae, d, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(d)
-    _outer_sums[(d_sae,)](values, rows, order, starts, x, out, d, ADD=add, WIDTH=width, num_warps=4)
+    _outer_sums[(d_sae,)](values, rows, starts, x, out, d, ADD=add, WIDTH=width, num_warps=4)
     return out
 
 
@@ -187,7 +185,6 @@ def outer_sums(
 def _outer_sums(
     values_ptr,
     rows_ptr,
-    order_ptr,
     starts_ptr,
     x_ptr,
     out_ptr,
@@ -200,8 +197,7 @@ def _outer_sums(
     end = tl.load(starts_ptr + latent + 1)
     column = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], dtype=tl.float32)
-    for i in range(start, end):
-        pair = tl.load(order_ptr + i)
+    for pair in range(start, end):
         row = tl.load(rows_ptr + pair)
         value = tl.load(values_ptr + pair).to(tl.float32)
         x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0)
