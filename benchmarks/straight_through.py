@@ -16,6 +16,9 @@ candidate changes something of it:
   pull upwards, but keep theirs downwards.
 - ``times 4``, ``by 4``: another coefficient.
 - ``joint``: the residual is what the dead latents nearest to firing leave of it together.
+- ``pursuit``: one more step of matching pursuit. Of *all* latents the one that the residual pulls
+  most, and only if it is dead: a row that a live latent could explain better is left to it. The
+  dead one learns as if it had fired at the value that would explain most, r.W instead of t.
 """
 
 import argparse
@@ -66,6 +69,20 @@ def nudge(
     return scale * (loss - loss.detach())
 
 
+def pursuit(inputs: AuxLossInputs, cfg: Any, scale: float = 1.0) -> torch.Tensor:
+    W, residual = inputs.W_dec, inputs.residual
+    norms = (
+        W.detach().norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(W[:, 0])
+    )
+    with torch.no_grad():
+        pull, latents = (residual @ (W / norms.unsqueeze(1)).T).max(dim=-1, keepdim=True)
+        pull = pull * (inputs.dead[latents] & (pull > 0))
+    h = inputs.hidden_pre.gather(1, latents)
+    fired = pull / norms[latents] * W[latents.squeeze(1)]
+    loss = -2 * ((pull * h).sum(dim=-1) + (residual * fired).sum(dim=-1)).mean()
+    return scale * (loss - loss.detach())
+
+
 CANDIDATES: dict[str, dict[str, Any]] = {
     "plain": {},
     "gated": {"gate": "gated"},
@@ -91,13 +108,20 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "joint, decoder": {"joint": True, "decoder": True},
     "joint, gain, decoder": {"joint": True, "gate": "gain", "decoder": True},
 }
-for name, options in CANDIDATES.items():
-    register_aux_loss(
-        f"st {name}",
-        update_wrapper(partial(nudge, **options), nudge),
-        default_coefficient=1 / 32,
-        uses_k_aux=True,
-    )
+PURSUIT: dict[str, dict[str, Any]] = {
+    "pursuit": {},
+    "pursuit, times 4": {"scale": 4},
+    "pursuit, times 16": {"scale": 16},
+    "pursuit, times 32": {"scale": 32},
+}
+for candidates, function in ((CANDIDATES, nudge), (PURSUIT, pursuit)):
+    for name, options in candidates.items():
+        register_aux_loss(
+            f"st {name}",
+            update_wrapper(partial(function, **options), function),
+            default_coefficient=1 / 32,
+            uses_k_aux=function is nudge,
+        )
 
 
 def main() -> None:
@@ -107,7 +131,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("straight-through"))
     parser.add_argument("--architecture", nargs="+", default=["auxk-topk", "auxk-batchtopk"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--names", nargs="+", default=list(CANDIDATES))
+    parser.add_argument("--names", nargs="+", default=[*CANDIDATES, *PURSUIT])
     args = parser.parse_args()
     base = ("none", "straight_through")  # the second is "gain, decoder, best 1, times 4"
     cases = [{"aux_variant": "auxk", "aux_bias": "none", "name": "auxk"}]
