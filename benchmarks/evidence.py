@@ -1,6 +1,7 @@
 """``sae-lens-auxk compare``, with the candidates of straight_through.py among its variants.
 
-    python benchmarks/evidence.py --config docs/results/straight-through/heldout.yaml --output heldout
+    python benchmarks/evidence.py --config docs/results/straight-through/heldout.yaml \\
+        --output heldout
 """
 
 import sys

@@ -27,10 +27,6 @@ class Activations(Protocol):
         """The same with negative values set to 0."""
         ...
 
-    def only(self, index: torch.Tensor) -> "Activations":
-        """The entries at ``index`` (B, n) of each row."""
-        ...
-
     def decode(self) -> torch.Tensor:
         """(B, d_in): the sum of ``h_bi W_i`` over the selection, with its graph."""
         ...
@@ -70,6 +66,16 @@ class LatentAccess(Protocol):
             k: how many; where fewer can be chosen, all of these.
             among: (d_sae,) bool, the latents to choose from, or None for all.
             at_most: a number that those are no more than.
+        """
+        ...
+
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
+        """The latent of each row with the largest ``W_i . x_b``, where it is one of some latents.
+
+        Args:
+            x: (B, d_in).
+            among: (d_sae,) bool, the latents. Rows that another latent matches better get nothing.
+            level: the latents that there are to compare with, all or those of a Matryoshka level.
         """
         ...
 
@@ -118,6 +124,17 @@ class DenseAccess:
         rows = self.W_dec.index_select(0, latents)
         return MaskedColumns(keep_largest(self.columns(latents), k), rows, self.rescaled)
 
+    @torch.no_grad()
+    def _best(self, x: torch.Tensor, level: slice) -> torch.Tensor:
+        rows = _normalized(self.W_dec[level], self.rescaled)
+        return (x.to(rows.dtype) @ rows.T).argmax(dim=-1, keepdim=True) + (level.start or 0)
+
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
+        best = self._best(x, level)
+        h = self.h.gather(1, best).where(among[best], 0)
+        h = torch.zeros_like(self.h).scatter(-1, best, h)
+        return MaskedColumns(h, self.W_dec, self.rescaled)
+
     def shortfall(
         self,
         threshold: torch.Tensor,
@@ -145,10 +162,6 @@ class MaskedColumns:
 
     def relu(self) -> "MaskedColumns":
         return replace(self, h=self.h.relu())
-
-    def only(self, index: torch.Tensor) -> "MaskedColumns":
-        h = torch.zeros_like(self.h).scatter(-1, index, self.h.gather(-1, index))
-        return replace(self, h=h)
 
     def decode(self) -> torch.Tensor:
         return self.h @ _normalized(self.rows, self.rescaled)
@@ -196,6 +209,10 @@ class LevelAccess:
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
         assert among is not None
         return self.whole.largest(k, self._of_all(among), at_most)
+
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
+        assert level == slice(None)
+        return self.whole.best_match(x, self._of_all(among), slice(self.start, self.end))
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
         return self.whole.shortfall(threshold, self._of_all(among), at_most)

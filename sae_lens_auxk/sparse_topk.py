@@ -86,15 +86,6 @@ class SparseActivations:
     def relu(self) -> "SparseActivations":
         return replace(self, pre=self.pre.relu())
 
-    def only(self, index: torch.Tensor) -> "SparseActivations":
-        # From the values, not from ``pre`` and its graph over all that was selected.
-        with torch.no_grad():
-            h = self.h.gather(1, index)
-            latents = self.selected.latents.view(-1, self.pre.shape[1]).expand(len(h), -1)
-        return _activations(
-            self.encoder, h, Pairs.per_row(latents.gather(1, index), self.selected.d_sae)
-        )
-
     def decode(self) -> torch.Tensor:
         return self.decoder.weighted_sums(self.pre, self.selected)
 
@@ -147,6 +138,14 @@ class SparseAccess:
                 selected = Pairs.per_row(latents, d_sae)
             h = h.masked_fill_(h == -torch.inf, 0)
         return _activations(self.encoder, h, selected)
+
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> SparseActivations:
+        encoder = self.encoder
+        with torch.no_grad():
+            products = encoder.decoder.all_dots(x, level)
+            best = top_k(products, 1)[1] + (level.start or 0)
+            h = encoder.hidden_pre.gather(1, best).where(among[best], 0)
+        return _activations(encoder, h, Pairs.per_row(best, encoder.W.shape[1]))
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
         return self.encoder.shortfall(threshold, _indices(among, at_most), among.sum())

@@ -74,22 +74,14 @@ def _straight_through_gradient(step: Step, cfg: Any) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for b in _rows(step):
         residual = step.scale[b] * _residual(step, b)
-        nearest = _nearest(step, b, cfg)
-        pulls = [2 * (residual * _latent(step, i)).sum().item() for i in nearest]
-        if not nearest:
-            continue
+        pulls = [(residual * _latent(step, i)).sum().item() for i in range(len(step.dead))]
         pull = max(pulls)
-        i = nearest[pulls.index(pull)]
-        if step.threshold is None:
-            active = [a for a in step.a[b].tolist() if a > 0]
-            threshold = min(active, default=0.0)
-        else:
-            threshold = max(0.0, step.threshold[i].item())
-        if pull <= threshold * step.scale[b] ** 2:
+        i = pulls.index(pull)
+        if not step.dead[i] or pull <= 0:
             continue
         norm = step.W_dec[i].detach().pow(2).sum().sqrt() if step.rescaled else 1.0
-        fired = threshold / norm * step.W_dec[i]
-        total = total - pull * step.h[b, i] - 2 * (residual * fired).sum()
+        fired = pull / step.scale[b] ** 2 / norm * step.W_dec[i]
+        total = total - 2 * pull * step.h[b, i] - 2 * (residual * fired).sum()
     return total / len(_rows(step))
 
 

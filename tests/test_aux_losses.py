@@ -176,7 +176,7 @@ def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str
     [
         ("auxk", 1 / 32),
         ("reanimation", 1e-3),
-        ("straight_through", 1 / 8),
+        ("straight_through", 1 / 2),
         ("pre_activation", 3e-6),
         ("ghost_gradients", 1.0),
         ("multi_topk", 1 / 8),

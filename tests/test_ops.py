@@ -178,6 +178,8 @@ KERNEL_TESTS = textwrap.dedent(
 
     W, scale = torch.randn(5, 300, device=device), torch.rand(300, device=device)
     assert torch.equal(kernels.scaled_cast(W, scale, torch.float32), W * scale)
+    of_row = torch.rand(5, 1, device=device)
+    assert torch.equal(kernels.scaled_cast(W, of_row, torch.float32), W * of_row)
     # the interpreter cuts where a GPU rounds: one unit of bfloat16's last place
     torch.testing.assert_close(
         kernels.scaled_cast(W, scale, torch.bfloat16), (W * scale).bfloat16(), rtol=2**-7, atol=0

@@ -114,6 +114,10 @@ class AuxLossInputs:
         """The ``min(k, n_dead)`` dead latents with the largest ``h`` in each row: ``T_b``."""
         return self.access.largest(k, self.dead, self.max_dead)
 
+    def best_dead_match(self, x: torch.Tensor) -> Activations:
+        """The latent of each row with the largest ``W_i . x_b`` (B, d_in), if it is a dead one."""
+        return self.access.best_match(x, self.dead, slice(None))
+
     def largest(self, k: int) -> Activations:
         """The ``k`` latents, dead or alive, with the largest ``h`` in each row."""
         n = self.dead.numel()

@@ -1,42 +1,35 @@
-"""Straight-through: the best dead latent of each row learns as if it had fired."""
+"""Straight-through: a dead latent that would explain a row best learns as if it had fired."""
 
 from typing import Any
 
 import torch
 
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
-from sae_lens_auxk.aux_losses.auxk import k_aux_of
 
 
-@register_aux_loss("straight_through", default_coefficient=1 / 8, uses_k_aux=True, by_mask=True)
-def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
-    """``-mean_b [ stopgrad(2 r_b . W_i) h_bi + stopgrad(2 t_b r_b) . W_i ]``, its value taken off.
+@register_aux_loss("straight_through", default_coefficient=1 / 2, by_mask=True)
+def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+    """``-mean_b 2 [ stopgrad(p_b) h_bi + stopgrad(p_b r_b) . W_i ]``, its value taken off.
 
-    Over the rows in which ``2 r_b . W_i > t_b``, less its own value: exactly 0. ``t_b`` is what
-    ``h`` must exceed to fire, and ``i`` the latent of ``T_b``, the dead latents nearest to firing
-    (as in AuxK), that the residual pulls most, with the largest ``r_b . W_i``.
+    ``i`` is of *all* latents the one with the largest ``p_b = r_b . W_i``; rows in which it is
+    live, or ``p_b`` not above 0, count 0. The loss is less its own value: exactly 0.
 
-    If ``i`` fired at the threshold, the row's squared error would change by ``t_b^2 - 2 t_b
-    r_b . W_i`` (for a row W_i of length 1). Where that is less than 0 the main loss's gradient
-    with respect to its activation is passed straight to ``h_bi``, and its decoder row gets the
-    gradient that it would have got. No latent is asked to explain the residual on its own, and
-    dead latents compete for each row instead of all learning the same of it.
+    It is one more step of matching pursuit. The latent that the residual pulls most (for rows W_i
+    of length 1) would lower the row's squared error most, by ``p_b^2``, if it fired at ``p_b``. If
+    it is dead, the main loss's gradient with respect to its activation is passed straight to
+    ``h_bi``, and its decoder row gets the gradient that it would have got. No latent is asked to
+    explain the residual on its own, dead latents compete for each row instead of all learning the
+    same of it, and a row that a live latent could explain better is left to that one.
 
-    Source: a straight-through signal is asked for in SAELens issue #666. Which latents it
-    reaches, the threshold and the decoder's part were chosen by measurement
-    (docs/straight_through.md), where the plain form, ``-mean_b sum_{i in T_b} stopgrad(2 r_b .
-    W_i) h_bi``, is compared with it.
+    Source: a straight-through signal is asked for in SAELens issue #666; matching pursuit is
+    Mallat and Zhang 1993. What is passed, where to and at which coefficient was chosen by
+    measurement (docs/straight_through.md), where the plain form, ``-mean_b sum_{i in T_b}
+    stopgrad(2 r_b . W_i) h_bi``, is compared with it.
     """
-    residual = inputs.residual
     scale = 1.0 if inputs.output_scale is None else inputs.output_scale
-    residual = residual * scale
-    nearest = inputs.nearest_dead(k_aux_of(cfg))
-    with torch.no_grad():
-        pull = nearest.project(residual).masked_fill(nearest.h == 0, -torch.inf)
-    best = nearest.only(pull.argmax(dim=-1, keepdim=True))
-    pull = 2 * best.project(residual).to(inputs.x.dtype)
-    threshold = inputs.dead_threshold().detach().to(inputs.x.dtype).clamp(min=0)
-    fires = (best.h.detach() != 0) & (pull > threshold * scale**2)
-    fired = best.decode_as(threshold * fires).to(inputs.x.dtype)
-    gain = (pull * fires * best.h).sum(dim=-1) + 2 * (residual * fired).sum(dim=-1)
+    residual = inputs.residual * scale
+    best = inputs.best_dead_match(residual)
+    pull = best.project(residual).to(inputs.x.dtype).clamp(min=0).where(best.h != 0, 0)
+    fired = best.decode_as(pull / scale**2).to(inputs.x.dtype)
+    gain = 2 * ((pull * best.h).sum(dim=-1) + (residual * fired).sum(dim=-1))
     return gain.mean().detach() - gain.mean()

@@ -1,4 +1,4 @@
-"""Reading columns of the pre-activations."""
+"""Reading columns of the pre-activations, and scaling those of a matrix."""
 
 import torch
 
@@ -42,3 +42,12 @@ def shortfall(
     missing = missing.where(exists, 0)
     precise = torch.promote_types(h.dtype, torch.float32)
     return missing.sum(dim=-1, dtype=precise), (missing > 0).to(dtype)
+
+
+def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``W`` (m, n) times ``scale``, (n,) or (m, 1), in ``dtype``; no gradient."""
+    if use_triton(W) and W.dtype == torch.float32:
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.scaled_cast(W, scale, dtype)
+    return (W * scale).to(dtype)

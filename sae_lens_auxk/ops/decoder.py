@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sae_lens_auxk.ops.columns import scaled_cast
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import Selected
 
@@ -36,6 +37,16 @@ class Decoder:
         """The products of ``x`` (n_bags, d_in) with the selected rows of W_dec; no graph."""
         W = self._matrix(selected)
         return selected.dots(x.to(W.dtype), W)
+
+    def all_dots(self, x: torch.Tensor, latents: slice) -> torch.Tensor:
+        """(B, n): the products of ``x`` (B, d_in) with rows of W_dec at unit length; no graph.
+
+        The rows are as they are where there are no norms.
+        """
+        rows, dtype = self.W[latents], self._autocast or self.W.dtype
+        if self.norm is not None:
+            rows = scaled_cast(rows, 1 / self.norm[latents].unsqueeze(1), dtype)
+        return x.to(dtype) @ rows.to(dtype).T
 
     def rows(self, latents: torch.Tensor) -> torch.Tensor:
         """(n, d_in): the rows of W_dec at ``latents`` (n,), with their graph."""

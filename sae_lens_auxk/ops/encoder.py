@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops import use_triton
-from sae_lens_auxk.ops.columns import gather_columns, shortfall
+from sae_lens_auxk.ops.columns import gather_columns, scaled_cast, shortfall
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
@@ -59,7 +58,7 @@ class Encoder:
             dtype = autocast or W_enc.dtype
             weights, bias = W_enc, b_enc
             if norm is not None:
-                weights, bias = _scaled_cast(W_enc, norm, dtype), b_enc * norm
+                weights, bias = scaled_cast(W_enc, norm, dtype), b_enc * norm
             self.hidden_pre = torch.addmm(bias.to(dtype), self.x_autocast, weights.to(dtype))
 
     @cached_property
@@ -273,11 +272,3 @@ class _Sums(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.encoder.gradient.add_outer(grad, x)
         return None, len(ctx.encoder.x) * grad, None, None
-
-
-def _scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if use_triton(W) and W.dtype == torch.float32:
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.scaled_cast(W, scale, dtype)
-    return (W * scale).to(dtype)

@@ -302,19 +302,26 @@ def _transposed(x_ptr, out_ptr, m, n, TILE: tl.constexpr):
 
 
 def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(d, n): ``W * scale`` (n,) in ``dtype``, in one pass."""
+    """(m, n): ``W * scale``, which is (n,) or (m, 1), in ``dtype``, in one pass; contiguous."""
     out = torch.empty(W.shape, dtype=dtype, device=W.device)
-    d, n = W.shape
-    _scaled_cast[(triton.cdiv(n, 1024), d)](W, scale, out, n, WIDTH=1024, num_warps=4)
+    m, n = W.shape
+    of_row = scale.ndim == 2
+    _scaled_cast[(m, triton.cdiv(n, 1024))](
+        W, scale, out, n, OF_ROW=of_row, WIDTH=1024, num_warps=4
+    )
     return out
 
 
 @triton.jit
-def _scaled_cast(W_ptr, scale_ptr, out_ptr, n, WIDTH: tl.constexpr):
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    offsets = tl.program_id(1).to(tl.int64) * n + column
+def _scaled_cast(W_ptr, scale_ptr, out_ptr, n, OF_ROW: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    offsets = row * n + column
     W = tl.load(W_ptr + offsets, mask=column < n, other=0.0)
-    scale = tl.load(scale_ptr + column, mask=column < n, other=0.0)
+    if OF_ROW:
+        scale = tl.load(scale_ptr + row)
+    else:
+        scale = tl.load(scale_ptr + column, mask=column < n, other=0.0)
     tl.store(out_ptr + offsets, W * scale, mask=column < n)
 
 
