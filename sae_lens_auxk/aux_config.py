@@ -27,11 +27,11 @@ class AuxConfig:
             name given to register_aux_loss.
         aux_loss_coefficient (float | None): What the auxiliary loss is multiplied by, alpha.
             None: the variant's published value (auxk 1/32, reanimation 1e-3, pre_activation
-            3e-6, ghost_gradients 1, multi_topk 1/8), and for straight_through 1/8, which was
+            3e-6, ghost_gradients 1, multi_topk 1/8), and for straight_through 1/2, which was
             chosen by measurement. SAELens's own TopK loss, which this replaces, has 1.
         k_aux (int | None): How many dead latents, those with the largest pre-activation, auxk
-            uses and straight_through chooses from in each row. None (on the command line, the
-            flag without a value): d_in // 2 (Gao et al. 2024, B.1).
+            uses in each row. None (on the command line, the flag without a value): d_in // 2
+            (Gao et al. 2024, B.1).
         aux_bias (Literal["decoder", "matched", "none"]): What auxk adds to the dead latents'
             reconstruction of the residual r. "decoder": b_dec, so that dead latents are pulled
             toward r - b_dec (sparsify removed its own as a bug, #132 and #134). "matched":
