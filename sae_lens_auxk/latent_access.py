@@ -124,13 +124,11 @@ class DenseAccess:
         rows = self.W_dec.index_select(0, latents)
         return MaskedColumns(keep_largest(self.columns(latents), k), rows, self.rescaled)
 
-    @torch.no_grad()
-    def _best(self, x: torch.Tensor, level: slice) -> torch.Tensor:
-        rows = _normalized(self.W_dec[level], self.rescaled)
-        return (x.to(rows.dtype) @ rows.T).argmax(dim=-1, keepdim=True) + (level.start or 0)
-
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
-        best = self._best(x, level)
+        with torch.no_grad():
+            rows = _normalized(self.W_dec[level], self.rescaled)
+            products = x.to(rows.dtype) @ rows.T
+            best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
         h = self.h.gather(1, best).where(among[best], 0)
         h = torch.zeros_like(self.h).scatter(-1, best, h)
         return MaskedColumns(h, self.W_dec, self.rescaled)
