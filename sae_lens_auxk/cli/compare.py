@@ -73,8 +73,8 @@ def _parse(args: Sequence[str]) -> Namespace:
         allow_abbrev=False,
         description=(
             "Train auxiliary losses side by side on the same activations, measure them, and "
-            "write a report. Without arguments: a small synthetic model, about a minute and a "
-            "half on 2 CPU cores. The same command again goes on where it was stopped."
+            "write a report. Without arguments: a small synthetic model, about a minute on 2 CPU "
+            "cores. The same command again goes on where it was stopped."
         ),
     )
     default = Comparison() if file is None else Comparison.from_file(file)
