@@ -9,8 +9,8 @@ import warnings
 
 import straight_through  # noqa: F401  (registers the candidates)
 
-from sae_lens_auxk.cli import main
+from sae_lens_auxk.cli.compare import compare
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.exit(main(["compare", *sys.argv[1:]]))
+    sys.exit(compare(sys.argv[1:], ("python", "benchmarks/evidence.py")))

@@ -3,7 +3,7 @@
     python benchmarks/merge.py MERGED PART PART ...
 
 The parts are folders of ``sae-lens-auxk compare``, of the same data and training, that differ in
-cases, architectures or seeds. Of a run that two of them have, the first is taken.
+cases, architectures or seeds. Of a run that two of them have finished, the first is taken.
 """
 
 import argparse
@@ -30,7 +30,9 @@ def merge(parts: list[dict[str, Any]], name: str) -> dict[str, Any]:
     runs: dict[tuple[Any, ...], dict[str, Any]] = {}
     for part in parts:
         for run in part["runs"]:
-            runs.setdefault((run["architecture"], run["case"], run["k"], run["seed"]), run)
+            key = run["architecture"], run["case"], run["k"], run["seed"]
+            if key not in runs or runs[key]["status"] != "finished":
+                runs[key] = run
     # Of one architecture after the other, and in each a case's seeds together.
     order = list(dict.fromkeys(key[:3] for key in runs))
     ordered = [runs[key] for key in sorted(runs, key=lambda key: (order.index(key[:3]), key[3]))]

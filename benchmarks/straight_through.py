@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", default=[*CANDIDATES, *PURSUIT])
     args = parser.parse_args()
-    base = ("none", "straight_through")  # the second is "gain, decoder, best 1, times 4"
+    base = ("none", "straight_through")  # the second is "pursuit, times 16"
     cases = [{"aux_variant": "auxk", "aux_bias": "none", "name": "auxk"}]
     strong = {"aux_loss_coefficient": 1 / 8, "name": "auxk, times 4"}
     cases += [{**cases[0], **strong}, *({"aux_variant": name} for name in base)]

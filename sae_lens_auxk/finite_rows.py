@@ -22,9 +22,9 @@ def usable_rows(x: torch.Tensor, normalize_activations: str) -> torch.Tensor:
 def replace_rows(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     """Put the first usable row of ``x`` (B, ...) in place of every row that is not usable.
 
-    A batch without a usable row becomes finite numbers of no meaning. A repeated row costs
-    nothing but weight on its token, needs no change of shape and no host synchronisation, which
-    dropping the row would.
+    A batch without a usable row becomes ones. A repeated row gives its token more weight, as much
+    as there are bad rows, but needs no change of shape and no host synchronisation, which dropping
+    the rows would.
     """
-    first = x.index_select(0, usable.int().argmax(dim=0, keepdim=True)).nan_to_num(1.0, 1.0, 1.0)
+    first = x.index_select(0, usable.int().argmax(dim=0, keepdim=True)).where(usable.any(), 1.0)
     return torch.where(usable.view(-1, *[1] * (x.ndim - 1)), x, first)

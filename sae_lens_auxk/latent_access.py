@@ -206,13 +206,14 @@ class LevelAccess:
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
         assert among is not None
-        return self.whole.largest(k, self._of_all(among), at_most)
+        return self.whole.largest(k, self._of_all(among), min(at_most, self.end - self.start))
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         assert level == slice(None)
         return self.whole.best_match(x, self._of_all(among), slice(self.start, self.end))
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
+        at_most = min(at_most, self.end - self.start)
         return self.whole.shortfall(threshold, self._of_all(among), at_most)
 
     def _of_all(self, of_level: torch.Tensor) -> torch.Tensor:

@@ -59,9 +59,15 @@ def test_a_batch_without_a_finite_row_has_no_gradient_and_no_count(
     sae = build_sae(architecture, dead_threshold_tokens=5, normalize_activations=mode)
     forward(sae, torch.randn(16, 8))
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-    with pytest.warns(UserWarning, match="4 rows"):
-        output = forward(sae, torch.full((4, 8), torch.nan), step=1)
-    output.loss.backward()
+    unusable = [torch.full((4, 8), torch.nan), torch.full((4, 8), 1e30)]
+    unusable[1][:, 3] = torch.inf
+    if mode == "constant_norm_rescale":
+        unusable.append(torch.zeros(4, 8))
+    for step, x in enumerate(unusable, start=1):
+        with pytest.warns(UserWarning, match=f"{4 * step} rows"):
+            output = forward(sae, x, step=100 * step)
+        assert output.loss == 0
+        output.loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in sae.parameters())
     for name, buffer in sae.named_buffers():
         assert name == "training_steps" or torch.equal(buffer, before[name])

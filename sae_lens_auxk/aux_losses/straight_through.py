@@ -11,8 +11,9 @@ from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``-mean_b 2 [ stopgrad(p_b) h_bi + stopgrad(p_b r_b) . W_i ]``, its value taken off.
 
-    ``i`` is of *all* latents the one with the largest ``p_b = r_b . W_i``; rows in which it is
-    live, or ``p_b`` not above 0, count 0. The loss is less its own value: exactly 0.
+    ``i`` is of *all* latents (where Matryoshka's levels have losses of their own, of all of the
+    level's) the one with the largest ``p_b = r_b . W_i``; rows in which it is live, or ``p_b`` not
+    above 0, count 0. The loss is less its own value: exactly 0.
 
     It is one more step of matching pursuit. The latent that the residual pulls most (for rows W_i
     of length 1) would lower the row's squared error most, by ``p_b^2``, if it fired at ``p_b``. If

@@ -24,8 +24,12 @@ SMALL_STEP = 2**24
 """Products in an encoder's forward pass: batch size times latents times width."""
 
 
-def compare(args: Sequence[str]) -> int:
-    """Train variants side by side, measure and report; see ``--help``."""
+def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "compare")) -> int:
+    """Train variants side by side, measure and report; see ``--help``.
+
+    ``program``: how it was called, for the command line that the results name.
+    """
+    command = shlex.join([*program, *args])
     # A bar and a report say it all; SAELens would warn of what this command does on purpose,
     # once a case.
     sae_lens_logger.setLevel("ERROR")
@@ -37,14 +41,14 @@ def compare(args: Sequence[str]) -> int:
         else:
             comparison = resolve(options.comparison)
             _use_threads_that_pay(comparison)
-            report = run_comparison(comparison, options.output, _command(args))
+            report = run_comparison(comparison, options.output, command)
     # An OSError is what a model or data set that cannot be found comes as.
     except (ValueError, TypeError, OSError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(
             "interrupted: the passes that were finished are kept, and reported; the same command "
-            f"goes on from there:\n  {_command(args)}",
+            f"goes on from there:\n  {command}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -103,7 +107,3 @@ def _parse(args: Sequence[str]) -> Namespace:
     from_file = {name: getattr(default, name) for name in is_flag if not is_flag[name]}
     options.comparison = replace(options.comparison, **from_file)
     return options
-
-
-def _command(args: Sequence[str]) -> str:
-    return shlex.join(["sae-lens-auxk", "compare", *args])

@@ -180,8 +180,10 @@ class SyntheticPass:
 
     @property
     def measured_at_once(self) -> int:
-        # Most of the time is MCC's, on one core; each holds a few (d_sae, n_features) tensors.
-        return min(8, os.cpu_count() or 1)
+        # Most of the time is MCC's, on one core; each holds a few (d_sae, n_features) tensors, here
+        # of no more than 16 GiB in all.
+        bytes_each = 6 * 4 * self.comparison.d_sae * self.true_features.shape[0]
+        return max(1, min(8, os.cpu_count() or 1, 2**34 // bytes_each))
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
         """SAELens's own evaluation against the true features, on the same samples every time."""

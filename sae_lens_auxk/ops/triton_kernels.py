@@ -406,7 +406,7 @@ def _shortfall(
     WIDTH: tl.constexpr,
 ):
     i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    counts = i < tl.load(n_columns_ptr)
+    counts = (i < n) & (i < tl.load(n_columns_ptr))
     column = tl.load(columns_ptr + i, mask=counts, other=0)
     first = tl.program_id(1).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, B)):
@@ -483,14 +483,14 @@ def _add_scaled(
     i = tl.program_id(0).to(tl.int64) * LATENTS + tl.arange(0, LATENTS)
     counts = i < n
     if COUNTED:
-        counts = i < tl.load(n_rows_ptr)
+        counts = counts & (i < tl.load(n_rows_ptr))
     latent = i
     if not ALL:
         latent = tl.load(latents_ptr + i, mask=counts, other=0)
     scale = tl.load(scale_ptr + latent, mask=counts, other=0.0)
     products = tl.zeros([LATENTS], dtype=tl.float32)
     for first in range(0, d, WIDTH):
-        column = first + tl.arange(0, WIDTH)
+        column = (first + tl.arange(0, WIDTH)).to(tl.int64)
         inside = counts[:, None] & (column < d)[None, :]
         offsets = i[:, None] * rows_stride + column[None, :] * rows_step
         rows = tl.load(rows_ptr + offsets, mask=inside, other=0.0)
