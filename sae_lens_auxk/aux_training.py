@@ -225,18 +225,16 @@ class AuxTraining(_Base):
             n_tokens = self._n_finite_rows
             fired = fired & (n_tokens > 0)
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
+        threshold = self.cfg.dead_threshold_tokens if criterion == "tokens" else 1
+        was_dead = self.tokens_since_fired >= threshold
+        count_tokens(self.tokens_since_fired, fired, n_tokens)
         match criterion:
             case "tokens":
-                was_dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
-                count_tokens(self.tokens_since_fired, fired, n_tokens)
-                dead = self.tokens_since_fired >= self.cfg.dead_threshold_tokens
+                dead = self.tokens_since_fired >= threshold
             case "steps":
-                count_tokens(self.tokens_since_fired, fired, n_tokens)
                 dead = step_input.dead_neuron_mask
                 was_dead = dead = torch.zeros_like(fired) if dead is None else dead
             case "batch":
-                was_dead = self.tokens_since_fired > 0
-                count_tokens(self.tokens_since_fired, fired, n_tokens)
                 dead = ~fired
         return dead, (was_dead & fired).sum()
 

@@ -359,14 +359,7 @@ def shortfall(
     n_columns: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) sums of ``relu(threshold - h)`` over columns, (B, n) where it is above 0.
-
-    Args:
-        h: (B, d_sae), contiguous.
-        threshold: () or (B, 1).
-        columns: (n,) int64, of which the first ``n_columns`` () int64 count.
-        dtype: of the second result, which is 0 or 1.
-    """
+    """See :func:`sae_lens_auxk.ops.columns.shortfall`; ``h`` is contiguous, not float64."""
     B, n = h.shape[0], columns.numel()
     below = torch.empty(B, n, dtype=dtype, device=h.device)
     blocks = triton.cdiv(n, 2048)
