@@ -23,6 +23,7 @@ from typing_extensions import override
 from sae_lens_auxk.aux_training import never_compiled
 from sae_lens_auxk.latent_access import LatentAccess
 from sae_lens_auxk.ops import use_sparse_step
+from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.ops.columns import gather_columns
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder
@@ -228,10 +229,10 @@ class SparseTopK(_Base):
         )
         h, selected = self._select(encoder.hidden_pre)
         values = encoder.before_norm(h, selected).relu()
-        acts = h.relu().to(values.dtype)
-        pairs = torch.stack([selected.rows, selected.latents])
         shape = encoder.hidden_pre.shape
-        acts = torch.sparse_coo_tensor(pairs, acts, shape, check_invariants=False)
+        acts: torch.Tensor = SelectedActivations.of(
+            selected.rows, selected.latents, h.relu().to(values.dtype), shape
+        )
         if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:
             acts = acts.to_dense()
         self._step = SparseStep(encoder, selected, values, acts)
@@ -300,7 +301,9 @@ class SparseMatryoshka(SparseBatchTopK):
     @override
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         h, selected = super()._select(hidden_pre)
-        widths = torch.tensor(self.cfg.matryoshka_widths, device=hidden_pre.device)
+        # Made on the host first: torch.tensor(..., device=) waits for the device.
+        widths = torch.tensor(self.cfg.matryoshka_widths)
+        widths = widths.to(hidden_pre.device, non_blocking=True)
         n_levels = len(self.cfg.matryoshka_widths)
         # Pairs ascend within a row, so the levels do.
         levels = torch.searchsorted(widths, selected.latents, right=True)

@@ -1,0 +1,59 @@
+"""The selected activations of a step as SAELens's trainer takes them."""
+
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from typing_extensions import override
+
+_T = TypeVar("_T", bound=torch.Tensor)
+
+_OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
+
+
+class SelectedActivations(torch.Tensor):
+    """A sparse COO tensor (B, d_sae) whose sum over the rows is dense, and waits for no device.
+
+    SAELens's trainer asks at every step which latents fired, and how often: the sum over the rows.
+    Torch's own answer is sparse, and to find out how many entries it has it sorts them and waits
+    for the device. That is all that differs from any other sparse COO tensor.
+    """
+
+    @staticmethod
+    def of(
+        rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor, shape: torch.Size
+    ) -> "SelectedActivations":
+        """From (N,) rows, latents and values, without a graph; no pair is there twice."""
+        acts = torch.sparse_coo_tensor(
+            torch.stack([rows, latents]), values, shape, check_invariants=False
+        )
+        return _as(SelectedActivations, acts)
+
+    @override
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.sum and (*args[1:], *kwargs.items()) in _OVER_ROWS:
+                values, latents = args[0]._values(), args[0]._indices()[-1]
+                return values.new_zeros(args[0].shape[-1]).index_add_(0, latents, values)
+            result = func(*args, **kwargs)
+        # What the trainer sums is `acts.bool().float()`.
+        kept = func in (torch.Tensor.bool, torch.Tensor.float)
+        return _as(SelectedActivations, result) if kept else result
+
+    # Torch copies and pickles subclasses by their storage, which a sparse tensor does not have.
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return deepcopy(_as(torch.Tensor, self), memo)
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _as(torch.Tensor, self).__reduce_ex__(protocol)
+
+
+def _as(cls: type[_T], acts: torch.Tensor) -> _T:
+    return torch.Tensor._make_subclass(cls, acts)
