@@ -64,7 +64,7 @@ def measure_parts(device: str, n: int, B: int, dead_shares: tuple[float, ...]) -
     show("decoder: embedding_bag", lambda: pairs.weighted_sums(values, W_dec))
     show("gradient of the activations", lambda: pairs.dots(x, W_dec))
     show("order by latent", lambda: fresh().by_latent)
-    order, starts = pairs.by_latent
+    order, _, starts = pairs.by_latent
     show(
         "weight gradient: embedding_bag",
         lambda: torch.nn.functional.embedding_bag(

@@ -29,7 +29,7 @@ from sae_lens_auxk.compare.cases import PRESETS, STOCK
 DOCS = Path(__file__).parent.parent / "docs"
 ARCHITECTURES = ("auxk-topk", "auxk-batchtopk", "auxk-matryoshka-batchtopk")
 VARIANTS = tuple(case["aux_variant"] for case in PRESETS["variants"])
-FRACTIONS = (1.0, 1 / 8, 1 / 32)
+FRACTIONS = (1.0, 1 / 16)
 SECTIONS = ("step", "variants", "growth", "parts")
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from sae_lens_auxk.ops.columns import indices_of
 from sae_lens_auxk.ops.topk import top_k
 
 
@@ -44,6 +45,20 @@ class Activations(Protocol):
         ...
 
 
+class Columns(Protocol):
+    """``h`` of some latents as (B, n), with its graph; there may be more columns than latents.
+
+    ``h`` is -inf in a column that no latent belongs to.
+    """
+
+    @property
+    def h(self) -> torch.Tensor: ...
+
+    def decode(self, acts: torch.Tensor) -> torch.Tensor:
+        """(B, d_in): the sum of ``acts`` (B, n) times ``W_i``; ``acts`` is 0 where h is -inf."""
+        ...
+
+
 class LatentAccess(Protocol):
     """One step's ``h`` (B, d_sae) and ``W_i``; everything with its graph."""
 
@@ -55,8 +70,13 @@ class LatentAccess(Protocol):
         """(d_sae,): the sum of each column of ``h``."""
         ...
 
-    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
-        """(n, d_in): ``W_i`` at ``latents`` (n,)."""
+    def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
+        """The columns of some latents.
+
+        Args:
+            among: (d_sae,) bool, the latents.
+            at_most: a number that those are no more than.
+        """
         ...
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
@@ -114,8 +134,11 @@ class DenseAccess:
     def sums(self) -> torch.Tensor:
         return self.h.sum(dim=0, dtype=torch.promote_types(self.h.dtype, torch.float32))
 
-    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
-        return _normalized(self.W_dec.index_select(0, latents), self.rescaled)
+    def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
+        latents = indices_of(among, at_most)
+        missing = torch.arange(len(latents), device=among.device) >= among.sum()
+        h = self.columns(latents).masked_fill(missing, -torch.inf)
+        return DenseColumns(h, _normalized(self.W_dec.index_select(0, latents), self.rescaled))
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:  # noqa: ARG002
         if among is None:
@@ -148,6 +171,19 @@ class DenseAccess:
 
     def at_rows(self, rows: torch.Tensor) -> "DenseAccess":
         return replace(self, h=self.h.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class DenseColumns:
+    """See :class:`Columns`; ``rows`` (n, d_in) are their ``W_i``."""
+
+    h: torch.Tensor
+    rows: torch.Tensor
+
+    def decode(self, acts: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(acts.device.type):
+            acts = acts.to(self.rows.dtype)
+        return acts @ self.rows
 
 
 @dataclass(frozen=True)
@@ -201,8 +237,9 @@ class LevelAccess:
     def sums(self) -> torch.Tensor:
         return self.whole.sums()[self.start : self.end]
 
-    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.whole.decoder_rows(latents + self.start)
+    def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
+        at_most = min(at_most, self.end - self.start)
+        return self.whole.columns_among(self._of_all(among), at_most)
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
         assert among is not None

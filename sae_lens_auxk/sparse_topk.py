@@ -24,7 +24,7 @@ from sae_lens_auxk.aux_training import never_compiled
 from sae_lens_auxk.latent_access import LatentAccess
 from sae_lens_auxk.ops import use_sparse_step
 from sae_lens_auxk.ops.activations import SelectedActivations
-from sae_lens_auxk.ops.columns import gather_columns
+from sae_lens_auxk.ops.columns import gather_columns, indices_of
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder
 from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
@@ -101,6 +101,22 @@ class SparseActivations:
 
 
 @dataclass(frozen=True)
+class SparseColumns:
+    """See :class:`~sae_lens_auxk.latent_access.Columns`.
+
+    ``latents`` (n,) int64 are those of the columns, of which the first ``n_latents`` () count.
+    """
+
+    h: torch.Tensor
+    decoder: Decoder
+    latents: torch.Tensor
+    n_latents: torch.Tensor
+
+    def decode(self, acts: torch.Tensor) -> torch.Tensor:
+        return self.decoder.of_columns(acts, self.latents, self.n_latents)
+
+
+@dataclass(frozen=True)
 class SparseAccess:
     """See :class:`~sae_lens_auxk.latent_access.LatentAccess`."""
 
@@ -109,13 +125,13 @@ class SparseAccess:
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.encoder.columns(latents)
 
+    def columns_among(self, among: torch.Tensor, at_most: int) -> "SparseColumns":
+        latents, n_latents = indices_of(among, at_most), among.sum()
+        h = self.encoder.columns(latents, n_latents)
+        return SparseColumns(h, self.encoder.decoder, latents, n_latents)
+
     def sums(self) -> torch.Tensor:
         return self.encoder.sums()
-
-    def decoder_rows(self, latents: torch.Tensor) -> torch.Tensor:
-        decoder = self.encoder.decoder
-        rows = decoder.rows(latents)
-        return rows if decoder.norm is None else rows / rows.norm(dim=-1, keepdim=True)
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> SparseActivations:
         hidden_pre, d_sae = self.encoder.hidden_pre, self.encoder.W.shape[1]
@@ -123,9 +139,8 @@ class SparseAccess:
         with torch.no_grad():
             dense = at_most <= COLUMNS_WORTH_A_PAIR[hidden_pre.is_cuda] * k
             if among is not None and (dense or not hidden_pre.is_cuda):
-                latents = _indices(among, at_most)
-                missing = torch.arange(len(latents), device=among.device) >= among.sum()
-                h = gather_columns(hidden_pre, latents).masked_fill_(missing, -torch.inf)
+                latents = indices_of(among, at_most)
+                h = gather_columns(hidden_pre, latents, among.sum())
                 positions = None
                 if k < len(latents):
                     h, positions = top_k(h, k)
@@ -149,7 +164,7 @@ class SparseAccess:
         return _activations(encoder, h, Pairs.per_row(best, encoder.W.shape[1]))
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
-        return self.encoder.shortfall(threshold, _indices(among, at_most), among.sum())
+        return self.encoder.shortfall(threshold, indices_of(among, at_most), among.sum())
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
         return SparseAccess(self.encoder.at_rows(rows))
@@ -166,15 +181,6 @@ def _activations(encoder: Encoder, h: torch.Tensor, selected: Selected) -> Spars
 COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
 # The same for the dot products alone, on a CPU.
 COLUMNS_WORTH_A_DOT = 24
-
-
-def _indices(mask: torch.Tensor, at_most: int) -> torch.Tensor:
-    """(n,) int64: where ``mask`` is True, and 0s up to ``at_most`` rounded up.
-
-    ``nonzero()`` would wait for the device, as its result's shape depends on it. A product in
-    bfloat16 over a number of columns that 64 does not divide is up to 5 times slower.
-    """
-    return mask.nonzero_static(size=-at_most // 64 * -64, fill_value=0).squeeze(1)
 
 
 class SparseTopK(_Base):

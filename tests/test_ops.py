@@ -4,7 +4,9 @@ Triton runs on the CPU by its interpreter, in a process of its own: it reads TRI
 when a kernel is defined. On a GPU the kernels are compiled.
 """
 
+import copy
 import gc
+import io
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import InColumns, Pairs
@@ -121,7 +124,8 @@ def test_one_buffer_collects_a_gradient() -> None:
 
         def add(gradient: LatentGradient = gradient) -> None:
             gradient.add_rows(rows, latents)
-            gradient.add_pairs(values, x, torch.tensor([2, 0]), torch.tensor([0, 0, 2, 2, 2, 2]))
+            starts = torch.tensor([0, 0, 2, 2, 2, 2])
+            gradient.add_pairs(values, x, torch.tensor([2, 0]), torch.tensor([1, 1]), starts)
             gradient.add_outer(a, b)
             if not gradient.transpose:
                 gradient.add_along(along)
@@ -158,6 +162,26 @@ def test_sums_of_a_pass_that_does_not_lead_to_the_matrix_are_dropped() -> None:
     assert torch.equal(gradient, torch.tensor([1.0, 2, 1, 0, 0, 0]).unsqueeze(1).expand(6, 3))
 
 
+def test_selected_activations_are_a_sparse_tensor_with_dense_sums_over_rows() -> None:
+    rows, latents = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3, 3, 0])
+    values = torch.tensor([1.0, 0.0, 2.0, 3.0])
+    acts = SelectedActivations.of(rows, latents, values, torch.Size((3, 5)))
+    dense = torch.zeros(3, 5).index_put_((rows, latents), values)
+    assert acts.is_sparse
+    assert torch.equal(acts.to_dense(), dense)
+    fired = acts.bool().float()  # as SAELens's trainer asks
+    for sums in (fired.sum(-2), fired.sum(0), fired.sum(dim=0)):
+        assert type(sums) is torch.Tensor
+        assert torch.equal(sums, torch.tensor([1.0, 1, 0, 1, 0]))
+    assert torch.equal(fired.sum(-1).to_dense(), torch.tensor([1.0, 1, 1]))
+    assert torch.equal(acts @ torch.eye(5), dense)
+    buffer = io.BytesIO()
+    torch.save(acts, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(acts), copy.copy(acts), torch.load(buffer)):
+        assert torch.equal(copied.to_dense(), dense)
+
+
 KERNEL_TESTS = textwrap.dedent(
     """
     import torch
@@ -171,6 +195,8 @@ KERNEL_TESTS = textwrap.dedent(
             assert torch.equal(kernels.group_max(x, size), x.unflatten(1, (-1, size)).amax(-1))
         columns = torch.randperm(640, device=device)[:77].sort().values
         assert torch.equal(kernels.gather_columns(x, columns), x[:, columns])
+        some = kernels.gather_columns(x, columns, torch.tensor(50, device=device))
+        assert torch.equal(some[:, :50], x[:, columns[:50]]) and some[:, 50:].isneginf().all()
         assert torch.equal(kernels.transposed(x), x.T)
     x = torch.full((2, 64), -torch.inf, device=device)
     x[0, 5] = 1.0
@@ -186,16 +212,27 @@ KERNEL_TESTS = textwrap.dedent(
     )
 
     x = torch.randn(6, 20, device=device)
-    latents = torch.tensor([0, 0, 0, 2, 5, 5, 8], device=device)
-    rows = torch.tensor([1, 2, 5, 0, 3, 4, 1], device=device)
-    values = torch.randn(7, device=device)
-    starts = torch.searchsorted(latents, torch.arange(11, device=device))
-    expected = torch.zeros(10, 20, device=device).index_add_(
-        0, latents, values.unsqueeze(1) * x[rows]
-    )
-    torch.testing.assert_close(kernels.outer_sums(values, rows, starts, x), expected)
-    out = kernels.outer_sums(values, rows, starts, x, torch.ones(10, 20, device=device))
-    torch.testing.assert_close(out, expected + 1)
+    # Latents with so many pairs that several programs share them, beside some with none and few.
+    for counts in ([3, 0, 1, 0, 0, 2, 0, 0, 1, 0], [3, 200, 64, 0, 65, 129, 1, 0, 300, 0]):
+        counts = torch.tensor(counts, device=device)
+        latents = torch.arange(10, device=device).repeat_interleave(counts)
+        rows, values = torch.randint(0, 6, latents.shape, device=device), torch.randn(len(latents))
+        values = values.to(device)
+        starts = torch.searchsorted(latents, torch.arange(11, device=device))
+        expected = torch.zeros(10, 20, device=device).index_add_(
+            0, latents, values.unsqueeze(1) * x[rows]
+        )
+        pairs = values, rows, latents, starts, x
+        torch.testing.assert_close(kernels.outer_sums(*pairs), expected)
+        out = kernels.outer_sums(*pairs, torch.ones(10, 20, device=device))
+        torch.testing.assert_close(out, expected + 1)
+    scale, W = torch.randn(21, device=device), torch.randn(21, 20, device=device)
+    scale[::3] = 0
+    for W in (W, W[0].expand(21, 20)):
+        expected = scale.unsqueeze(1) * W
+        torch.testing.assert_close(kernels.add_multiples(scale, W), expected)
+        out = kernels.add_multiples(scale, W, torch.ones(21, 20, device=device))
+        torch.testing.assert_close(out, expected + 1)
     among = torch.rand(640, device=device) < 0.3
     x = torch.randn(3, 640, device=device)
     assert torch.equal(
@@ -247,13 +284,15 @@ KERNEL_TESTS = textwrap.dedent(
     latents, n_rows = torch.randperm(90, device=device)[:40], torch.tensor(37, device=device)
     for among, n in ((latents, 37), (latents, 40), (None, 90)):
         rows = torch.randn(n if n != 37 else 40, 108, device=device)[:, :100]
-        out = torch.ones(90, 100, device=device)
-        found = kernels.add_scaled(rows, scale, among, n_rows if n == 37 else None, W, out)
         at = slice(None) if among is None else among[:n]
-        expected = torch.ones(90, 100, device=device)
-        expected[at] += rows[:n] * scale[at].unsqueeze(1)
-        torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(found[:n], torch.linalg.vecdot(rows[:n], W[at]))
+        expected = torch.zeros(90, 100, device=device)
+        expected[at] = rows[:n] * scale[at].unsqueeze(1)
+        for out, more in ((None, 0), (torch.ones(90, 100, device=device), 1)):
+            out, found = kernels.add_scaled(
+                rows, scale, among, n_rows if n == 37 else None, W, out
+            )
+            torch.testing.assert_close(out, expected + more)
+            torch.testing.assert_close(found[:n], torch.linalg.vecdot(rows[:n], W[at]))
     columns, n_columns = torch.arange(1, 200, 3, device=device), torch.tensor(40, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         h = torch.randn(5, 200, device=device).to(dtype)

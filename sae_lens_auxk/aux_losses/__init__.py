@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from sae_lens_auxk.latent_access import Activations, LatentAccess
+from sae_lens_auxk.latent_access import Activations, Columns, LatentAccess
 
 DeadCriterion = Literal["tokens", "steps", "batch"]
 
@@ -81,19 +81,13 @@ class AuxLossInputs:
         """(B, n_dead): the columns of ``h`` that belong to dead latents, with their graph."""
         return self.access.columns(self.dead_latents)
 
-    def dead_decoder(self) -> torch.Tensor:
-        """(n_dead, d_in): the rows ``W_i`` of the dead latents, with their graph."""
-        return self.access.decoder_rows(self.dead_latents)
+    def dead_columns(self) -> Columns:
+        """``h`` of the dead latents, and a way to decode with them, without waiting for how many.
 
-    def decode_dead(self, acts: torch.Tensor) -> torch.Tensor:
-        """(B, d_in): the sum of ``acts`` (B, n_dead) times the rows ``W_i`` of dead latents."""
-        # A product in bfloat16 over a number of columns that 8 does not divide is 5 times slower.
-        missing = -acts.shape[1] % 8 if acts.is_cuda else 0
-        W = self.dead_decoder()
-        if not torch.is_autocast_enabled(acts.device.type):
-            acts = acts.to(W.dtype)
-        pad = torch.nn.functional.pad
-        return pad(acts, (0, missing)) @ pad(W, (0, 0, 0, missing))
+        For a loss that needs all of them and must be fast: there may be more columns than dead
+        latents, -inf each.
+        """
+        return self.access.columns_among(self.dead, self.max_dead)
 
     def dead_threshold(self) -> torch.Tensor:
         """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead)."""

@@ -7,7 +7,7 @@ import torch
 from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("ghost_gradients", default_coefficient=1.0)
+@register_aux_loss("ghost_gradients", default_coefficient=1.0, by_mask=True)
 def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """The MSE between ``r`` and the ghost output, scaled so that its value is the main MSE.
 
@@ -21,16 +21,17 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     """
     # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
     # In place, as autocast would else compute exp in float32.
-    h = inputs.dead_hidden_pre()
-    largest = inputs.nearest_dead(1).h.detach().sum(dim=-1, keepdim=True)
-    acts = (h - largest.to(h.dtype)).exp_()
-    ghost = inputs.to_output_units(inputs.decode_dead(acts))
+    dead = inputs.dead_columns()
+    largest = dead.h.detach().amax(dim=-1, keepdim=True)
+    acts = (dead.h - largest.clamp(min=torch.finfo(largest.dtype).min)).exp_()
+    ghost = inputs.to_output_units(dead.decode(acts))
 
     residual = inputs.residual
     tiny = torch.finfo(ghost.dtype).tiny
     with torch.no_grad():
         half_norm = residual.norm(dim=-1, keepdim=True) / 2
-        scale = half_norm / ghost.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        norm = ghost.norm(dim=-1, keepdim=True)
+        scale = half_norm / norm.where(norm > 0, torch.inf)
     ghost_mse = (ghost * scale - residual).square().sum(dim=-1).mean()
     main_mse = residual.square().sum(dim=-1).mean()
     return ghost_mse * (main_mse / ghost_mse.detach().clamp(min=tiny))

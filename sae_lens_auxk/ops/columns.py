@@ -1,17 +1,35 @@
-"""Reading columns of the pre-activations, and scaling those of a matrix."""
+"""Which columns, reading them of the pre-activations, and scaling those of a matrix."""
 
 import torch
 
 from sae_lens_auxk.ops import use_triton
 
 
-def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B, n): the columns of ``x`` at indices ``columns`` (n,); no gradient."""
+def indices_of(mask: torch.Tensor, at_most: int) -> torch.Tensor:
+    """(n,) int64: where ``mask`` is True, and 0s up to ``at_most`` rounded up.
+
+    ``nonzero()`` would wait for the device, as its result's shape depends on it. A product in
+    bfloat16 over a number of columns that 64 does not divide is up to 5 times slower.
+    """
+    return mask.nonzero_static(size=-at_most // 64 * -64, fill_value=0).squeeze(1)
+
+
+def gather_columns(
+    x: torch.Tensor, columns: torch.Tensor, n_columns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, n): the columns of ``x`` at indices ``columns`` (n,); no gradient.
+
+    Only the first ``n_columns`` () count, where it is given; the others are -inf.
+    """
     if use_triton(x):
         from sae_lens_auxk.ops import triton_kernels
 
-        return triton_kernels.gather_columns(x, columns)
-    return x.index_select(1, columns)
+        return triton_kernels.gather_columns(x, columns, n_columns)
+    gathered = x.index_select(1, columns)
+    if n_columns is None:
+        return gathered
+    missing = torch.arange(len(columns), device=x.device) >= n_columns
+    return gathered.masked_fill_(missing, -torch.inf)
 
 
 def shortfall(

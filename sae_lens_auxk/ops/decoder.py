@@ -7,7 +7,7 @@ import torch
 
 from sae_lens_auxk.ops.columns import scaled_cast
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
-from sae_lens_auxk.ops.selected import Selected
+from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
 class Decoder:
@@ -48,9 +48,18 @@ class Decoder:
             rows = scaled_cast(rows, 1 / self.norm[latents].unsqueeze(1), dtype)
         return x.to(dtype) @ rows.to(dtype).T
 
-    def rows(self, latents: torch.Tensor) -> torch.Tensor:
-        """(n, d_in): the rows of W_dec at ``latents`` (n,), with their graph."""
-        return _Rows.apply(self.handle, self, latents)
+    def of_columns(
+        self, acts: torch.Tensor, latents: torch.Tensor, n_latents: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, d_in): the sums of ``acts`` times rows of W_dec, with the graph of both.
+
+        The rows are of length 1 where there are norms, and that is part of the graph.
+
+        Args:
+            acts: (B, n), 0 where a column stands for no latent.
+            latents: (n,) int64, of which the first ``n_latents`` () count.
+        """
+        return _OfColumns.apply(acts, self.handle, self, latents, n_latents)
 
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
         """``pre`` of selected entries times the norms of their latents, with the graph of both.
@@ -109,21 +118,39 @@ class _WeightedSums(torch.autograd.Function):
         return selected.dots(grad, W).view_as(values).to(values.dtype), None, None, None
 
 
-class _Rows(torch.autograd.Function):
+class _OfColumns(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        acts: torch.Tensor,
         handle: torch.Tensor,  # noqa: ARG004
         decoder: Decoder,
         latents: torch.Tensor,
+        n_latents: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.decoder, ctx.latents = decoder, latents
-        return decoder.W.index_select(0, latents)
+        dtype = decoder._autocast or decoder.W.dtype
+        rows = decoder.W.index_select(0, latents)
+        if decoder.norm is not None:
+            rows = scaled_cast(rows, 1 / decoder.norm[latents].unsqueeze(1), dtype)
+        acts, rows = acts.to(dtype), rows.to(dtype)
+        ctx.save_for_backward(acts, rows)
+        ctx.decoder, ctx.latents, ctx.n_latents = decoder, latents, n_latents
+        return matmul_to(acts, rows, decoder.W.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        ctx.decoder.gradient.add_rows(grad_outputs[0], ctx.latents)
-        return None, None, None
+        acts, rows = ctx.saved_tensors
+        decoder, latents = ctx.decoder, ctx.latents
+        grad = grad_outputs[0].to(rows.dtype)
+        sums = matmul_to(acts.T, grad, decoder.W.dtype)
+        norm = decoder.norm
+        if norm is None:
+            decoder.gradient.add_rows(sums, latents)
+        else:
+            products = decoder.gradient.add_scaled(sums, 1 / norm, latents, ctx.n_latents)
+            products = torch.zeros_like(norm).index_add_(0, latents, products)
+            decoder.add_norm_gradient(-products / norm.square())
+        return grad @ rows.T, None, None, None, None
 
 
 class _TimesNorm(torch.autograd.Function):

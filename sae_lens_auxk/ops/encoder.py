@@ -79,10 +79,18 @@ class Encoder:
         pre = h.to(self.W.dtype) / self.decoder.norm_at(selected, h)
         return _AtSelected.apply(pre, self.handle, self._bias, self, selected)
 
-    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, n) the columns of ``h`` at ``latents`` (n,), or all, with their graph."""
-        h = self.hidden_pre if latents is None else gather_columns(self.hidden_pre, latents)
-        return _AtColumns.apply(h, self.handle, self._bias, self.decoder.handle, self, latents)
+    def columns(
+        self, latents: torch.Tensor | None = None, n_latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, n) the columns of ``h`` at ``latents`` (n,), or all, with their graph.
+
+        Only the first ``n_latents`` () count, where it is given; the others are -inf.
+        """
+        h = self.hidden_pre
+        if latents is not None:
+            h = gather_columns(h, latents, n_latents)
+        graph = self.handle, self._bias, self.decoder.handle
+        return _AtColumns.apply(h, *graph, self, latents, n_latents)
 
     @property
     def bias(self) -> torch.Tensor:
@@ -158,8 +166,9 @@ class _AtColumns(torch.autograd.Function):
         decoder_handle: torch.Tensor,  # noqa: ARG004
         encoder: Encoder,
         latents: torch.Tensor | None,
+        n_latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.encoder, ctx.latents = encoder, latents
+        ctx.encoder, ctx.latents, ctx.n_latents = encoder, latents, n_latents
         return h.view_as(h)
 
     @staticmethod
@@ -168,10 +177,11 @@ class _AtColumns(torch.autograd.Function):
         encoder, latents = ctx.encoder, ctx.latents
         lent = grad.to(encoder.x_autocast.dtype)
         n = grad.shape[1]
-        if grad.is_cuda and n % 8:  # see AuxLossInputs.decode_dead
+        if grad.is_cuda and n % 8:  # see indices_of
             lent = torch.nn.functional.pad(lent, (0, -n % 8))
         sums = matmul_to(lent.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
-        return None, None, _add_sums(encoder, sums, latents), None, None, None
+        bias = _add_sums(encoder, sums, latents, ctx.n_latents)
+        return None, None, bias, None, None, None, None
 
 
 class _Shortfall(torch.autograd.Function):

@@ -34,6 +34,7 @@ class LatentGradient:
         values: torch.Tensor,
         x: torch.Tensor,
         rows: torch.Tensor,
+        latents: torch.Tensor,
         starts: torch.Tensor,
     ) -> None:
         """Add ``values[i] * x[rows[i]]`` to the row of each latent's pairs ``i``.
@@ -42,13 +43,14 @@ class LatentGradient:
             values: (N,), in the order of the latents.
             x: (B, d).
             rows: (N,) int64, likewise.
+            latents: (N,), which these are, ascending.
             starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         """
         self._begin()
         if use_triton(x) and self.W.dtype == torch.float32:
             from sae_lens_auxk.ops import triton_kernels
 
-            self._rows = triton_kernels.outer_sums(values, rows, starts, x, self._rows)
+            self._rows = triton_kernels.outer_sums(values, rows, latents, starts, x, self._rows)
             return
         dtype = self.W.dtype
         sums = torch.nn.functional.embedding_bag(
@@ -60,7 +62,8 @@ class LatentGradient:
         """Add ``rows`` (n, d) to those of ``latents`` (n,), which may repeat; None: to all."""
         self._begin()
         if latents is not None:
-            self._rows = self._buffer().index_add_(0, latents, rows)
+            into = self.W.new_zeros(self.shape) if self._rows is None else self._rows
+            self._rows = into.index_add_(0, latents, rows)
         else:
             self._rows = rows if self._rows is None else self._rows.add_(rows)
 
@@ -87,8 +90,10 @@ class LatentGradient:
             from sae_lens_auxk.ops import triton_kernels
 
             self._begin()
-            self._rows = self._buffer()
-            return triton_kernels.add_scaled(rows, scale, latents, n_rows, W, self._rows)
+            self._rows, products = triton_kernels.add_scaled(
+                rows, scale, latents, n_rows, W, self._rows
+            )
+            return products
         own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
         self.add_rows(rows * of_latent.unsqueeze(1), latents)
         return torch.linalg.vecdot(rows, own)
@@ -96,15 +101,12 @@ class LatentGradient:
     def add_outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the outer product of ``a`` (d_sae,) and ``b`` (d,)."""
         self._begin()
-        self._rows = self._buffer().addr_(a, b)
+        self._rows = _add_multiples(a, b.expand(self.shape), self._rows)
 
     def add_along(self, scale: torch.Tensor) -> None:
         """Add ``scale`` (d_sae,) times ``W`` itself (not transposed), row by row."""
         self._begin()
         self._along = scale if self._along is None else self._along + scale
-
-    def _buffer(self) -> torch.Tensor:
-        return self.W.new_zeros(self.shape) if self._rows is None else self._rows
 
     def _begin(self) -> None:
         # A backward pass that does not lead to W leaves its sums behind; they are not the next's.
@@ -120,11 +122,20 @@ class LatentGradient:
         # Let go: autograd keeps a gradient that nobody else holds instead of copying it.
         self._rows = self._along = None
         if along is not None:
-            scaled = along.unsqueeze(1).to(self.W.dtype)
-            total = self.W * scaled if total is None else total.addcmul_(self.W, scaled)
+            total = _add_multiples(along, self.W, total)
         if total is not None and self.transpose:
             total = transposed(total)
         return total
+
+
+def _add_multiples(scale: torch.Tensor, W: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """``scale`` (n,) times the rows of ``W`` (n, d), added to ``out`` in place, if there is one."""
+    if use_triton(W) and W.dtype == torch.float32:
+        from sae_lens_auxk.ops import triton_kernels
+
+        return triton_kernels.add_multiples(scale, W, out)
+    scaled = scale.unsqueeze(1).to(W.dtype)
+    return W * scaled if out is None else out.addcmul_(W, scaled)
 
 
 def handle(W: torch.Tensor, gradient: LatentGradient) -> torch.Tensor:

@@ -16,6 +16,7 @@ made of them.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,20 @@ from sae_lens_auxk.ops.gradient import LatentGradient
 
 # With fewer pairs a row torch's embedding_bag is as fast (benchmarks/parts.py).
 MIN_PAIRS_FOR_KERNEL = 64
+
+
+class ByLatent(NamedTuple):
+    """Pairs in the order of their latents.
+
+    Attributes:
+        order: (N,) int64, the pairs' places.
+        latents: (N,) int32, ascending.
+        starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
+    """
+
+    order: torch.Tensor
+    latents: torch.Tensor
+    starts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -66,20 +81,20 @@ class Pairs:
         return Pairs(rows, latents, bags, torch.searchsorted(bags, starts), d_sae)
 
     @cached_property
-    def by_latent(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N,) the order that sorts the pairs by latent, (d_sae + 1,) where each one starts."""
+    def by_latent(self) -> ByLatent:
+        """The pairs in another order."""
         # A sort of 32-bit keys takes half the passes of one of 64.
         latents, order = self.latents.int().sort(stable=True)
         bounds = torch.arange(self.d_sae + 1, device=latents.device, dtype=torch.int32)
-        return order, torch.searchsorted(latents, bounds)
+        return ByLatent(order, latents, torch.searchsorted(latents, bounds))
 
     @cached_property
     def _rows_by_latent(self) -> torch.Tensor:
-        return self.rows[self.by_latent[0]]
+        return self.rows[self.by_latent.order]
 
     @cached_property
     def _bags_by_latent(self) -> torch.Tensor:
-        return self._rows_by_latent if self.bags is self.rows else self.bags[self.by_latent[0]]
+        return self._rows_by_latent if self.bags is self.rows else self.bags[self.by_latent.order]
 
     def prepare_backward(self) -> None:
         """Do what does not depend on gradients.
@@ -92,8 +107,8 @@ class Pairs:
     @property
     def in_autocast(self) -> bool:
         """Whether products are best given their matrices in autocast's precision."""
-        # To read a few rows of W in float32 is faster than to convert all of it first.
-        return self._by_kernel and self.latents.numel() >= self.d_sae
+        # To read a few rows of W twice in float32 is faster than to convert all of it first.
+        return self._by_kernel and self.latents.numel() >= 2 * self.d_sae
 
     def matrix(self, W: torch.Tensor) -> torch.Tensor:
         """What the products need of ``W`` (d_sae, d)."""
@@ -134,9 +149,9 @@ class Pairs:
 
         ``x`` has a row for each bag if ``by_bag``, else one for each row of the batch.
         """
-        order, starts = self.by_latent
+        order, latents, starts = self.by_latent
         rows = self._bags_by_latent if by_bag else self._rows_by_latent
-        gradient.add_pairs(values.flatten()[order], x.contiguous(), rows, starts)
+        gradient.add_pairs(values.flatten()[order], x.contiguous(), rows, latents, starts)
 
     def sum_by_latent(self, values: torch.Tensor) -> torch.Tensor:
         """(d_sae,): the sum of ``values`` over each latent's pairs."""

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+# Rows for one program where a row is little work, or all of them need the same indices.
+ROWS = 8
+
 
 def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> torch.Tensor:
     """(B, n / size): the largest of each ``size`` neighbouring entries of a row of ``x`` (B, n).
@@ -156,18 +159,27 @@ def _largest(
     tl.store(indices_ptr + row * k + place, index.to(tl.int64), mask=chosen)
 
 
+# Pairs of one latent that a program adds up. Some latents are in most rows, others in none.
+PAIRS_AT_ONCE = 64
+
+
 def outer_sums(
     values: torch.Tensor,
     rows: torch.Tensor,
+    latents: torch.Tensor,
     starts: torch.Tensor,
     x: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs, in float32.
 
+    A program for each latent takes its first pairs, and a second kernel, with a program for as many
+    pairs wherever they belong to, adds what one with more has left.
+
     Args:
         values: (N,) in the order of the latents.
         rows: (N,) int64, likewise.
+        latents: (N,), which these are.
         starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         x: (B, d), contiguous.
         out: (d_sae, d) to add to, in place; None for a new one.
@@ -177,8 +189,26 @@ def outer_sums(
     if out is None:
         out = torch.empty(d_sae, d, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(d)
-    _outer_sums[(d_sae,)](values, rows, starts, x, out, d, ADD=add, WIDTH=width, num_warps=4)
+    _outer_sums[(d_sae,)](
+        values, rows, starts, x, out, d, ADD=add, LIMIT=PAIRS_AT_ONCE, WIDTH=width, num_warps=4
+    )
+    blocks = triton.cdiv(values.numel(), PAIRS_AT_ONCE)
+    _outer_sums_left[(blocks,)](
+        values, rows, latents, starts, x, out, d, LIMIT=PAIRS_AT_ONCE, WIDTH=width, num_warps=4
+    )
     return out
+
+
+@triton.jit
+def _outer_sum(values_ptr, rows_ptr, x_ptr, start, end, d, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], dtype=tl.float32)
+    for pair in range(start, end):
+        row = tl.load(rows_ptr + pair)
+        value = tl.load(values_ptr + pair).to(tl.float32)
+        x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0)
+        total += value * x.to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -190,18 +220,14 @@ def _outer_sums(
     out_ptr,
     d,
     ADD: tl.constexpr,
+    LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     latent = tl.program_id(0).to(tl.int64)
     start = tl.load(starts_ptr + latent)
-    end = tl.load(starts_ptr + latent + 1)
+    end = tl.minimum(tl.load(starts_ptr + latent + 1), start + LIMIT)
+    total = _outer_sum(values_ptr, rows_ptr, x_ptr, start, end, d, WIDTH)
     column = tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], dtype=tl.float32)
-    for pair in range(start, end):
-        row = tl.load(rows_ptr + pair)
-        value = tl.load(values_ptr + pair).to(tl.float32)
-        x = tl.load(x_ptr + row * d + column, mask=column < d, other=0.0)
-        total += value * x.to(tl.float32)
     if ADD:
         # A row that nothing is added to is not even read.
         inside = column < tl.where(end > start, d, 0)
@@ -209,6 +235,75 @@ def _outer_sums(
         tl.store(out_ptr + latent * d + column, total, mask=inside)
     else:
         tl.store(out_ptr + latent * d + column, total, mask=column < d)
+
+
+@triton.jit
+def _outer_sums_left(
+    values_ptr,
+    rows_ptr,
+    latents_ptr,
+    starts_ptr,
+    x_ptr,
+    out_ptr,
+    d,
+    LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * LIMIT
+    # No other latent has pairs here that _outer_sums has left: they would have begun before.
+    latent = tl.load(latents_ptr + first).to(tl.int64)
+    start = tl.maximum(first, tl.load(starts_ptr + latent) + LIMIT)
+    end = tl.minimum(first + LIMIT, tl.load(starts_ptr + latent + 1))
+    if start < end:
+        total = _outer_sum(values_ptr, rows_ptr, x_ptr, start, end, d, WIDTH)
+        column = tl.arange(0, WIDTH)
+        tl.atomic_add(out_ptr + latent * d + column, total, mask=column < d)
+
+
+def add_multiples(
+    scale: torch.Tensor, W: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(n, d): ``scale`` (n,) times the rows of ``W`` (n, d), in float32.
+
+    Args:
+        scale: where it is 0 nothing is read.
+        W: of any stride between rows.
+        out: (n, d) to add to, in place; None for a new one.
+    """
+    n, d = W.shape
+    add = out is not None
+    if out is None:
+        out = torch.empty(n, d, dtype=torch.float32, device=W.device)
+    width = triton.next_power_of_2(d)
+    _add_multiples[(triton.cdiv(n, ROWS),)](
+        scale, W, out, n, d, W.stride(0), ADD=add, ROWS=ROWS, WIDTH=width, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _add_multiples(
+    scale_ptr,
+    W_ptr,
+    out_ptr,
+    n,
+    d,
+    stride,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    column = tl.arange(0, WIDTH)
+    for row in range(first, tl.minimum(first + ROWS, n)):
+        scale = tl.load(scale_ptr + row).to(tl.float32)
+        inside = column < tl.where(scale != 0, d, 0)
+        total = scale * tl.load(W_ptr + row * stride + column, mask=inside, other=0.0)
+        if ADD:
+            total += tl.load(out_ptr + row * d + column, mask=inside, other=0.0)
+            tl.store(out_ptr + row * d + column, total, mask=inside)
+        else:
+            tl.store(out_ptr + row * d + column, total, mask=column < d)
 
 
 # Columns of W that one program reads. Programs of the same columns run one after another, so that
@@ -325,30 +420,50 @@ def _scaled_cast(W_ptr, scale_ptr, out_ptr, n, OF_ROW: tl.constexpr, WIDTH: tl.c
     tl.store(out_ptr + offsets, W * scale, mask=column < n)
 
 
-# Rows of which one program reads columns: their indices are as many bytes as 4 rows of bfloat16.
-ROWS = 8
-
-
-def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B, n): ``x[:, columns]`` of a contiguous ``x``."""
+def gather_columns(
+    x: torch.Tensor, columns: torch.Tensor, n_columns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See :func:`sae_lens_auxk.ops.columns.gather_columns`; ``x`` is contiguous."""
     n = columns.numel()
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(n, 2048), triton.cdiv(x.shape[0], ROWS))
     _gather_columns[grid](
-        x, columns, out, x.shape[0], x.shape[1], n, ROWS=ROWS, WIDTH=2048, num_warps=4
+        x,
+        columns,
+        columns if n_columns is None else n_columns,
+        out,
+        x.shape[0],
+        x.shape[1],
+        n,
+        COUNTED=n_columns is not None,
+        ROWS=ROWS,
+        WIDTH=2048,
+        num_warps=4,
     )
     return out
 
 
 @triton.jit
 def _gather_columns(
-    x_ptr, columns_ptr, out_ptr, B, width, n, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    x_ptr,
+    columns_ptr,
+    n_columns_ptr,
+    out_ptr,
+    B,
+    width,
+    n,
+    COUNTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    column = tl.load(columns_ptr + i, mask=i < n, other=0)
+    counts = i < n
+    if COUNTED:
+        counts = counts & (i < tl.load(n_columns_ptr))
+    column = tl.load(columns_ptr + i, mask=counts, other=0)
     first = tl.program_id(1).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, B)):
-        x = tl.load(x_ptr + row * width + column, mask=i < n)
+        x = tl.load(x_ptr + row * width + column, mask=counts, other=float("-inf"))
         tl.store(out_ptr + row * n + i, x, mask=i < n)
 
 
@@ -416,9 +531,9 @@ def add_scaled(
     latents: torch.Tensor | None,
     n_rows: torch.Tensor | None,
     W: torch.Tensor,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Add ``scale`` times ``rows`` to rows of ``out``, in place; (n,) the products with W's.
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d_sae, d): ``scale`` times ``rows`` at their latents; (n,) the rows' products with W's.
 
     Args:
         rows: (n, d), of any strides.
@@ -426,9 +541,12 @@ def add_scaled(
         latents: (n,) int64, each once; None for all.
         n_rows: () int64, how many of the rows count; None for all.
         W: (d_sae, d), of any strides.
-        out: (d_sae, d), contiguous.
+        out: (d_sae, d) to add to, in place; None for a new one.
     """
     n, d = rows.shape
+    add = out is not None
+    if out is None:
+        out = torch.zeros(W.shape, dtype=torch.float32, device=rows.device)
     products = torch.zeros(n, dtype=torch.float32, device=rows.device)
     _add_scaled[(triton.cdiv(n, 32),)](
         rows,
@@ -446,11 +564,12 @@ def add_scaled(
         W.stride(1),
         ALL=latents is None,
         COUNTED=n_rows is not None,
+        ADD=add,
         LATENTS=32,
         WIDTH=64,
         num_warps=4,
     )
-    return products
+    return out, products
 
 
 @triton.jit
@@ -470,6 +589,7 @@ def _add_scaled(
     W_step,
     ALL: tl.constexpr,
     COUNTED: tl.constexpr,
+    ADD: tl.constexpr,
     LATENTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -495,6 +615,8 @@ def _add_scaled(
         )
         products += tl.sum(rows * tl.trans(W), axis=1)
         to = out_ptr + latent[:, None] * d + column[None, :]
-        added = tl.load(to, mask=inside, other=0.0) + rows * scale[:, None]
-        tl.store(to, added, mask=inside)
+        scaled = rows * scale[:, None]
+        if ADD:
+            scaled += tl.load(to, mask=inside, other=0.0)
+        tl.store(to, scaled, mask=inside)
     tl.store(products_ptr + i, products, mask=counts)
