@@ -144,6 +144,12 @@ def cell(result: dict[str, Any]) -> str:
     return f"{times[0]} ({times[1]}–{times[2]}){memory}"
 
 
+def over(result: dict[str, Any], base: dict[str, Any]) -> str:
+    """What ``result`` costs over ``base``, and on a GPU how much of that is the GPU's work."""
+    more = f", **{result['median'] / base['median'] - 1:+.0%}**"
+    return more + (f" (GPU {result['device'] / base['device'] - 1:+.0%})" if "GiB" in base else "")
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -166,8 +172,7 @@ def variant_table(results: dict[str, Any]) -> str:
         row = [name]
         for share in shares:
             result = results[f"{variant}|{share}|{fraction}"]
-            base = results[f"none|{share}|1.0"]["median"]
-            more = "" if variant == "none" else f", **{result['median'] / base - 1:+.0%}**"
+            more = "" if variant == "none" else over(result, results[f"none|{share}|1.0"])
             row.append(cell(result) + more)
         rows.append(row)
     return table(["ms", *(f"{float(share):.0%} dead" for share in shares)], rows)

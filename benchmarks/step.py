@@ -11,7 +11,7 @@ nothing, so that all of it stays as it is. Used by ``benchmarks/performance.py``
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,9 @@ class Case:
 
 
 def measure(case: Case, device: str) -> dict[str, float | str]:
-    """Median, minimum and maximum of the step's milliseconds; peak GiB on a GPU.
+    """Median, minimum and maximum of the step's milliseconds; on a GPU peak GiB, and ``device``.
 
+    That is for how many of the milliseconds the GPU is at work: what a faster host cannot better.
     On a GPU, where steps run in bfloat16 autocast, each of 7 figures is the mean of 8 steps with
     one wait for the device at their end, as in a training run, which does not wait at every step;
     on a CPU it is one step.
@@ -65,6 +66,8 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
             if cuda:
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / steps * 1e3)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        device_ms = _device_milliseconds(step, batches) if cuda else 0.0
     except (torch.OutOfMemoryError, ImportError) as error:
         return {"error": str(error).split("\n")[0]}
     result: dict[str, float | str] = {
@@ -73,8 +76,22 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
         "max": max(times),
     }
     if cuda:
-        result["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        result |= {"GiB": peak, "device": device_ms}
     return result
+
+
+def _device_milliseconds(
+    step: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor]
+) -> float:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for x in batches:
+            step(x)
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [
+        e for e in profile.events() if e.device_type == on_device and not e.is_user_annotation
+    ]
+    return sum(e.time_range.elapsed_us() for e in events) / len(batches) / 1e3
 
 
 def saelens_step(case: Case, device: str) -> Callable[[torch.Tensor], Any]:

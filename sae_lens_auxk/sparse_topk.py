@@ -146,9 +146,7 @@ class SparseAccess:
                     h, positions = top_k(h, k)
                 selected = InColumns(latents, positions, d_sae)
                 if not dense:
-                    by_row = Pairs.per_row(selected.latents, d_sae)
-                    faster = at_most <= COLUMNS_WORTH_A_DOT * k
-                    selected = replace(by_row, columns=selected) if faster else by_row
+                    selected = Pairs.per_row(selected.latents, d_sae)
             else:
                 h, latents = top_k(hidden_pre, k, among)
                 selected = Pairs.per_row(latents, d_sae)
@@ -179,8 +177,6 @@ def _activations(encoder: Encoder, h: torch.Tensor, selected: Selected) -> Spars
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
 # measured on a CPU, and on an H100 (docs/performance.md).
 COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
-# The same for the dot products alone, on a CPU.
-COLUMNS_WORTH_A_DOT = 24
 
 
 class SparseTopK(_Base):

@@ -96,7 +96,9 @@ class LatentGradient:
             return products
         own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
         self.add_rows(rows * of_latent.unsqueeze(1), latents)
-        return torch.linalg.vecdot(rows, own)
+        # A backward pass may run inside autocast, which would round.
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.linalg.vecdot(rows, own)
 
     def add_outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the outer product of ``a`` (d_sae,) and ``b`` (d,)."""

@@ -52,8 +52,6 @@ class Pairs:
         offsets: (n_bags,) int64, where each bag's pairs start.
         d_sae: the number of latents to choose from.
         per_bag: how many pairs each bag has, where it is the same for all.
-        columns: the same entries in the other form, where that has the faster :meth:`dots`: on a
-            CPU, whose torch is slow at it with pairs.
     """
 
     rows: torch.Tensor
@@ -62,7 +60,6 @@ class Pairs:
     offsets: torch.Tensor
     d_sae: int
     per_bag: int | None = None
-    columns: "InColumns | None" = None
 
     @staticmethod
     def per_row(latents: torch.Tensor, d_sae: int) -> "Pairs":
@@ -136,8 +133,6 @@ class Pairs:
             from sae_lens_auxk.ops import triton_kernels
 
             return triton_kernels.dots(x, self._table, W).flatten()
-        if self.columns is not None:
-            return self.columns.dots(x, self.columns.matrix(W)).flatten()
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x.contiguous(), W, self.latents, self.offsets, self.bags, 0, -1
         )
