@@ -1,13 +1,14 @@
 """Where a training step on a GPU waits for the device.
 
-torch reports every operation that waits (``torch.cuda.set_sync_debug_mode``). A step waits if the
-host cannot go on before the device has come that far. Prints, by line of code, how many of 5 steps
-did, for one variant:
-
     python benchmarks/syncs.py auxk
+
+Torch reports what waits by its own doing (``torch.cuda.set_sync_debug_mode``); this prints, by line
+of code, how many of 5 steps did. What waits in a library that torch calls it does not report: so the
+device is kept busy first, and the host's time for a step tells whether it came back before.
 """
 
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -27,7 +28,9 @@ def note(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
 
 def main() -> None:
     variant = sys.argv[1] if len(sys.argv) > 1 else "auxk"
-    case = Case("auxk-topk", 131_072, {"aux_variant": variant, "aux_bias": "none"})
+    fields = {"aux_variant": variant, "aux_bias": "none"}
+    # SAELens's own TopK for comparison
+    case = Case("topk", 131_072) if variant == "saelens" else Case("auxk-topk", 131_072, fields)
     step = saelens_step(case, "cuda")
     x = torch.randn(case.batch, 768, device="cuda")
     for _ in range(3):
@@ -43,6 +46,16 @@ def main() -> None:
     for where, times in found.most_common():
         print(f"{times / 5:5.1f} a step  {where}")
     print(f"{variant}: {sum(found.values()) / 5:.1f} waits a step in all")
+
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)
+    busy = torch.cuda.Event()
+    busy.record()
+    start = time.perf_counter()
+    step(x)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    answer = "waited for it" if busy.query() else "did not wait"
+    print(f"with the device busy for half a second before: {milliseconds:.0f} ms, {answer}")
 
 
 if __name__ == "__main__":
