@@ -146,8 +146,11 @@ def cell(result: dict[str, Any]) -> str:
 
 def over(result: dict[str, Any], base: dict[str, Any]) -> str:
     """What ``result`` costs over ``base``, and on a GPU how much of that is the GPU's work."""
+    if "error" in result or "error" in base:
+        return ""
     more = f", **{result['median'] / base['median'] - 1:+.0%}**"
-    return more + (f" (GPU {result['device'] / base['device'] - 1:+.0%})" if "GiB" in base else "")
+    both = "device" in result and "device" in base
+    return more + (f" (GPU {result['device'] / base['device'] - 1:+.0%})" if both else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -2,9 +2,10 @@
 
     python benchmarks/syncs.py auxk
 
-Torch reports what waits by its own doing (``torch.cuda.set_sync_debug_mode``); this prints, by line
-of code, how many of 5 steps did. What waits in a library that torch calls it does not report: so the
-device is kept busy first, and the host's time for a step tells whether it came back before.
+Torch reports what waits by its own doing (``torch.cuda.set_sync_debug_mode``); this prints, by
+line of code, how many of 5 steps did. What waits in a library that torch calls it does not report:
+so the device is kept busy first, and the host's time for a step tells whether it came back before.
+``saelens`` in the place of a variant is SAELens's own TopK.
 """
 
 import sys
@@ -29,7 +30,6 @@ def note(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
 def main() -> None:
     variant = sys.argv[1] if len(sys.argv) > 1 else "auxk"
     fields = {"aux_variant": variant, "aux_bias": "none"}
-    # SAELens's own TopK for comparison
     case = Case("topk", 131_072) if variant == "saelens" else Case("auxk-topk", 131_072, fields)
     step = saelens_step(case, "cuda")
     x = torch.randn(case.batch, 768, device="cuda")

@@ -249,7 +249,7 @@ class AuxTraining(_Base):
                 threshold = self.cfg.dead_threshold_tokens
                 self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
                 return int(dead.sum()) if bound is None else bound
-            case "batch":
+            case "batch" if dead.is_cuda:
                 return dead.numel()
             case _:
                 return int(dead.sum())

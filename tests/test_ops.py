@@ -170,11 +170,12 @@ def test_selected_activations_are_a_sparse_tensor_with_dense_sums_over_rows() ->
     assert acts.is_sparse
     assert torch.equal(acts.to_dense(), dense)
     fired = acts.bool().float()  # as SAELens's trainer asks
-    for sums in (fired.sum(-2), fired.sum(0), fired.sum(dim=0)):
+    for sums in (fired.sum(-2), fired.sum(0), fired.sum(dim=0), fired.sum(dim=-2)):
         assert type(sums) is torch.Tensor
         assert torch.equal(sums, torch.tensor([1.0, 1, 0, 1, 0]))
     assert torch.equal(fired.sum(-1).to_dense(), torch.tensor([1.0, 1, 1]))
     assert torch.equal(acts @ torch.eye(5), dense)
+    assert torch.equal(acts.bool().sum(0).to_dense(), torch.tensor([1, 1, 0, 1, 0]))
     buffer = io.BytesIO()
     torch.save(acts, buffer)
     buffer.seek(0)
@@ -226,10 +227,19 @@ KERNEL_TESTS = textwrap.dedent(
         torch.testing.assert_close(kernels.outer_sums(*pairs), expected)
         out = kernels.outer_sums(*pairs, torch.ones(10, 20, device=device))
         torch.testing.assert_close(out, expected + 1)
+    torch.use_deterministic_algorithms(True)
+    assert torch.equal(kernels.outer_sums(*pairs), kernels.outer_sums(*pairs))
+    torch.testing.assert_close(kernels.outer_sums(*pairs), expected)
+    torch.use_deterministic_algorithms(False)
     scale, W = torch.randn(21, device=device), torch.randn(21, 20, device=device)
-    scale[::3] = 0
-    for W in (W, W[0].expand(21, 20)):
-        expected = scale.unsqueeze(1) * W
+    sparse = scale.clone()
+    sparse[::3] = 0
+    unread = W.clone()
+    unread[::3] = torch.nan
+    transposed = torch.randn(20, 21, device=device).T
+    cases = (scale, W), (sparse, unread), (scale, W[0].expand(21, 20)), (scale, transposed)
+    for scale, W in (*cases, (scale[:1].expand(21), W)):
+        expected = (scale.unsqueeze(1) * W).where(scale.unsqueeze(1) != 0, 0)
         torch.testing.assert_close(kernels.add_multiples(scale, W), expected)
         out = kernels.add_multiples(scale, W, torch.ones(21, 20, device=device))
         torch.testing.assert_close(out, expected + 1)
@@ -367,6 +377,7 @@ SPARSE_STEP_TEST = textwrap.dedent(
         ),
         # The interpreter takes a millisecond for each program of a kernel.
         ("1", ["256", "auxk-topk auxk-batchtopk", "auxk"]),
+        ("1", ["96", "auxk-topk", "reanimation ghost_gradients pre_activation straight_through"]),
     ],
 )
 def test_the_sparse_step_equals_the_dense_one(interpreted: str, cases: list[str]) -> None:

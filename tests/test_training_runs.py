@@ -23,6 +23,7 @@ from tests import tiny_model
 from tests.helpers import (
     ARCHITECTURES,
     PAIRS,
+    TOPK_ARCHITECTURES,
     build_config,
     build_sae,
     build_trainer,
@@ -218,6 +219,23 @@ def test_compiled_run_equals_an_eager_one(architecture: str) -> None:
     for (name, p), q in zip(saes[0].named_parameters(), saes[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
     assert torch.equal(saes[0].tokens_since_fired, saes[1].tokens_since_fired)
+
+
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_the_trainer_counts_sparse_activations_like_dense_ones(architecture: str) -> None:
+    counts = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        sae = build_sae(architecture, use_sparse_activations=sparse, randomize=False)
+        trainer = build_trainer(sae, lr=1e-3)
+        for x in torch.randn(5, 16, 8):
+            output = trainer.step(x)
+        assert output.feature_acts.is_sparse == sparse
+        assert trainer.dead_neurons.dtype == torch.bool
+        counts.append((trainer.act_freq_scores, trainer.n_forward_passes_since_fired))
+    assert counts[0][0].sum() > 0
+    for dense, sparse in zip(*counts, strict=True):
+        assert torch.equal(dense, sparse)
 
 
 def test_multi_sae_run(tmp_path: Path) -> None:

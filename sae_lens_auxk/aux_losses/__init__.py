@@ -90,7 +90,10 @@ class AuxLossInputs:
         return self.access.columns_among(self.dead, self.max_dead)
 
     def dead_threshold(self) -> torch.Tensor:
-        """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead)."""
+        """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead).
+
+        For :meth:`dead_hidden_pre`; :meth:`dead_columns` are more.
+        """
         threshold = self.firing_threshold()
         if threshold.ndim == 0 or threshold.shape[-1] == 1:
             return threshold

@@ -12,11 +12,12 @@ _OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
 
 
 class SelectedActivations(torch.Tensor):
-    """A sparse COO tensor (B, d_sae) whose sum over the rows is dense, and waits for no device.
+    """A sparse COO tensor (B, d_sae) whose ``sum(0)``, or ``sum(-2)``, is dense, without a wait.
 
-    SAELens's trainer asks at every step which latents fired, and how often: the sum over the rows.
-    Torch's own answer is sparse, and to find out how many entries it has it sorts them and waits
-    for the device. That is all that differs from any other sparse COO tensor.
+    SAELens's trainer asks at every step which latents fired, and how often:
+    ``acts.bool().float().sum(0)``. Torch's own answer is sparse, and to find out how many entries
+    it has it sorts them and waits for the device. This is all that differs from any other sparse
+    COO tensor.
     """
 
     @staticmethod
@@ -38,10 +39,10 @@ class SelectedActivations(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.Tensor.sum and (*args[1:], *kwargs.items()) in _OVER_ROWS:
                 values, latents = args[0]._values(), args[0]._indices()[-1]
-                return values.new_zeros(args[0].shape[-1]).index_add_(0, latents, values)
+                if values.is_floating_point():
+                    return values.new_zeros(args[0].shape[-1]).index_add_(0, latents, values)
             result = func(*args, **kwargs)
-        # What the trainer sums is `acts.bool().float()`.
-        kept = func in (torch.Tensor.bool, torch.Tensor.float)
+        kept = func in (torch.Tensor.bool, torch.Tensor.float) and not result.requires_grad
         return _as(SelectedActivations, result) if kept else result
 
     # Torch copies and pickles subclasses by their storage, which a sparse tensor does not have.

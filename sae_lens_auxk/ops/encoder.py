@@ -244,6 +244,12 @@ def _add_sums(
     d_in = encoder.W.shape[0]
     rows, grad_bias = sums[:, :d_in], sums[:, d_in]
     norm = encoder.decoder.norm
+    if n_latents is not None:
+        # A loss may give a column that counts for nothing any gradient, NaN for -inf.
+        beyond = torch.arange(len(sums), device=sums.device) >= n_latents
+        grad_bias = grad_bias.masked_fill(beyond, 0)
+        if norm is None:
+            rows = rows.masked_fill(beyond.unsqueeze(1), 0)
     if norm is not None:
         # The norm is the same for a whole column, so that it can come after the product; and its
         # own gradient, the sum of a column's gradient times what it multiplies, is linear in x.

@@ -80,7 +80,7 @@ class LatentGradient:
             rows: (n, d).
             scale: (d_sae,).
             latents: (n,) int64, each once; None for all.
-            n_rows: () int64, how many of the rows count; the others are 0. None: all.
+            n_rows: () int64, how many of the rows count; None for all.
 
         Returns:
             (n,) the products of ``rows`` with the latents' own vectors in W.
@@ -94,6 +94,9 @@ class LatentGradient:
                 rows, scale, latents, n_rows, W, self._rows
             )
             return products
+        if n_rows is not None:
+            beyond = torch.arange(len(rows), device=rows.device) >= n_rows
+            rows = rows.masked_fill(beyond.unsqueeze(1), 0)
         own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
         self.add_rows(rows * of_latent.unsqueeze(1), latents)
         # A backward pass may run inside autocast, which would round.

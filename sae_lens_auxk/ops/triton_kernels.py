@@ -5,14 +5,33 @@ They run on a CPU too, by Triton's interpreter (``TRITON_INTERPRET=1``), which i
 tested where there is no GPU.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 import triton
 import triton.language as tl
+
+_Launch = TypeVar("_Launch", bound=Callable[..., Any])
+
+
+def _on_its_device(launch: _Launch) -> _Launch:
+    """Launch where the first argument is: Triton takes the current device, whatever that is."""
+
+    @wraps(launch)
+    def on_device(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **kwargs)
+
+    return on_device  # type: ignore[return-value]
+
 
 # Rows for one program where a row is little work, or all of them need the same indices.
 ROWS = 8
 
 
+@_on_its_device
 def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> torch.Tensor:
     """(B, n / size): the largest of each ``size`` neighbouring entries of a row of ``x`` (B, n).
 
@@ -63,6 +82,7 @@ def _group_max(
 MAX_CANDIDATES = 16_384
 
 
+@_on_its_device
 def largest(
     x: torch.Tensor,
     k: int,
@@ -163,6 +183,7 @@ def _largest(
 PAIRS_AT_ONCE = 64
 
 
+@_on_its_device
 def outer_sums(
     values: torch.Tensor,
     rows: torch.Tensor,
@@ -174,7 +195,8 @@ def outer_sums(
     """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs, in float32.
 
     A program for each latent takes its first pairs, and a second kernel, with a program for as many
-    pairs wherever they belong to, adds what one with more has left.
+    pairs wherever they belong to, adds what one with more has left, in any order. Where torch is
+    told to be deterministic (``torch.use_deterministic_algorithms``), the first does it all.
 
     Args:
         values: (N,) in the order of the latents.
@@ -189,13 +211,13 @@ def outer_sums(
     if out is None:
         out = torch.empty(d_sae, d, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(d)
-    _outer_sums[(d_sae,)](
-        values, rows, starts, x, out, d, ADD=add, LIMIT=PAIRS_AT_ONCE, WIDTH=width, num_warps=4
-    )
-    blocks = triton.cdiv(values.numel(), PAIRS_AT_ONCE)
-    _outer_sums_left[(blocks,)](
-        values, rows, latents, starts, x, out, d, LIMIT=PAIRS_AT_ONCE, WIDTH=width, num_warps=4
-    )
+    alone = torch.are_deterministic_algorithms_enabled()
+    limit = values.numel() if alone else PAIRS_AT_ONCE
+    _outer_sums[(d_sae,)](values, rows, starts, x, out, d, limit, ADD=add, WIDTH=width, num_warps=4)
+    if not alone:
+        _outer_sums_left[(triton.cdiv(values.numel(), limit),)](
+            values, rows, latents, starts, x, out, d, limit, WIDTH=width, num_warps=4
+        )
     return out
 
 
@@ -219,13 +241,13 @@ def _outer_sums(
     x_ptr,
     out_ptr,
     d,
+    limit,
     ADD: tl.constexpr,
-    LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     latent = tl.program_id(0).to(tl.int64)
     start = tl.load(starts_ptr + latent)
-    end = tl.minimum(tl.load(starts_ptr + latent + 1), start + LIMIT)
+    end = tl.minimum(tl.load(starts_ptr + latent + 1), start + limit)
     total = _outer_sum(values_ptr, rows_ptr, x_ptr, start, end, d, WIDTH)
     column = tl.arange(0, WIDTH)
     if ADD:
@@ -246,20 +268,21 @@ def _outer_sums_left(
     x_ptr,
     out_ptr,
     d,
-    LIMIT: tl.constexpr,
+    limit,
     WIDTH: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * LIMIT
+    first = tl.program_id(0).to(tl.int64) * limit
     # No other latent has pairs here that _outer_sums has left: they would have begun before.
     latent = tl.load(latents_ptr + first).to(tl.int64)
-    start = tl.maximum(first, tl.load(starts_ptr + latent) + LIMIT)
-    end = tl.minimum(first + LIMIT, tl.load(starts_ptr + latent + 1))
+    start = tl.maximum(first, tl.load(starts_ptr + latent) + limit)
+    end = tl.minimum(first + limit, tl.load(starts_ptr + latent + 1))
     if start < end:
         total = _outer_sum(values_ptr, rows_ptr, x_ptr, start, end, d, WIDTH)
         column = tl.arange(0, WIDTH)
         tl.atomic_add(out_ptr + latent * d + column, total, mask=column < d)
 
 
+@_on_its_device
 def add_multiples(
     scale: torch.Tensor, W: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -267,7 +290,7 @@ def add_multiples(
 
     Args:
         scale: where it is 0 nothing is read.
-        W: of any stride between rows.
+        W: of any strides.
         out: (n, d) to add to, in place; None for a new one.
     """
     n, d = W.shape
@@ -276,7 +299,17 @@ def add_multiples(
         out = torch.empty(n, d, dtype=torch.float32, device=W.device)
     width = triton.next_power_of_2(d)
     _add_multiples[(triton.cdiv(n, ROWS),)](
-        scale, W, out, n, d, W.stride(0), ADD=add, ROWS=ROWS, WIDTH=width, num_warps=4
+        scale.contiguous(),
+        W,
+        out,
+        n,
+        d,
+        W.stride(0),
+        W.stride(1),
+        ADD=add,
+        ROWS=ROWS,
+        WIDTH=width,
+        num_warps=4,
     )
     return out
 
@@ -288,17 +321,19 @@ def _add_multiples(
     out_ptr,
     n,
     d,
-    stride,
+    W_stride,
+    W_step,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
-    column = tl.arange(0, WIDTH)
+    column = tl.arange(0, WIDTH).to(tl.int64)
     for row in range(first, tl.minimum(first + ROWS, n)):
         scale = tl.load(scale_ptr + row).to(tl.float32)
         inside = column < tl.where(scale != 0, d, 0)
-        total = scale * tl.load(W_ptr + row * stride + column, mask=inside, other=0.0)
+        W = tl.load(W_ptr + row * W_stride + column * W_step, mask=inside, other=0.0)
+        total = scale * W
         if ADD:
             total += tl.load(out_ptr + row * d + column, mask=inside, other=0.0)
             tl.store(out_ptr + row * d + column, total, mask=inside)
@@ -311,6 +346,7 @@ def _add_multiples(
 SLICE = 256
 
 
+@_on_its_device
 def weighted_sums(values: torch.Tensor, latents: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """(B, d): for each row the sum of ``values * W[latents]``, in float32.
 
@@ -346,6 +382,7 @@ def _weighted_sums(
     tl.store(out_ptr + row * d + column, tl.sum(sums, axis=0), mask=column < d)
 
 
+@_on_its_device
 def dots(x: torch.Tensor, latents: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """(B, k): the products ``x[row] . W[latent]``, in float32.
 
@@ -377,6 +414,7 @@ def _dots(x_ptr, latents_ptr, W_ptr, parts_ptr, B, k, d, BLOCK: tl.constexpr, WI
         tl.store(parts_ptr + (tl.program_id(1) * B + row) * k + i, products, mask=i < k)
 
 
+@_on_its_device
 def transposed(x: torch.Tensor) -> torch.Tensor:
     """(n, m): ``x.T`` of a contiguous (m, n), contiguous too."""
     m, n = x.shape
@@ -396,6 +434,7 @@ def _transposed(x_ptr, out_ptr, m, n, TILE: tl.constexpr):
     tl.store(out_ptr + j[:, None] * m + i[None, :], tl.trans(x), mask=inside)
 
 
+@_on_its_device
 def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(m, n): ``W * scale``, which is (n,) or (m, 1), in ``dtype``, in one pass; contiguous."""
     out = torch.empty(W.shape, dtype=dtype, device=W.device)
@@ -420,6 +459,7 @@ def _scaled_cast(W_ptr, scale_ptr, out_ptr, n, OF_ROW: tl.constexpr, WIDTH: tl.c
     tl.store(out_ptr + offsets, W * scale, mask=column < n)
 
 
+@_on_its_device
 def gather_columns(
     x: torch.Tensor, columns: torch.Tensor, n_columns: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -467,6 +507,7 @@ def _gather_columns(
         tl.store(out_ptr + row * n + i, x, mask=i < n)
 
 
+@_on_its_device
 def shortfall(
     h: torch.Tensor,
     threshold: torch.Tensor,
@@ -525,6 +566,7 @@ def _shortfall(
         tl.store(parts_ptr + tl.program_id(0) * B + row, tl.sum(missing, axis=0))
 
 
+@_on_its_device
 def add_scaled(
     rows: torch.Tensor,
     scale: torch.Tensor,
