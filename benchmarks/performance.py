@@ -140,8 +140,9 @@ def cell(result: dict[str, Any]) -> str:
         return "out of memory" if "memory" in result["error"] else result["error"]
     digits = 1 if result["median"] < 100 else 0
     times = [f"{result[key]:.{digits}f}" for key in ("median", "min", "max")]
+    work = f", GPU {result['device']:.{digits}f}" if "device" in result else ""
     memory = f", {result['GiB']:.1f} GiB" if "GiB" in result else ""
-    return f"{times[0]} ({times[1]}–{times[2]}){memory}"
+    return f"{times[0]} ({times[1]}–{times[2]}){work}{memory}"
 
 
 def over(result: dict[str, Any], base: dict[str, Any]) -> str:
@@ -190,13 +191,20 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
     axes = dict.fromkeys(key.split("|")[0] for key in results)
     figure, panels = plt.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained")
     for panel, axis in zip(panels, axes, strict=True):
-        for variant, style in (("auxk", "o-"), ("none", "s--")):
-            points = [
-                (float(key.split("|")[1]), result["median"])
+        for variant, color, marker in (("auxk", "C0", "o"), ("none", "C1", "s")):
+            points = {
+                float(key.split("|")[1]): result
                 for key, result in results.items()
                 if key.split("|")[::2] == [axis, variant] and "median" in result
-            ]
-            panel.plot(*zip(*points, strict=True), style, label=variant)
+            }
+            values = list(points)
+            steps = [result["median"] for result in points.values()]
+            if all("device" in result for result in points.values()):
+                work = [result["device"] for result in points.values()]
+                panel.plot(values, work, marker + "-", color=color, label=f"{variant}, the GPU")
+                panel.plot(values, steps, ":", color=color, label=f"{variant}, the step")
+            else:
+                panel.plot(values, steps, marker + "-", color=color, label=variant)
         if axis != "dead":
             panel.set_xscale("log", base=2)
         panel.set_ylim(bottom=0)
@@ -206,7 +214,7 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
         )
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms a step")
-    panels[0].legend()
+    panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
