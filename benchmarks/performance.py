@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from parts import measure_parts
-from step import Case, measure
+from step import Case, measure, ratio
 
 from sae_lens_auxk.compare.cases import PRESETS, STOCK
 
@@ -121,6 +121,8 @@ def run(device: str, sections: list[str]) -> None:
             result = measure(case, device)
             if device == "cuda":
                 torch.cuda.empty_cache()
+            elif section == "variants" and case.fields != ours("none"):
+                result |= ratio(case, replace(case, fields=ours("none")))
             results[section][name] = {"case": asdict(case), **result}
             print(section, name, {k: v for k, v in result.items() if k != "case"}, flush=True)
             path.write_text(json.dumps(results, indent=1))
@@ -146,9 +148,12 @@ def cell(result: dict[str, Any]) -> str:
 
 
 def over(result: dict[str, Any], base: dict[str, Any]) -> str:
-    """What ``result`` costs over ``base``, and on a GPU how much of that is the GPU's work."""
+    """What ``result`` costs over ``base``; on a GPU also what of that is the GPU's work."""
     if "error" in result or "error" in base:
         return ""
+    if "ratio" in result:
+        low, middle, high = (result[key] - 1 for key in ("ratio_min", "ratio", "ratio_max"))
+        return f", **{middle:+.0%}** ({low:+.0%} to {high:+.0%})"
     more = f", **{result['median'] / base['median'] - 1:+.0%}**"
     both = "device" in result and "device" in base
     return more + (f" (GPU {result['device'] / base['device'] - 1:+.0%})" if both else "")

@@ -80,6 +80,32 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
     return result
 
 
+def ratio(case: Case, base: Case, rounds: int = 11) -> dict[str, float]:
+    """How many times as long as one of ``base`` a step of ``case`` takes, on a CPU.
+
+    The two take turns, and the median (minimum, maximum) is of the ratios of neighbours: the speed
+    of a machine that others use too changes within minutes.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(case.batch, D_IN)
+    steps = [saelens_step(each, "cpu") for each in (base, case)]
+    for step in steps * 2:
+        step(x)
+    ratios: list[float] = []
+    for _ in range(rounds):
+        times: list[float] = []
+        for step in steps:
+            start = time.perf_counter()
+            step(x)
+            times.append(time.perf_counter() - start)
+        ratios.append(times[1] / times[0])
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
 def _device_milliseconds(
     step: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor]
 ) -> float:
