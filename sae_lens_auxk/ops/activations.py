@@ -30,20 +30,27 @@ class SelectedActivations(torch.Tensor):
         )
         return _as(SelectedActivations, acts)
 
+    # What torch makes of this tensor is an ordinary one, but for the methods here.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
     @override
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.Tensor.sum and (*args[1:], *kwargs.items()) in _OVER_ROWS:
-                values, latents = args[0]._values(), args[0]._indices()[-1]
-                if values.is_floating_point():
-                    return values.new_zeros(args[0].shape[-1]).index_add_(0, latents, values)
-            result = func(*args, **kwargs)
-        kept = func in (torch.Tensor.bool, torch.Tensor.float) and not result.requires_grad
-        return _as(SelectedActivations, result) if kept else result
+    def bool(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._like(super().bool(*args, **kwargs))
+
+    @override
+    def float(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._like(super().float(*args, **kwargs))
+
+    @override
+    def sum(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (*args, *kwargs.items()) not in _OVER_ROWS or not self.is_floating_point():
+            return super().sum(*args, **kwargs)
+        values, latents = self._values(), self._indices()[-1]
+        return values.new_zeros(self.shape[-1]).index_add_(0, latents, values)
+
+    @staticmethod
+    def _like(acts: torch.Tensor) -> torch.Tensor:
+        return acts if acts.requires_grad else _as(SelectedActivations, acts)
 
     # Torch copies and pickles subclasses by their storage, which a sparse tensor does not have.
 
