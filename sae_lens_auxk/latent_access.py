@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from sae_lens_auxk.ops.columns import indices_of
+from sae_lens_auxk.ops.columns import beyond, indices_of
 from sae_lens_auxk.ops.topk import top_k
 
 
@@ -136,8 +136,7 @@ class DenseAccess:
 
     def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
         latents = indices_of(among, at_most)
-        missing = torch.arange(len(latents), device=among.device) >= among.sum()
-        h = self.columns(latents).masked_fill(missing, -torch.inf)
+        h = self.columns(latents).masked_fill(beyond(latents, among.sum()), -torch.inf)
         return DenseColumns(h, _normalized(self.W_dec.index_select(0, latents), self.rescaled))
 
     def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:  # noqa: ARG002

@@ -14,6 +14,11 @@ def indices_of(mask: torch.Tensor, at_most: int) -> torch.Tensor:
     return mask.nonzero_static(size=-at_most // 64 * -64, fill_value=0).squeeze(1)
 
 
+def beyond(columns: torch.Tensor, n_columns: torch.Tensor) -> torch.Tensor:
+    """(n,) bool: which of ``columns`` (n, ...) come after the first ``n_columns`` ()."""
+    return torch.arange(len(columns), device=columns.device) >= n_columns
+
+
 def gather_columns(
     x: torch.Tensor, columns: torch.Tensor, n_columns: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -28,8 +33,7 @@ def gather_columns(
     gathered = x.index_select(1, columns)
     if n_columns is None:
         return gathered
-    missing = torch.arange(len(columns), device=x.device) >= n_columns
-    return gathered.masked_fill_(missing, -torch.inf)
+    return gathered.masked_fill_(beyond(columns, n_columns), -torch.inf)
 
 
 def shortfall(
@@ -56,8 +60,7 @@ def shortfall(
 
         return triton_kernels.shortfall(h, threshold, columns, n_columns, dtype)
     missing = (threshold.to(h.dtype) - gather_columns(h, columns)).relu()
-    exists = torch.arange(len(columns), device=h.device) < n_columns
-    missing = missing.where(exists, 0)
+    missing = missing.masked_fill(beyond(columns, n_columns), 0)
     precise = torch.promote_types(h.dtype, torch.float32)
     return missing.sum(dim=-1, dtype=precise), (missing > 0).to(dtype)
 

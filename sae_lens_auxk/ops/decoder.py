@@ -145,10 +145,9 @@ class _OfColumns(torch.autograd.Function):
         sums = matmul_to(acts.T, grad, decoder.W.dtype)
         norm = decoder.norm
         if norm is None:
-            decoder.gradient.add_rows(sums, latents)
+            decoder.gradient.add_rows(sums, latents, ctx.n_latents)
         else:
             products = decoder.gradient.add_scaled(sums, 1 / norm, latents, ctx.n_latents)
-            products = torch.zeros_like(norm).index_add_(0, latents, products)
             decoder.add_norm_gradient(-products / norm.square())
         return grad @ rows.T, None, None, None, None
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops.columns import gather_columns, scaled_cast, shortfall
+from sae_lens_auxk.ops.columns import beyond, gather_columns, scaled_cast, shortfall
 from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
@@ -246,26 +246,16 @@ def _add_sums(
     norm = encoder.decoder.norm
     if n_latents is not None:
         # A loss may give a column that counts for nothing any gradient, NaN for -inf.
-        beyond = torch.arange(len(sums), device=sums.device) >= n_latents
-        grad_bias = grad_bias.masked_fill(beyond, 0)
-        if norm is None:
-            rows = rows.masked_fill(beyond.unsqueeze(1), 0)
+        grad_bias = grad_bias.masked_fill(beyond(sums, n_latents), 0)
+    grad_bias = at_latents(grad_bias, latents, len(encoder.bias))
     if norm is not None:
         # The norm is the same for a whole column, so that it can come after the product; and its
         # own gradient, the sum of a column's gradient times what it multiplies, is linear in x.
         products = encoder.gradient.add_scaled(rows, norm, latents, n_latents)
-        grad_bias = _at(grad_bias, latents, norm)
-        grad_norm = _at(products, latents, norm) + grad_bias * encoder.bias
-        encoder.decoder.add_norm_gradient(grad_norm)
+        encoder.decoder.add_norm_gradient(products + grad_bias * encoder.bias)
         return grad_bias * norm
-    encoder.gradient.add_rows(rows.contiguous(), latents)
-    return _at(grad_bias, latents, encoder.bias)
-
-
-def _at(values: torch.Tensor, latents: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    if latents is None:
-        return values
-    return torch.zeros_like(like).index_add_(0, latents, values)
+    encoder.gradient.add_rows(rows.contiguous(), latents, n_latents)
+    return grad_bias
 
 
 class _Sums(torch.autograd.Function):

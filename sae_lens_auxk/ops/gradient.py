@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops.columns import beyond
 
 
 class LatentGradient:
@@ -58,9 +59,18 @@ class LatentGradient:
         )
         self._rows = sums if self._rows is None else self._rows.add_(sums)
 
-    def add_rows(self, rows: torch.Tensor, latents: torch.Tensor | None = None) -> None:
-        """Add ``rows`` (n, d) to those of ``latents`` (n,), which may repeat; None: to all."""
+    def add_rows(
+        self,
+        rows: torch.Tensor,
+        latents: torch.Tensor | None = None,
+        n_rows: torch.Tensor | None = None,
+    ) -> None:
+        """Add ``rows`` (n, d) to those of ``latents`` (n,), which may repeat; None: to all.
+
+        Only the first ``n_rows`` () count, where it is given.
+        """
         self._begin()
+        rows = _counted(rows, n_rows)
         if latents is not None:
             into = self.W.new_zeros(self.shape) if self._rows is None else self._rows
             self._rows = into.index_add_(0, latents, rows)
@@ -83,7 +93,7 @@ class LatentGradient:
             n_rows: () int64, how many of the rows count; None for all.
 
         Returns:
-            (n,) the products of ``rows`` with the latents' own vectors in W.
+            (d_sae,) the products of the rows with their latents' own vectors in W, else 0.
         """
         W = self.W.T if self.transpose else self.W
         if use_triton(rows) and self.W.dtype == torch.float32 and rows.dtype == torch.float32:
@@ -93,15 +103,13 @@ class LatentGradient:
             self._rows, products = triton_kernels.add_scaled(
                 rows, scale, latents, n_rows, W, self._rows
             )
-            return products
-        if n_rows is not None:
-            beyond = torch.arange(len(rows), device=rows.device) >= n_rows
-            rows = rows.masked_fill(beyond.unsqueeze(1), 0)
+            return at_latents(products, latents, len(W))
+        rows = _counted(rows, n_rows)
         own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
         self.add_rows(rows * of_latent.unsqueeze(1), latents)
         # A backward pass may run inside autocast, which would round.
         with torch.autocast(rows.device.type, enabled=False):
-            return torch.linalg.vecdot(rows, own)
+            return at_latents(torch.linalg.vecdot(rows, own), latents, len(W))
 
     def add_outer(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the outer product of ``a`` (d_sae,) and ``b`` (d,)."""
@@ -131,6 +139,20 @@ class LatentGradient:
         if total is not None and self.transpose:
             total = transposed(total)
         return total
+
+
+def at_latents(values: torch.Tensor, latents: torch.Tensor | None, d_sae: int) -> torch.Tensor:
+    """(d_sae,): ``values`` (n,) added up at their latents (n,); None: they are all, in order."""
+    if latents is None:
+        return values
+    return values.new_zeros(d_sae).index_add_(0, latents, values)
+
+
+def _counted(rows: torch.Tensor, n_rows: torch.Tensor | None) -> torch.Tensor:
+    """``rows`` with 0 for all but the first ``n_rows`` (), where it is given."""
+    if n_rows is None:
+        return rows
+    return rows.masked_fill(beyond(rows, n_rows).unsqueeze(1), 0)
 
 
 def _add_multiples(scale: torch.Tensor, W: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

@@ -97,7 +97,7 @@ class Pairs:
         """Do what does not depend on gradients.
 
         In the forward pass: the optimizer's last step keeps the device busy for that long, while in
-        the backward pass it waits for the host.
+        the backward pass it may wait for the host.
         """
         _ = self._rows_by_latent, self._bags_by_latent
 
