@@ -112,9 +112,8 @@ class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
     def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
         before = self.topk_threshold
         super().update_topk_threshold(acts_topk)
-        if self._n_finite_rows is not None:
-            usable = self._n_finite_rows > 0
-            self.topk_threshold = torch.where(usable, self.topk_threshold, before)
+        if self._usable is not None:
+            self.topk_threshold = torch.where(self._usable.any, self.topk_threshold, before)
 
 
 @dataclass

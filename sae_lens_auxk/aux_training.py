@@ -19,7 +19,7 @@ from typing_extensions import override
 from sae_lens_auxk.aux_losses import AuxLossInputs, DeadCriterion
 from sae_lens_auxk.aux_losses.auxk import k_aux_of
 from sae_lens_auxk.dead_latents import DeadCountAhead, count_tokens, fired_in_batch
-from sae_lens_auxk.finite_rows import replace_rows, usable_rows
+from sae_lens_auxk.finite_rows import UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class AuxTraining(_Base):
         self._loaded = False
         self._nonfinite_rows: torch.Tensor | int = 0
         self._next_nonfinite_report = 0
-        self._n_finite_rows: torch.Tensor | None = None
+        self._usable: UsableRows | None = None
         self._aux_metrics: dict[str, Any] = {}
 
     # --- the two methods of SAELens that this mixin is about ---------------------------------
@@ -92,16 +92,16 @@ class AuxTraining(_Base):
         flat = sae_in.reshape(-1, *sae_in.shape[batch_dims:])
         usable = usable_rows(flat, self.cfg.normalize_activations)
         flat = replace_rows(flat, usable)
-        n_finite = usable.sum()
-        self._n_finite_rows = n_finite
-        self._watch_nonfinite_rows(n_finite, flat.shape[0], step_input.n_training_steps)
+        self._usable = usable
+        n_nonfinite = flat.shape[0] - usable.n
+        self._watch_nonfinite_rows(n_nonfinite, usable, step_input.n_training_steps)
 
         output = super().training_forward_pass(replace(step_input, sae_in=flat))
 
-        output.loss = output.loss * (n_finite > 0)
+        output.loss = output.loss * usable.any
         output.metrics.update(self._aux_metrics)
-        output.metrics["nonfinite_rows"] = flat.shape[0] - n_finite
-        self._n_finite_rows = None
+        output.metrics["nonfinite_rows"] = n_nonfinite
+        self._usable = None
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
                 setattr(output, name, _unflatten(getattr(output, name), leading))
@@ -177,19 +177,19 @@ class AuxTraining(_Base):
         aux = self.cfg.aux_loss
         n_rows = feature_acts.shape[0]
         max_dead = self._max_dead(dead, n_rows) if aux.uses_dead_latents else dead.numel()
-        loss = sae_out.new_zeros(())
         if coefficient == 0 or max_dead == 0:
-            return loss
+            return sae_out.new_zeros(())
         record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead, max_dead)
         rows = self._aux_rows(n_rows, step)
+        losses: list[torch.Tensor] = []
+        used: list[torch.Tensor] = []
         for level in self._levels(record, feature_acts):
             seen = level if rows is None else level.at_rows(rows)
-            n_used = level.dead.sum()
-            loss = loss + coefficient * self._level_loss(seen, n_used)
-            if aux.uses_k_aux:
-                n_used = n_used.clamp(max=k_aux_of(self.cfg))
-            self._aux_metrics["k_aux_used"] += n_used
-        return loss
+            n_used = n_dead if level is record else level.dead.sum()
+            losses.append(coefficient * self._level_loss(seen, n_used))
+            used.append(n_used.clamp(max=k_aux_of(self.cfg)) if aux.uses_k_aux else n_used)
+        self._aux_metrics["k_aux_used"] = sum(used[1:], start=used[0])
+        return sum(losses[1:], start=losses[0])
 
     def _level_loss(self, level: AuxLossInputs, n_dead: torch.Tensor) -> torch.Tensor:
         """The loss of one record, 0 where it needs dead latents and there are none."""
@@ -197,7 +197,7 @@ class AuxTraining(_Base):
         if not aux.uses_dead_latents:
             return aux.function(level, self.cfg)
         if aux.by_mask:
-            return aux.function(level, self.cfg).where(n_dead > 0, 0)
+            return aux.function(level, self.cfg) * (n_dead > 0)
         if level.dead_latents.numel() == 0:
             return level.x.new_zeros(())
         return aux.function(level, self.cfg)
@@ -221,9 +221,9 @@ class AuxTraining(_Base):
         """Count the batch; the dead latents (d_sae,), and how many were revived."""
         fired = fired_in_batch(feature_acts)
         n_tokens: int | torch.Tensor = feature_acts.shape[0]
-        if self._n_finite_rows is not None:
-            n_tokens = self._n_finite_rows
-            fired = fired & (n_tokens > 0)
+        if self._usable is not None:
+            n_tokens = self._usable.n
+            fired = fired & self._usable.any
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
         threshold = self.cfg.dead_threshold_tokens if criterion == "tokens" else 1
         was_dead = self.tokens_since_fired >= threshold
@@ -297,9 +297,11 @@ class AuxTraining(_Base):
         return step
 
     @never_compiled
-    def _watch_nonfinite_rows(self, n_finite: torch.Tensor, n_rows: int, step: int) -> None:
-        self._nonfinite_rows = self._nonfinite_rows + (n_rows - n_finite)
-        if step == 0 and n_finite == 0:
+    def _watch_nonfinite_rows(
+        self, n_nonfinite: torch.Tensor, usable: UsableRows, step: int
+    ) -> None:
+        self._nonfinite_rows = self._nonfinite_rows + n_nonfinite
+        if step == 0 and not usable.any:
             raise ValueError(
                 "no row of the first training batch is finite: the activations hold NaN or "
                 "infinity, or the statistics that SAELens estimated for normalize_activations="
@@ -308,7 +310,7 @@ class AuxTraining(_Base):
         # To look at a tensor is to wait for the device, so CUDA is looked at now and then.
         if step >= self._next_nonfinite_report or step == 0:
             reported = self._report_nonfinite_rows()
-            if reported or n_finite.is_cuda:
+            if reported or n_nonfinite.is_cuda:
                 self._next_nonfinite_report = step + STEPS_BETWEEN_NONFINITE_REPORTS
 
     def _report_nonfinite_rows(self) -> bool:
