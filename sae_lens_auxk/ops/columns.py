@@ -65,6 +65,15 @@ def shortfall(
     return missing.sum(dim=-1, dtype=precise), (missing > 0).to(dtype)
 
 
+def scale_after_product(W: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product in ``dtype`` with a scaled ``W`` is best scaled itself, in place.
+
+    A CPU takes longer to get memory for another W than to multiply the product. On CUDA, and where
+    W is to be cast in any case, it is W that is scaled.
+    """
+    return not W.is_cuda and W.dtype == dtype
+
+
 def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``W`` (m, n) times ``scale``, (n,) or (m, 1), in ``dtype``; no gradient."""
     if use_triton(W) and W.dtype == torch.float32:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops.columns import scaled_cast
+from sae_lens_auxk.ops.columns import scale_after_product, scaled_cast
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
@@ -44,9 +44,12 @@ class Decoder:
         The rows are as they are where there are no norms.
         """
         rows, dtype = self.W[latents], self._autocast or self.W.dtype
-        if self.norm is not None:
-            rows = scaled_cast(rows, 1 / self.norm[latents].unsqueeze(1), dtype)
-        return x.to(dtype) @ rows.to(dtype).T
+        if self.norm is None:
+            return x.to(dtype) @ rows.to(dtype).T
+        scale = 1 / self.norm[latents]
+        if scale_after_product(rows, dtype):
+            return (x.to(dtype) @ rows.T).mul_(scale)
+        return x.to(dtype) @ scaled_cast(rows, scale.unsqueeze(1), dtype).T
 
     def of_columns(
         self, acts: torch.Tensor, latents: torch.Tensor, n_latents: torch.Tensor
@@ -76,7 +79,7 @@ class Decoder:
             return 1.0
         if selected is None:
             return self.norm
-        return self.norm[selected.latents].view(-1, *like.shape[1:])
+        return self.norm.index_select(0, selected.latents.flatten()).view(-1, *like.shape[1:])
 
     def add_norm_gradient(self, grad: torch.Tensor) -> None:
         """Add what the gradient of the norms (d_sae,) does to W_dec."""

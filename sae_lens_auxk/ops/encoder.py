@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops.columns import beyond, gather_columns, scaled_cast, shortfall
+from sae_lens_auxk.ops.columns import (
+    beyond,
+    gather_columns,
+    scale_after_product,
+    scaled_cast,
+    shortfall,
+)
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
@@ -56,10 +62,13 @@ class Encoder:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.x = x if b_dec is None else x - b_dec
             dtype = autocast or W_enc.dtype
+            afterwards = scale_after_product(W_enc, dtype)
             weights, bias = W_enc, b_enc
-            if norm is not None:
+            if norm is not None and not afterwards:
                 weights, bias = scaled_cast(W_enc, norm, dtype), b_enc * norm
             self.hidden_pre = torch.addmm(bias.to(dtype), self.x_autocast, weights.to(dtype))
+            if norm is not None and afterwards:
+                self.hidden_pre.mul_(norm)
 
     @cached_property
     def x_autocast(self) -> torch.Tensor:

@@ -15,6 +15,9 @@ import torch
 from sae_lens_auxk.ops import use_triton
 from sae_lens_auxk.ops.columns import beyond
 
+# Rows of a matrix whose transposed a CPU writes at once.
+ROWS_AT_ONCE = 128
+
 
 class LatentGradient:
     """The gradient of ``W`` in one buffer (d_sae, d).
@@ -53,11 +56,15 @@ class LatentGradient:
 
             self._rows = triton_kernels.outer_sums(values, rows, latents, starts, x, self._rows)
             return
-        dtype = self.W.dtype
+        dtype, bags, used = self.W.dtype, starts[:-1], None
+        if self._rows is not None and not x.is_cuda:  # CUDA would have to wait for their number
+            # To get memory for another W takes a CPU longer than all else here.
+            used = (bags < starts[1:]).nonzero().squeeze(1)
+            bags = bags[used]
         sums = torch.nn.functional.embedding_bag(
-            rows, x.to(dtype), starts[:-1], per_sample_weights=values.to(dtype), mode="sum"
+            rows, x.to(dtype), bags, per_sample_weights=values.to(dtype), mode="sum"
         )
-        self._rows = sums if self._rows is None else self._rows.add_(sums)
+        self.add_rows(sums, used)
 
     def add_rows(
         self,
@@ -188,4 +195,8 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
         from sae_lens_auxk.ops import triton_kernels
 
         return triton_kernels.transposed(x)
-    return x.T.contiguous()
+    # A core's cache does not hold the lines that a column of all of x is in.
+    out = x.new_empty(x.shape[::-1])
+    for part, into in zip(x.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE, dim=1), strict=True):
+        into.copy_(part.T)
+    return out
