@@ -590,7 +590,7 @@ def add_scaled(
     if out is None:
         out = torch.zeros(W.shape, dtype=torch.float32, device=rows.device)
     products = torch.zeros(n, dtype=torch.float32, device=rows.device)
-    _add_scaled[(triton.cdiv(n, 32),)](
+    _add_scaled[(triton.cdiv(n, 16),)](
         rows,
         scale,
         scale if latents is None else latents,
@@ -607,8 +607,8 @@ def add_scaled(
         ALL=latents is None,
         COUNTED=n_rows is not None,
         ADD=add,
-        LATENTS=32,
-        WIDTH=64,
+        LATENTS=16,
+        WIDTH=128,
         num_warps=4,
     )
     return out, products
