@@ -30,7 +30,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 ARCHITECTURES = ("auxk-topk", "auxk-batchtopk", "auxk-matryoshka-batchtopk")
 VARIANTS = tuple(case["aux_variant"] for case in PRESETS["variants"])
 FRACTIONS = (1.0, 1 / 16)
-SECTIONS = ("step", "variants", "growth", "parts")
+SECTIONS = ("step", "host", "variants", "growth", "parts")
 
 
 def ours(variant: str, **fields: Any) -> dict[str, Any]:
@@ -56,6 +56,17 @@ def step_cases(device: str) -> dict[str, Case]:
                 cases[f"{architecture} {variant}|{d_sae}"] = replace(
                     case, architecture=architecture, fields=ours(variant)
                 )
+    return cases
+
+
+def host_cases(device: str) -> dict[str, Case]:
+    """A step with next to nothing to do for the GPU, so that it takes what the host takes."""
+    if device != "cuda":
+        return {}
+    case = Case("auxk-topk", 8192, batch=1024)
+    cases = {"SAELens topk|8192": replace(case, architecture="topk")}
+    for variant in VARIANTS:
+        cases[f"auxk-topk {variant}|8192"] = replace(case, fields=ours(variant))
     return cases
 
 
@@ -98,7 +109,12 @@ def growth_cases(device: str) -> dict[str, Case]:
 
 
 CPU = Case("auxk-topk", 12_288, batch=1024)
-CASES = {"step": step_cases, "variants": variant_cases, "growth": growth_cases}
+CASES = {
+    "step": step_cases,
+    "host": host_cases,
+    "variants": variant_cases,
+    "growth": growth_cases,
+}
 
 
 def run(device: str, sections: list[str]) -> None:
@@ -233,8 +249,9 @@ def render() -> None:
         results = json.loads(path.read_text())
         machine = ", ".join(f"{k} {v}" if k != "date" else v for k, v in results["machine"].items())
         blocks = {"machine": machine}
-        if "step" in results:
-            blocks["step"] = step_table(results["step"])
+        for section in ("step", "host"):
+            if results.get(section):
+                blocks[section] = step_table(results[section])
         if "variants" in results:
             blocks["variants"] = variant_table(results["variants"])
         if "growth" in results:
