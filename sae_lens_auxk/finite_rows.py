@@ -45,6 +45,6 @@ def replace_rows(x: torch.Tensor, usable: UsableRows) -> torch.Tensor:
     as there are bad rows, but needs no change of shape and no host synchronisation, which dropping
     the rows would.
     """
-    first = usable.mask.view(torch.uint8).argmax(dim=0, keepdim=True)
+    first = usable.mask.int().argmax(dim=0, keepdim=True)
     first = x.index_select(0, first).where(usable.any, 1.0)
     return torch.where(usable.mask.view(-1, *[1] * (x.ndim - 1)), x, first)

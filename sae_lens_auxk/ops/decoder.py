@@ -106,7 +106,6 @@ class _WeightedSums(torch.autograd.Function):
         decoder: Decoder,
         selected: Selected,
     ) -> torch.Tensor:
-        selected.prepare_backward()
         W = decoder._matrix(selected)
         ctx.save_for_backward(values, W)
         ctx.decoder, ctx.selected = decoder, selected

@@ -95,14 +95,6 @@ class Pairs:
             return self._rows_by_latent
         return self.bags.index_select(0, self.by_latent.order)
 
-    def prepare_backward(self) -> None:
-        """Do what does not depend on gradients.
-
-        In the forward pass: the optimizer's last step keeps the device busy for that long, while in
-        the backward pass it may wait for the host.
-        """
-        _ = self._rows_by_latent, self._bags_by_latent
-
     @property
     def in_autocast(self) -> bool:
         """Whether products are best given their matrices in autocast's precision."""
@@ -197,9 +189,6 @@ class InColumns:
     def matrix(self, W: torch.Tensor) -> torch.Tensor:
         """(n, d): the rows of the n columns."""
         return W.index_select(0, self.columns)
-
-    def prepare_backward(self) -> None:
-        """See :meth:`Pairs.prepare_backward`."""
 
     @property
     def latents(self) -> torch.Tensor:
