@@ -135,10 +135,12 @@ def run(device: str, sections: list[str]) -> None:
         results[section] = {}
         for name, case in CASES[section](device).items():
             result = measure(case, device)
+            if section == "host" and case.fields:
+                result |= ratio(case, replace(case, architecture="topk", fields={}), device)
+            elif section == "variants" and device == "cpu":
+                result |= ratio(case, replace(case, fields=ours("none")), device)
             if device == "cuda":
                 torch.cuda.empty_cache()
-            elif section == "variants" and case.fields != ours("none"):
-                result |= ratio(case, replace(case, fields=ours("none")))
             results[section][name] = {"case": asdict(case), **result}
             print(section, name, {k: v for k, v in result.items() if k != "case"}, flush=True)
             path.write_text(json.dumps(results, indent=1))
@@ -187,6 +189,14 @@ def step_table(results: dict[str, Any]) -> str:
     return table(["ms", *(f"{int(width):,} latents" for width in widths)], rows)
 
 
+def host_table(results: dict[str, Any]) -> str:
+    rows: list[list[str]] = []
+    for key, result in results.items():
+        more = over(result, result) if "ratio" in result else ""
+        rows.append([key.split("|")[0], cell(result) + more])
+    return table(["ms", "8,192 latents, 1,024 rows"], rows)
+
+
 def variant_table(results: dict[str, Any]) -> str:
     shares = dict.fromkeys(key.split("|")[1] for key in results)
     rows = []
@@ -197,7 +207,8 @@ def variant_table(results: dict[str, Any]) -> str:
         row = [name]
         for share in shares:
             result = results[f"{variant}|{share}|{fraction}"]
-            more = "" if variant == "none" else over(result, results[f"none|{share}|1.0"])
+            none = results[f"none|{share}|1.0"]
+            more = over(result, none) if variant != "none" or "ratio" in result else ""
             row.append(cell(result) + more)
         rows.append(row)
     return table(["ms", *(f"{float(share):.0%} dead" for share in shares)], rows)
@@ -249,9 +260,10 @@ def render() -> None:
         results = json.loads(path.read_text())
         machine = ", ".join(f"{k} {v}" if k != "date" else v for k, v in results["machine"].items())
         blocks = {"machine": machine}
-        for section in ("step", "host"):
-            if results.get(section):
-                blocks[section] = step_table(results[section])
+        if "step" in results:
+            blocks["step"] = step_table(results["step"])
+        if results.get("host"):
+            blocks["host"] = host_table(results["host"])
         if "variants" in results:
             blocks["variants"] = variant_table(results["variants"])
         if "growth" in results:

@@ -24,6 +24,7 @@ import sae_lens_auxk  # noqa: F401  (registers the architectures)
 
 D_IN = 768
 LEARNING_RATE = 1e-9
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,16 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
     on a CPU it is one step.
     """
     cuda = device == "cuda"
-    rounds, steps, warm_up = (7, 8, 8) if cuda else (7, 1, 2)
     torch.manual_seed(0)
     batches = [torch.randn(case.batch, D_IN, device=device) for _ in range(4)]
     try:
         build = sparsify_step if case.architecture == "sparsify" else saelens_step
         step = build(case, device)
-        for i in range(warm_up):
-            step(batches[i % len(batches)])
+        for _ in range(WARM_UP):
+            _milliseconds(step, batches)
         if cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        times: list[float] = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            for i in range(steps):
-                step(batches[i % len(batches)])
-            if cuda:
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / steps * 1e3)
+        times = [_milliseconds(step, batches) for _ in range(7)]
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         device_ms = _device_milliseconds(step, batches) if cuda else 0.0
     except (torch.OutOfMemoryError, ImportError) as error:
@@ -80,30 +72,40 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
     return result
 
 
-def ratio(case: Case, base: Case, rounds: int = 11) -> dict[str, float]:
-    """How many times as long as one of ``base`` a step of ``case`` takes, on a CPU.
+def ratio(case: Case, base: Case, device: str, rounds: int = 11) -> dict[str, float]:
+    """How many times as long as one of ``base`` a step of ``case`` takes.
 
     The two take turns, and the median (minimum, maximum) is of the ratios of neighbours: the speed
     of a machine that others use too changes within minutes.
     """
     torch.manual_seed(0)
-    x = torch.randn(case.batch, D_IN)
-    steps = [saelens_step(each, "cpu") for each in (base, case)]
-    for step in steps * 2:
-        step(x)
+    batches = [torch.randn(case.batch, D_IN, device=device)]
+    steps = [saelens_step(each, device) for each in (base, case)]
+    for step in steps * WARM_UP:
+        _milliseconds(step, batches)
     ratios: list[float] = []
     for _ in range(rounds):
-        times: list[float] = []
-        for step in steps:
-            start = time.perf_counter()
-            step(x)
-            times.append(time.perf_counter() - start)
-        ratios.append(times[1] / times[0])
+        of_base, of_case = (_milliseconds(step, batches) for step in steps)
+        ratios.append(of_case / of_base)
     return {
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
+
+
+def _milliseconds(step: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor]) -> float:
+    """Of one step: on a CPU of a single one, on a GPU the mean of 8 with a wait at their end."""
+    cuda = batches[0].is_cuda
+    n = 8 if cuda else 1
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(n):
+        step(batches[i % len(batches)])
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / n * 1e3
 
 
 def _device_milliseconds(
