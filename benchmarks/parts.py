@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 from sae_lens_auxk.ops.columns import gather_columns
 from sae_lens_auxk.ops.gradient import LatentGradient, transposed
-from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
+from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected, matmul_to
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
 
 D_IN, K, K_AUX = 768, 32, 512
@@ -78,6 +78,7 @@ def measure_parts(device: str, n: int, B: int, dead_shares: tuple[float, ...]) -
     show("W_enc's layout: torch", lambda: W_dec.T.contiguous())
     show("W_enc's layout: transposed", lambda: transposed(W_dec))
 
+    norm = W_dec.norm(dim=-1)
     for share in dead_shares:
         dead = torch.rand(n, device=device) < share
         columns = dead.nonzero().squeeze(1)
@@ -104,7 +105,23 @@ def measure_parts(device: str, n: int, B: int, dead_shares: tuple[float, ...]) -
             show(f"{form}: gradient of activations", partial(dots, chosen, x_, W))
             show(f"{form}: weight gradient, added to one", add)
         show("pairs: order by latent", lambda p=forms["pairs"][0]: replace(p).by_latent)
-    show("\nW_dec in half precision", lambda: W_dec.to(half))
+        # What a loss with a gradient for every dead latent needs, however few the rows are.
+        few, few_x = h_dead[:256], x_half[:256]
+        filled_enc = LatentGradient(W_enc, transpose=True)
+        filled_enc.add_rows(torch.zeros_like(W_dec))
+        sums = matmul_to(few.T, few_x, W_dec.dtype)
+        show("all dead: gradient of 256 rows", partial(matmul_to, few.T, few_x, W_dec.dtype))
+        show("all dead: scaled, added", partial(filled_enc.add_scaled, sums, norm, columns, None))
+    buffer = torch.zeros_like(W_dec)
+
+    def add_norm_gradient() -> None:
+        gradient = LatentGradient(W_dec)
+        gradient.add_rows(buffer)
+        gradient.add_along(norm)
+        gradient.take()
+
+    show("\nnorms' gradient, added to W_dec's", add_norm_gradient)
+    show("W_dec in half precision", lambda: W_dec.to(half))
 
     with torch.enable_grad():
         parameters = [torch.nn.Parameter(W.clone()) for W in (W_enc, W_dec)]
