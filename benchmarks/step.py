@@ -49,7 +49,7 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
     """
     cuda = device == "cuda"
     torch.manual_seed(0)
-    batches = [torch.randn(case.batch, D_IN, device=device) for _ in range(4)]
+    batches = [torch.randn(case.batch, D_IN, device=device) for _ in range(4 if cuda else 1)]
     try:
         build = sparsify_step if case.architecture == "sparsify" else saelens_step
         step = build(case, device)

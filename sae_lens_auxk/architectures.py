@@ -113,7 +113,7 @@ class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
         before = self.topk_threshold
         super().update_topk_threshold(acts_topk)
         if self._usable is not None:
-            self.topk_threshold = torch.where(self._usable.any, self.topk_threshold, before)
+            self.topk_threshold = torch.where(self._usable.some, self.topk_threshold, before)
 
 
 @dataclass

@@ -98,7 +98,7 @@ class AuxTraining(_Base):
 
         output = super().training_forward_pass(replace(step_input, sae_in=flat))
 
-        output.loss = output.loss * usable.any
+        output.loss = output.loss * usable.some
         output.metrics.update(self._aux_metrics)
         output.metrics["nonfinite_rows"] = n_nonfinite
         self._usable = None
@@ -177,19 +177,19 @@ class AuxTraining(_Base):
         aux = self.cfg.aux_loss
         n_rows = feature_acts.shape[0]
         max_dead = self._max_dead(dead, n_rows) if aux.uses_dead_latents else dead.numel()
+        loss = sae_out.new_zeros(())
         if coefficient == 0 or max_dead == 0:
-            return sae_out.new_zeros(())
+            return loss
         record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead, max_dead)
         rows = self._aux_rows(n_rows, step)
-        losses: list[torch.Tensor] = []
-        used: list[torch.Tensor] = []
         for level in self._levels(record, feature_acts):
             seen = level if rows is None else level.at_rows(rows)
-            n_used = n_dead if level is record else level.dead.sum()
-            losses.append(coefficient * self._level_loss(seen, n_used))
-            used.append(n_used.clamp(max=k_aux_of(self.cfg)) if aux.uses_k_aux else n_used)
-        self._aux_metrics["k_aux_used"] = sum(used[1:], start=used[0])
-        return sum(losses[1:], start=losses[0])
+            n_used = level.dead.sum()
+            loss = loss + coefficient * self._level_loss(seen, n_used)
+            if aux.uses_k_aux:
+                n_used = n_used.clamp(max=k_aux_of(self.cfg))
+            self._aux_metrics["k_aux_used"] += n_used
+        return loss
 
     def _level_loss(self, level: AuxLossInputs, n_dead: torch.Tensor) -> torch.Tensor:
         """The loss of one record, 0 where it needs dead latents and there are none."""
@@ -197,7 +197,7 @@ class AuxTraining(_Base):
         if not aux.uses_dead_latents:
             return aux.function(level, self.cfg)
         if aux.by_mask:
-            return aux.function(level, self.cfg) * (n_dead > 0)
+            return aux.function(level, self.cfg).where(n_dead > 0, 0)
         if level.dead_latents.numel() == 0:
             return level.x.new_zeros(())
         return aux.function(level, self.cfg)
@@ -223,7 +223,7 @@ class AuxTraining(_Base):
         n_tokens: int | torch.Tensor = feature_acts.shape[0]
         if self._usable is not None:
             n_tokens = self._usable.n
-            fired = fired & self._usable.any
+            fired = fired & self._usable.some
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
         threshold = self.cfg.dead_threshold_tokens if criterion == "tokens" else 1
         was_dead = self.tokens_since_fired >= threshold
@@ -301,7 +301,7 @@ class AuxTraining(_Base):
         self, n_nonfinite: torch.Tensor, usable: UsableRows, step: int
     ) -> None:
         self._nonfinite_rows = self._nonfinite_rows + n_nonfinite
-        if step == 0 and not usable.any:
+        if step == 0 and not usable.some:
             raise ValueError(
                 "no row of the first training batch is finite: the activations hold NaN or "
                 "infinity, or the statistics that SAELens estimated for normalize_activations="

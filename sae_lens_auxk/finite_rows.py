@@ -11,12 +11,12 @@ class UsableRows(NamedTuple):
     Attributes:
         mask: (B,) bool.
         n: () int64, how many.
-        any: () bool, whether there is one.
+        some: () bool, whether there is one.
     """
 
     mask: torch.Tensor
     n: torch.Tensor
-    any: torch.Tensor
+    some: torch.Tensor
 
 
 @torch.no_grad()
@@ -46,5 +46,5 @@ def replace_rows(x: torch.Tensor, usable: UsableRows) -> torch.Tensor:
     the rows would.
     """
     first = usable.mask.int().argmax(dim=0, keepdim=True)
-    first = x.index_select(0, first).where(usable.any, 1.0)
-    return torch.where(usable.mask.view(-1, *[1] * (x.ndim - 1)), x, first)
+    instead = x.index_select(0, first).where(usable.some, 1.0)
+    return torch.where(usable.mask.view(-1, *[1] * (x.ndim - 1)), x, instead)

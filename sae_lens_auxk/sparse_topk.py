@@ -169,13 +169,9 @@ class SparseAccess:
 
 
 def _activations(encoder: Encoder, h: torch.Tensor, selected: Selected) -> SparseActivations:
-    """Selected values ``h`` (B, k); one that is 0 stands for nothing."""
-    return SparseActivations(encoder, selected, _active(encoder.before_norm(h, selected)))
-
-
-def _active(pre: torch.Tensor) -> torch.Tensor:
-    """``pre``, without a gradient where it is 0."""
-    return torch.nn.functional.hardshrink(pre, 0.0)
+    """Selected values ``h`` (B, k); one that is 0 stands for nothing, and gets no gradient."""
+    pre = encoder.before_norm(h, selected)
+    return SparseActivations(encoder, selected, pre.where(h != 0, 0))
 
 
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
@@ -234,8 +230,9 @@ class SparseTopK(_Base):
             autocast=autocast,
         )
         h, selected = self._select(encoder.hidden_pre)
-        h = h.to(self.dtype).relu_()
-        values = _active(encoder.before_norm(h, selected))
+        h = h.to(self.W_enc.dtype).relu_()
+        # Once more, for the gradient: what did not fire has none.
+        values = encoder.before_norm(h, selected).relu()
         shape = encoder.hidden_pre.shape
         acts: torch.Tensor = SelectedActivations.of(selected.rows, selected.latents, h, shape)
         if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:

@@ -254,6 +254,30 @@ def test_columns_beyond_the_dead_latents_may_get_any_gradient(rescaled: bool) ->
         del AUX_LOSSES["squares"]
 
 
+def test_without_a_dead_latent_the_value_of_a_loss_does_not_matter() -> None:
+    def mean_over_dead(inputs: Any, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+        return inputs.hidden_pre_sums().where(inputs.dead, 0).sum() / inputs.dead.sum()
+
+    register_aux_loss("mean_over_dead", mean_over_dead, by_mask=True)
+    try:
+        sae = build_sae("auxk-topk", aux_variant="mean_over_dead", dead_criterion="steps")
+        sae._max_dead = lambda dead, n_rows: 20  # as where the number is not known yet
+        output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
+        assert output.losses["aux_loss"] == 0
+        assert output.loss.isfinite()
+    finally:
+        del AUX_LOSSES["mean_over_dead"]
+
+
+def test_a_decoder_row_of_zeros_does_no_harm() -> None:
+    sae = build_sae("auxk-topk", aux_variant="auxk", dead_criterion="steps", k_aux=24)
+    with torch.no_grad():
+        sae.W_dec[[0, 5]] = 0
+    value, gradients = aux_value_and_gradients(sae, torch.randn(6, 8), torch.arange(24) < 9)
+    assert value > 0
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ties_are_no_problem(variant: str) -> None:
     sae = build_sae("auxk-topk", aux_variant=variant, dead_criterion="steps", k_aux=4)

@@ -18,14 +18,14 @@ def test_rows_are_replaced_by_a_finite_row() -> None:
     usable = usable_rows(x, "none")
     assert usable.mask.tolist() == [False, True, False, False, True]
     assert replace_rows(x, usable)[:, 0].tolist() == [1, 1, 1, 1, 4]
-    assert (int(usable.n), bool(usable.any)) == (2, True)
+    assert (int(usable.n), bool(usable.some)) == (2, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_batch_without_a_usable_row_becomes_ones(dtype: torch.dtype) -> None:
     x = torch.tensor([[torch.nan, 0.0], [torch.inf, -torch.inf]], dtype=dtype)
     usable = usable_rows(x, "none")
-    assert not usable.any
+    assert not usable.some
     assert torch.equal(replace_rows(x, usable), torch.ones_like(x))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import ARCHITECTURES, aux_gradients, build_sae
+from tests.helpers import ARCHITECTURES, TOPK_ARCHITECTURES, aux_gradients, build_sae
 
 D_SAE, N_DEAD = 24, 9
 DEAD = torch.arange(D_SAE) < N_DEAD
@@ -128,15 +128,23 @@ def test_learned_thresholds_move_under_the_pre_activation_loss_only() -> None:
         assert (gradient.abs().max() > 0) == (variant == "pre_activation")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_main_loss_is_that_of_saelens(architecture: str) -> None:
+# With so large a k much of what is selected is negative, and neither fires nor has a gradient.
+MANY = {"k": D_SAE - 1}
+UNSCALED = {**MANY, "rescale_acts_by_decoder_norm": False}
+SELECTIONS = [(architecture, {}) for architecture in ARCHITECTURES] + [
+    (architecture, fields) for architecture in TOPK_ARCHITECTURES for fields in (MANY, UNSCALED)
+]
+
+
+@pytest.mark.parametrize(("architecture", "fields"), SELECTIONS)
+def test_the_main_loss_is_that_of_saelens(architecture: str, fields: dict[str, Any]) -> None:
     """With the auxiliary loss off, a step has SAELens's own losses and gradients."""
     from sae_lens.registry import get_sae_training_class
 
     from tests.helpers import STOCK, build_config, forward, randomize_parameters
 
-    ours = build(architecture, aux_variant="none")
-    cfg = build_config(architecture, d_sae=D_SAE).to_dict()
+    ours = build(architecture, aux_variant="none", **fields)
+    cfg = build_config(architecture, d_sae=D_SAE, **fields).to_dict()
     cfg.update(architecture=STOCK[architecture], aux_loss_coefficient=0.0)
     stock_class, stock_cfg_class = get_sae_training_class(STOCK[architecture])
     stock = stock_class(stock_cfg_class.from_dict(cfg))

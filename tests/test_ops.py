@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.gradient import LatentGradient, handle, transposed
 from sae_lens_auxk.ops.selected import InColumns, Pairs
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
 from tests.helpers import VARIANTS, build_sae, build_trainer, kill_latents
@@ -91,6 +91,30 @@ def test_ragged_selections() -> None:
     torch.autograd.gradcheck(
         lambda v, w: Decoder(w, rescaled=False, autocast=None).weighted_sums(v, pairs), (values, W)
     )
+
+
+def test_selections_with_levels() -> None:
+    """As Matryoshka makes them: a bag is one level of a row, some without a pair."""
+    rows, latents = torch.tensor([0, 0, 0, 2]), torch.tensor([1, 7, 8, 2])
+    bags = rows * 2 + (latents >= 5)
+    pairs = Pairs.from_bags(rows, latents, bags, n_bags=6, d_sae=10)
+    W, x = torch.randn(10, 4), torch.randn(6, 4)
+    torch.testing.assert_close(pairs.dots(x, W), (x @ W.T)[bags, latents])
+    values = torch.randn(4)
+    for by_bag, among in ((True, bags), (False, rows)):
+        gradient = LatentGradient(W)
+        expected = torch.zeros(10, 4)
+        for _ in range(2):  # to a new buffer, and to one that is there
+            pairs.add_to(gradient, values, x, by_bag)
+            expected.index_add_(0, latents, values.unsqueeze(1) * x[among])
+        torch.testing.assert_close(gradient.take(), expected)
+
+
+@pytest.mark.parametrize("n", [1, 128, 300])
+def test_transposing(n: int) -> None:
+    x = torch.randn(n, 7)
+    assert torch.equal(transposed(x), x.T)
+    assert transposed(x).is_contiguous()
 
 
 def test_both_forms_of_a_selection_are_the_same() -> None:
@@ -290,19 +314,20 @@ KERNEL_TESTS = textwrap.dedent(
             rtol=1e-5, atol=1e-4,
         )
 
-    W, scale = torch.randn(100, 90, device=device).T, torch.rand(90, device=device)
+    W, scale = torch.randn(300, 90, device=device).T, torch.rand(90, device=device)
     latents, n_rows = torch.randperm(90, device=device)[:40], torch.tensor(37, device=device)
     for among, n in ((latents, 37), (latents, 40), (None, 90)):
-        rows = torch.randn(n if n != 37 else 40, 108, device=device)[:, :100]
+        rows = torch.randn(n if n != 37 else 40, 308, device=device)[:, :300]
         at = slice(None) if among is None else among[:n]
-        expected = torch.zeros(90, 100, device=device)
+        expected = torch.zeros(90, 300, device=device)
         expected[at] = rows[:n] * scale[at].unsqueeze(1)
-        for out, more in ((None, 0), (torch.ones(90, 100, device=device), 1)):
+        for out, more in ((None, 0), (torch.ones(90, 300, device=device), 1)):
             out, found = kernels.add_scaled(
                 rows, scale, among, n_rows if n == 37 else None, W, out
             )
             torch.testing.assert_close(out, expected + more)
-            torch.testing.assert_close(found[:n], torch.linalg.vecdot(rows[:n], W[at]))
+            found_again = torch.linalg.vecdot(rows[:n], W[at])
+            torch.testing.assert_close(found[:n], found_again, rtol=1e-5, atol=1e-4)
     columns, n_columns = torch.arange(1, 200, 3, device=device), torch.tensor(40, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         h = torch.randn(5, 200, device=device).to(dtype)

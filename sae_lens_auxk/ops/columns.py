@@ -68,10 +68,10 @@ def shortfall(
 def scale_after_product(W: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a product in ``dtype`` with a scaled ``W`` is best scaled itself, in place.
 
-    A CPU takes longer to get memory for another W than to multiply the product. On CUDA, and where
-    W is to be cast in any case, it is W that is scaled.
+    A CPU takes longer to get memory for another W than to multiply the product. Elsewhere, and
+    where W is to be cast in any case, it is W that is scaled.
     """
-    return not W.is_cuda and W.dtype == dtype
+    return W.device.type == "cpu" and W.dtype == dtype
 
 
 def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

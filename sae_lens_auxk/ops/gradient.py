@@ -57,8 +57,9 @@ class LatentGradient:
             self._rows = triton_kernels.outer_sums(values, rows, latents, starts, x, self._rows)
             return
         dtype, bags, used = self.W.dtype, starts[:-1], None
-        if self._rows is not None and not x.is_cuda:  # CUDA would have to wait for their number
-            # To get memory for another W takes a CPU longer than all else here.
+        if self._rows is not None and x.device.type == "cpu":
+            # To get memory for another W takes a CPU longer than all else here. (CUDA would have
+            # to wait for the number of latents.)
             used = (bags < starts[1:]).nonzero().squeeze(1)
             bags = bags[used]
         sums = torch.nn.functional.embedding_bag(
@@ -195,8 +196,11 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
         from sae_lens_auxk.ops import triton_kernels
 
         return triton_kernels.transposed(x)
+    if x.device.type != "cpu":
+        return x.T.contiguous()
     # A core's cache does not hold the lines that a column of all of x is in.
     out = x.new_empty(x.shape[::-1])
-    for part, into in zip(x.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE, dim=1), strict=True):
-        into.copy_(part.T)
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        out[:, rows] = x[rows].T
     return out

@@ -128,7 +128,7 @@ class Pairs:
 
             return triton_kernels.dots(x, self._table, W).flatten()
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        if x.is_cuda:
+        if x.device.type != "cpu":
             return dots(x.contiguous(), W, self.latents, self.offsets, self.bags, 0, -1)
         # The other way round, with the latents as bags of rows: a core's cache has room for much of
         # x, not of W. On a CPU this takes half the time.
