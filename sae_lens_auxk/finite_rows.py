@@ -28,9 +28,7 @@ def usable_rows(x: torch.Tensor, normalize_activations: str) -> UsableRows:
     # One sum instead of a look at each entry: what is not finite makes it not finite. So would
     # finite entries beyond 1e35, but their squares, the loss, are not finite either.
     x = x.flatten(1)
-    total = x.sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    # isfinite() takes twice as many operations, which is what counts for so few numbers.
-    mask = total - total == 0
+    mask = x.sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
     if normalize_activations == "constant_norm_rescale":
         mask = mask & x.any(dim=1)
     n = mask.sum()
