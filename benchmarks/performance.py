@@ -165,13 +165,16 @@ def cell(result: dict[str, Any]) -> str:
     return f"{times[0]} ({times[1]}–{times[2]}){work}{memory}"
 
 
-def over(result: dict[str, Any], base: dict[str, Any]) -> str:
-    """What ``result`` costs over ``base``; on a GPU also what of that is the GPU's work."""
-    if "error" in result or "error" in base:
-        return ""
+def over(result: dict[str, Any], base: dict[str, Any] | None = None) -> str:
+    """What ``result`` costs over ``base``; on a GPU also what of that is the GPU's work.
+
+    What was measured in turn with its base needs no other.
+    """
     if "ratio" in result:
         low, middle, high = (result[key] - 1 for key in ("ratio_min", "ratio", "ratio_max"))
         return f", **{middle:+.0%}** ({low:+.0%} to {high:+.0%})"
+    if base is None or "error" in result or "error" in base:
+        return ""
     more = f", **{result['median'] / base['median'] - 1:+.0%}**"
     both = "device" in result and "device" in base
     return more + (f" (GPU {result['device'] / base['device'] - 1:+.0%})" if both else "")
@@ -190,10 +193,7 @@ def step_table(results: dict[str, Any]) -> str:
 
 
 def host_table(results: dict[str, Any]) -> str:
-    rows: list[list[str]] = []
-    for key, result in results.items():
-        more = over(result, result) if "ratio" in result else ""
-        rows.append([key.split("|")[0], cell(result) + more])
+    rows = [[key.split("|")[0], cell(result) + over(result)] for key, result in results.items()]
     return table(["ms", "8,192 latents, 1,024 rows"], rows)
 
 
@@ -207,9 +207,8 @@ def variant_table(results: dict[str, Any]) -> str:
         row = [name]
         for share in shares:
             result = results[f"{variant}|{share}|{fraction}"]
-            none = results[f"none|{share}|1.0"]
-            more = over(result, none) if variant != "none" or "ratio" in result else ""
-            row.append(cell(result) + more)
+            base = None if variant == "none" else results[f"none|{share}|1.0"]
+            row.append(cell(result) + over(result, base))
         rows.append(row)
     return table(["ms", *(f"{float(share):.0%} dead" for share in shares)], rows)
 

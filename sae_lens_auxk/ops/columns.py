@@ -65,13 +65,33 @@ def shortfall(
     return missing.sum(dim=-1, dtype=precise), (missing > 0).to(dtype)
 
 
-def scale_after_product(W: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a product in ``dtype`` with a scaled ``W`` is best scaled itself, in place.
+def scaled_product(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B, n): ``(x @ W + bias) * scale``, in the precision of ``x``; no gradient.
 
-    A CPU takes longer to get memory for another W than to multiply the product. Elsewhere, and
-    where W is to be cast in any case, it is W that is scaled.
+    Args:
+        x: (B, d).
+        W: (d, n), contiguous, or the transposed of what is.
+        scale: (n,), or None for 1.
+        bias: (n,), or None for 0.
     """
-    return W.device.type == "cpu" and W.dtype == dtype
+    dtype = x.dtype
+    # A CPU takes longer to get memory for another W than to multiply the product in place.
+    afterwards = W.device.type == "cpu" and W.dtype == dtype
+    if scale is None or afterwards:
+        weights = W.to(dtype)
+    else:
+        bias = None if bias is None else bias * scale
+        if W.is_contiguous():
+            weights = scaled_cast(W, scale, dtype)
+        else:
+            weights = scaled_cast(W.T, scale.unsqueeze(1), dtype).T
+    product = x @ weights if bias is None else torch.addmm(bias.to(dtype), x, weights)
+    return product.mul_(scale) if scale is not None and afterwards else product
 
 
 def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops.columns import scale_after_product, scaled_cast
+from sae_lens_auxk.ops.columns import scaled_cast, scaled_product
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
@@ -43,13 +43,8 @@ class Decoder:
 
         The rows are as they are where there are no norms.
         """
-        rows, dtype = self.W[latents], self._autocast or self.W.dtype
-        if self.norm is None:
-            return x.to(dtype) @ rows.to(dtype).T
-        scale = 1 / self.norm[latents]
-        if scale_after_product(rows, dtype):
-            return (x.to(dtype) @ rows.T).mul_(scale)
-        return x.to(dtype) @ scaled_cast(rows, scale.unsqueeze(1), dtype).T
+        scale = None if self.norm is None else 1 / self.norm[latents]
+        return scaled_product(x.to(self._autocast or self.W.dtype), self.W[latents].T, scale)
 
     def of_columns(
         self, acts: torch.Tensor, latents: torch.Tensor, n_latents: torch.Tensor

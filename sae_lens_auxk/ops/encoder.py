@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops.columns import (
-    beyond,
-    gather_columns,
-    scale_after_product,
-    scaled_cast,
-    shortfall,
-)
+from sae_lens_auxk.ops.columns import beyond, gather_columns, scaled_product, shortfall
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
@@ -58,17 +52,9 @@ class Encoder:
         self.gradient = LatentGradient(W_enc, transpose=True)
         self.handle = handle(W_enc, self.gradient)
         self._bias: torch.Tensor = _Bias.apply(b_enc, b_dec, self.W)
-        norm = decoder.norm
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self.x = x if b_dec is None else x - b_dec
-            dtype = autocast or W_enc.dtype
-            afterwards = scale_after_product(W_enc, dtype)
-            weights, bias = W_enc, b_enc
-            if norm is not None and not afterwards:
-                weights, bias = scaled_cast(W_enc, norm, dtype), b_enc * norm
-            self.hidden_pre = torch.addmm(bias.to(dtype), self.x_autocast, weights.to(dtype))
-            if norm is not None and afterwards:
-                self.hidden_pre.mul_(norm)
+            self.hidden_pre = scaled_product(self.x_autocast, W_enc, decoder.norm, b_enc)
 
     @cached_property
     def x_autocast(self) -> torch.Tensor:
