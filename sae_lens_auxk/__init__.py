@@ -24,8 +24,8 @@ from sae_lens_auxk.architectures import (
     register_architectures,
 )
 from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
-from sae_lens_auxk.run_length import warn_in_every_trainer
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.run_length import fit_in_every_trainer
 from sae_lens_auxk.runner import runner_config
 
 __version__ = version("sae-lens-auxk")
@@ -50,4 +50,4 @@ __all__ = [
 ]
 
 register_architectures()
-warn_in_every_trainer()
+fit_in_every_trainer()

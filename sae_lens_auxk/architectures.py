@@ -4,7 +4,7 @@ Only what an architecture says about itself stands here: its name, what it is fo
 and what a pre-activation must exceed to fire.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
-from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepOutput
 from sae_lens.saes.standard_sae import (
     StandardSAE,
     StandardSAEConfig,
@@ -48,10 +48,10 @@ from sae_lens.saes.topk_sae import (
 from typing_extensions import override
 
 from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses import AuxLossInputs
-from sae_lens_auxk.aux_training import AuxTraining
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs
+from sae_lens_auxk.aux_training import AuxStepInput, AuxTraining
 from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
-from sae_lens_auxk.latent_access import LevelAccess
+from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
 
 # SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
@@ -79,7 +79,7 @@ class AuxKTopKTrainingSAE(SparseTopK, AuxTraining, TopKTrainingSAE):  # type: ig
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
-        if feature_acts.is_sparse and self._step is not None:
+        if isinstance(feature_acts, SelectedActivations):
             acts = feature_acts._values().unflatten(0, (-1, int(self.cfg.k)))
         else:
             acts = feature_acts.detach().to_dense().topk(int(self.cfg.k), sorted=False).values
@@ -108,12 +108,12 @@ class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
         return self.topk_threshold
 
     @override
-    @torch.no_grad()
-    def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
+    def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
         before = self.topk_threshold
-        super().update_topk_threshold(acts_topk)
-        if self._usable is not None:
-            self.topk_threshold = torch.where(self._usable.some, self.topk_threshold, before)
+        output = super()._forward(step_input)
+        self.topk_threshold = torch.where(step_input.usable.some, self.topk_threshold, before)
+        output.metrics["topk_threshold"] = self.topk_threshold
+        return output
 
 
 @dataclass
@@ -141,24 +141,32 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(
     cfg: AuxKMatryoshkaBatchTopKTrainingSAEConfig  # type: ignore[assignment]
 
     @override
-    def _levels(self, record: AuxLossInputs, feature_acts: torch.Tensor) -> Iterator[AuxLossInputs]:
+    def _levels(
+        self,
+        record: AuxLossInputs,
+        feature_acts: torch.Tensor,
+        inner: Sequence[torch.Tensor] | None,
+    ) -> Iterator[AuxLossInputs]:
         if not self.cfg.use_matryoshka_aux_loss:
             yield record
             return
-        with torch.no_grad():
-            inner = list(self._iterable_decode(feature_acts, include_outer_loss=False))
+        if inner is None:
+            with torch.no_grad():
+                inner = [out for _, out in self._iterable_decode(feature_acts)]
+        residuals = [record.x - out.detach() for out in inner]
         start = 0
-        for end, reconstruction in [*inner, (self.cfg.d_sae, None)]:
-            dead = record.dead[start:end]
+        # The outermost level is the SAE itself, so its residual is there already.
+        for end, residual in zip(
+            self.cfg.matryoshka_widths, [*residuals, record.residual], strict=True
+        ):
+            dead = torch.zeros_like(record.dead)
+            dead[start:end] = record.dead[start:end]
             yield replace(
                 record,
-                # The outermost level is the SAE itself, so its residual is there already.
-                residual=record.residual
-                if reconstruction is None
-                else record.x - reconstruction.detach(),
-                access=LevelAccess(record.access, start, end, self.cfg.d_sae),
+                residual=residual,
                 dead=dead,
-                W_dec=record.W_dec[start:end],
+                dead_bound=min(record.dead_bound, end - start),
+                level=slice(start, end),
             )
             start = end
 

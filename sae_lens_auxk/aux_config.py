@@ -9,7 +9,8 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
-from sae_lens_auxk.aux_losses import AUX_LOSSES, AuxLoss, DeadCriterion
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES, AuxLoss, DeadCriterion
+from sae_lens_auxk.dead_latents import DEFAULT_THRESHOLD
 
 AuxBias = Literal["decoder", "matched", "none"]
 
@@ -22,30 +23,31 @@ class AuxConfig:
     Every loss is summed over d_in and averaged over the batch, as SAELens's MSE is.
 
     Args:
-        aux_variant (str): The auxiliary loss: "auxk", "reanimation", "straight_through",
-            "pre_activation", "ghost_gradients", "multi_topk" (TopK family only), "none", or a
-            name given to register_aux_loss.
-        aux_loss_coefficient (float | None): What the auxiliary loss is multiplied by, alpha.
-            None: the variant's published value (auxk 1/32, reanimation 1e-3, pre_activation
-            3e-6, ghost_gradients 1, multi_topk 1/8), and for straight_through 1/2, which was
-            chosen by measurement. SAELens's own TopK loss, which this replaces, has 1.
+        aux_variant (str): The auxiliary loss: the name of a file in sae_lens_auxk/aux_losses
+            ("auxk", "pursuit", "none", ...), where its formula stands, or a name given to
+            register_aux_loss.
+        aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha. None: the
+            variant's default, its source's value or one chosen by measurement. SAELens's own TopK
+            loss, which this replaces, has 1.
         k_aux (int | None): How many dead latents, those with the largest pre-activation, auxk
-            uses in each row. None (on the command line, the flag without a value): d_in // 2
-            (Gao et al. 2024, B.1).
+            and straight_through use in each row. None (on the command line, the flag without a
+            value): d_in // 2 (Gao et al. 2024, B.1).
         aux_bias (Literal["decoder", "matched", "none"]): What auxk adds to the dead latents'
             reconstruction of the residual r. "decoder": b_dec, so that dead latents are pulled
             toward r - b_dec (sparsify removed its own as a bug, #132 and #134). "matched":
             b_dec there and a constant b_dec on r, as in Gao et al.'s code: the value of "none",
             with a gradient to b_dec. "none": nothing, as in Gao et al.'s paper and SAELens.
-        aux_relu (bool): Whether auxk and multi_topk pass their activations through a ReLU, as
-            Gao et al.'s code does. False: negative pre-activations count as they are.
+        aux_relu (bool): Whether auxk passes its activations through a ReLU, as Gao et al.'s code
+            does. False: negative pre-activations count as they are.
         dead_criterion (Literal["tokens", "steps", "batch"] | None): When a latent is dead.
             "tokens": silent for dead_threshold_tokens. "steps": by SAELens's own mask (silent
             for more than dead_feature_window steps). "batch": silent in this batch. None:
             "batch" for reanimation, else "tokens".
-        dead_threshold_tokens (int): Tokens of silence after which a latent is dead, with
-            dead_criterion="tokens". A run with fewer training tokens calls no latent dead, and
-            is warned about.
+        dead_threshold_tokens (int | None): Tokens of silence after which a latent is dead, with
+            dead_criterion="tokens". None: 10 million (Gao et al. 2024), or a twentieth of the
+            run's training samples where that is less, fixed when the trainer is made and written
+            into the saved metadata. No latent dies in a run shorter than the threshold, which
+            causes a warning.
         aux_batch_fraction (float): The share of each batch's rows, a new random sample at every
             step, that the auxiliary loss is computed on. Its mean over them is an unbiased
             estimate of that over the batch (but for ghost_gradients, whose scale is a ratio of
@@ -62,7 +64,7 @@ class AuxConfig:
     aux_bias: AuxBias = "decoder"
     aux_relu: bool = False
     dead_criterion: DeadCriterion | None = None
-    dead_threshold_tokens: int = 10_000_000
+    dead_threshold_tokens: int | None = None
     aux_batch_fraction: float = 1.0
     aux_warm_up_steps: int = 0
     aux_decay_start_step: int | None = None
@@ -82,6 +84,17 @@ class AuxConfig:
     def aux_loss(self) -> AuxLoss:
         """The registered loss that ``aux_variant`` names."""
         return AUX_LOSSES[self.aux_variant]
+
+    @property
+    def resolved_k_aux(self) -> int:
+        """``k_aux``, or ``d_in // 2`` (Gao et al. 2024, B.1) where that is None."""
+        return self.d_in // 2 if self.k_aux is None else self.k_aux  # type: ignore[attr-defined]
+
+    @property
+    def resolved_dead_threshold_tokens(self) -> int:
+        """``dead_threshold_tokens``, or 10 million where no trainer has fixed it yet."""
+        threshold = self.dead_threshold_tokens
+        return DEFAULT_THRESHOLD if threshold is None else threshold
 
     @property
     def resolved_dead_criterion(self) -> DeadCriterion:
@@ -132,7 +145,7 @@ def _validate(cfg: Any) -> None:
         _reject(cfg, "aux_relu", "True or False")
     if cfg.dead_criterion is not None:
         _require_choice(cfg, "dead_criterion", (None, *get_args(DeadCriterion)))
-    _require_int(cfg, "dead_threshold_tokens", minimum=1)
+    _require_int(cfg, "dead_threshold_tokens", minimum=1, optional=True)
     _require_number(cfg, "aux_batch_fraction", "more than 0 and at most 1")
     if not 0 < cfg.aux_batch_fraction <= 1:
         _reject(cfg, "aux_batch_fraction", "more than 0 and at most 1")

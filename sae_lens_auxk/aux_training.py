@@ -1,14 +1,16 @@
 """The seam: where a SAELens training SAE meets an auxiliary loss.
 
-SAELens's trainer calls ``training_forward_pass`` once a step, and that calls
-``calculate_aux_loss``. :class:`AuxTraining` puts itself in front of both: it counts dead
-latents, builds the record that a loss may see, calls the loss by its name and multiplies it
-by the scheduled coefficient.
+SAELens's trainer calls ``training_forward_pass`` once a step. :class:`AuxTraining` stands in front
+of it: it puts a batch into one shape, keeps bad rows out, and hands the step on, to SAELens's own
+or to a sparse one. Either calls ``_aux_loss``, which counts dead latents, builds the record that a
+loss may see, calls the loss by its name and multiplies it by the scheduled coefficient.
+
+What belongs to one step travels in arguments. SAELens hands the step's input through to
+``calculate_aux_loss``, so :class:`AuxStepInput` carries what has to get there.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,10 +18,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from typing_extensions import override
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, DeadCriterion
-from sae_lens_auxk.aux_losses.auxk import k_aux_of
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, DeadCriterion
 from sae_lens_auxk.dead_latents import DeadCountAhead, count_tokens, fired_in_batch
-from sae_lens_auxk.finite_rows import UsableRows, replace_rows, usable_rows
+from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ else:
     _Base = object
 
 AUX_LOSS_KEY = "aux_loss"
-STEPS_BETWEEN_NONFINITE_REPORTS = 100
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -39,6 +39,19 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 def never_compiled(method: _Method) -> _Method:
     """Leave a method out of ``torch.compile``: it runs as it is, between compiled parts."""
     return torch.compiler.disable(method)  # type: ignore[no-any-return]
+
+
+@dataclass(kw_only=True)
+class AuxStepInput(TrainStepInput):
+    """A step's input, with what SAELens has to hand on to ``calculate_aux_loss`` and back.
+
+    Attributes:
+        usable: the rows that can be trained on.
+        metrics: the auxiliary loss's metrics, for the output of SAELens's own step.
+    """
+
+    usable: UsableRows
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class AuxTraining(_Base):
@@ -65,15 +78,12 @@ class AuxTraining(_Base):
             "tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self._bad_rows = BadRowWatch()
         self._dead_count_ahead = DeadCountAhead()
         self._steps_before_run = 0
         self._loaded = False
-        self._nonfinite_rows: torch.Tensor | int = 0
-        self._next_nonfinite_report = 0
-        self._usable: UsableRows | None = None
-        self._aux_metrics: dict[str, Any] = {}
 
-    # --- the two methods of SAELens that this mixin is about ---------------------------------
+    # --- a step ------------------------------------------------------------------------------
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -91,20 +101,23 @@ class AuxTraining(_Base):
         leading = sae_in.shape[:batch_dims]
         flat = sae_in.reshape(-1, *sae_in.shape[batch_dims:])
         usable = usable_rows(flat, self.cfg.normalize_activations)
-        flat = replace_rows(flat, usable)
-        self._usable = usable
-        n_nonfinite = flat.shape[0] - usable.n
-        self._watch_nonfinite_rows(n_nonfinite, usable, step_input.n_training_steps)
+        self._count_bad_rows(usable, step_input.n_training_steps)
+        aux_input = AuxStepInput(**vars(step_input), usable=usable)
+        aux_input.sae_in = replace_rows(flat, usable)
 
-        output = super().training_forward_pass(replace(step_input, sae_in=flat))
+        output = self._forward(aux_input)
 
         output.loss = output.loss * usable.some
-        output.metrics.update(self._aux_metrics)
-        output.metrics["nonfinite_rows"] = n_nonfinite
-        self._usable = None
+        output.metrics["nonfinite_rows"] = usable.n_bad
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
                 setattr(output, name, _unflatten(getattr(output, name), leading))
+        return output
+
+    def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
+        """The step on flat, finite input: SAELens's own, which calls ``calculate_aux_loss``."""
+        output = super().training_forward_pass(step_input)
+        output.metrics.update(step_input.metrics)
         return output
 
     @override
@@ -128,7 +141,11 @@ class AuxTraining(_Base):
             assert isinstance(own, dict)
             losses.update(own)
 
-        losses[AUX_LOSS_KEY] = self._aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        assert isinstance(step_input, AuxStepInput)
+        rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+        access = DenseAccess(hidden_pre, self.W_dec, rescaled)
+        losses[AUX_LOSS_KEY], metrics = self._aux_loss(step_input, feature_acts, access, sae_out)
+        step_input.metrics.update(metrics)
         return losses
 
     # --- what an architecture says about itself ----------------------------------------------
@@ -137,37 +154,42 @@ class AuxTraining(_Base):
         """What ``h`` must exceed for a latent to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
-    def _access(self, hidden_pre: torch.Tensor) -> LatentAccess:
-        """The way to ``h`` and ``W_i`` that an architecture has in this step."""
-        rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
-        return DenseAccess(hidden_pre, self.W_dec, rescaled)
-
     def _levels(
         self,
         record: AuxLossInputs,
         feature_acts: torch.Tensor,  # noqa: ARG002
+        inner: Sequence[torch.Tensor] | None,  # noqa: ARG002
     ) -> Iterator[AuxLossInputs]:
-        """The records whose losses are added up: one, but for Matryoshka's levels."""
+        """The records whose losses are added up: one, except for Matryoshka's levels."""
         yield record
 
-    # --- its parts ---------------------------------------------------------------------------
+    # --- the auxiliary loss ------------------------------------------------------------------
 
     # The number of dead latents, a shape here, is another one at every step: compiled, this
     # would be compiled again and again.
     @never_compiled
     def _aux_loss(
         self,
-        step_input: TrainStepInput,
+        step_input: AuxStepInput,
         feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
+        access: LatentAccess,
         sae_out: torch.Tensor,
-    ) -> torch.Tensor:
-        """Count the batch, and give the auxiliary loss with its coefficient; sets the metrics."""
+        inner: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Count the batch; the auxiliary loss, with its coefficient, and the step's metrics.
+
+        Args:
+            step_input: the batch.
+            feature_acts: (B, d_sae) the activations, dense or sparse COO.
+            access: the way to ``h`` and ``W_i``.
+            sae_out: (B, d_in) the reconstruction.
+            inner: (B, d_in) each, Matryoshka's inner reconstructions, where they are known.
+        """
         step = self._schedule_step(step_input)
         coefficient = self.cfg.aux_coefficient_at(step)
         dead, revived = self._update_dead_latents(step_input, feature_acts)
         n_dead = dead.sum()
-        self._aux_metrics = {
+        metrics = {
             "dead_latents": n_dead,
             "dead_fraction": n_dead / dead.numel(),
             "aux_coefficient": coefficient,
@@ -176,31 +198,20 @@ class AuxTraining(_Base):
         }
         aux = self.cfg.aux_loss
         n_rows = feature_acts.shape[0]
-        max_dead = self._max_dead(dead, n_rows) if aux.uses_dead_latents else dead.numel()
+        bound = self._dead_bound(dead, n_rows) if aux.uses_dead_latents else dead.numel()
         loss = sae_out.new_zeros(())
-        if coefficient == 0 or max_dead == 0:
-            return loss
-        record = self._record(step_input, feature_acts, hidden_pre, sae_out, dead, max_dead)
+        if coefficient == 0 or bound == 0:
+            return loss, metrics
+        record = self._record(step_input, feature_acts, access, sae_out, dead, bound)
         rows = self._aux_rows(n_rows, step)
-        for level in self._levels(record, feature_acts):
+        for level in self._levels(record, feature_acts, inner):
             seen = level if rows is None else level.at_rows(rows)
-            n_used = level.dead.sum()
-            loss = loss + coefficient * self._level_loss(seen, n_used)
+            loss = loss + coefficient * aux(seen, self.cfg)
+            n_used = seen.n_dead
             if aux.uses_k_aux:
-                n_used = n_used.clamp(max=k_aux_of(self.cfg))
-            self._aux_metrics["k_aux_used"] += n_used
-        return loss
-
-    def _level_loss(self, level: AuxLossInputs, n_dead: torch.Tensor) -> torch.Tensor:
-        """The loss of one record, 0 where it needs dead latents and there are none."""
-        aux = self.cfg.aux_loss
-        if not aux.uses_dead_latents:
-            return aux.function(level, self.cfg)
-        if aux.by_mask:
-            return aux.function(level, self.cfg).where(n_dead > 0, 0)
-        if level.dead_latents.numel() == 0:
-            return level.x.new_zeros(())
-        return aux.function(level, self.cfg)
+                n_used = n_used.clamp(max=self.cfg.resolved_k_aux)
+            metrics["k_aux_used"] += n_used
+        return loss, metrics
 
     def _aux_rows(self, n_rows: int, step: int) -> torch.Tensor | None:
         """The rows of the batch that the auxiliary loss sees (m,), or None for all of them.
@@ -216,18 +227,14 @@ class AuxTraining(_Base):
 
     @torch.no_grad()
     def _update_dead_latents(
-        self, step_input: TrainStepInput, feature_acts: torch.Tensor
+        self, step_input: AuxStepInput, feature_acts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; the dead latents (d_sae,), and how many were revived."""
-        fired = fired_in_batch(feature_acts)
-        n_tokens: int | torch.Tensor = feature_acts.shape[0]
-        if self._usable is not None:
-            n_tokens = self._usable.n
-            fired = fired & self._usable.some
+        fired = fired_in_batch(feature_acts) & step_input.usable.some
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
-        threshold = self.cfg.dead_threshold_tokens if criterion == "tokens" else 1
+        threshold = self.cfg.resolved_dead_threshold_tokens if criterion == "tokens" else 1
         was_dead = self.tokens_since_fired >= threshold
-        count_tokens(self.tokens_since_fired, fired, n_tokens)
+        count_tokens(self.tokens_since_fired, fired, step_input.usable.n)
         match criterion:
             case "tokens":
                 dead = self.tokens_since_fired >= threshold
@@ -238,15 +245,15 @@ class AuxTraining(_Base):
                 dead = ~fired
         return dead, (was_dead & fired).sum()
 
-    def _max_dead(self, dead: torch.Tensor, n_rows: int) -> int:
-        """A number that the dead latents are no more than, called at every step if at all.
+    def _dead_bound(self, dead: torch.Tensor, n_rows: int) -> int:
+        """An upper bound on the number of dead latents, called at every step if at all.
 
-        An upper bound on CUDA, where the true number is not known yet.
+        The number itself, except on CUDA, where reading it would wait for the device.
         """
         match self.cfg.resolved_dead_criterion:
             case "tokens" if dead.is_cuda:
-                bound = self._dead_count_ahead.at_most(n_rows)
-                threshold = self.cfg.dead_threshold_tokens
+                bound = self._dead_count_ahead.bound(n_rows)
+                threshold = self.cfg.resolved_dead_threshold_tokens
                 self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
                 return int(dead.sum()) if bound is None else bound
             case "batch" if dead.is_cuda:
@@ -258,10 +265,10 @@ class AuxTraining(_Base):
         self,
         step_input: TrainStepInput,
         feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
+        access: LatentAccess,
         sae_out: torch.Tensor,
         dead: torch.Tensor,
-        max_dead: int,
+        dead_bound: int,
     ) -> AuxLossInputs:
         precise = torch.promote_types(self.dtype, torch.float32)
         d_in = self.cfg.d_in
@@ -272,13 +279,13 @@ class AuxTraining(_Base):
             x=x if shift is None else x - shift,
             residual=residual,
             dead=dead,
-            max_dead=max_dead,
-            access=self._access(hidden_pre),
+            dead_bound=dead_bound,
+            access=access,
             W_dec=self.W_dec,
             b_dec=self.b_dec,
             output_scale=scale,
             firing_threshold=lambda: self.firing_threshold(feature_acts),
-            d_sae=self.cfg.d_sae,
+            level=slice(None),
         )
 
     def _schedule_step(self, step_input: TrainStepInput) -> int:
@@ -297,39 +304,15 @@ class AuxTraining(_Base):
         return step
 
     @never_compiled
-    def _watch_nonfinite_rows(
-        self, n_nonfinite: torch.Tensor, usable: UsableRows, step: int
-    ) -> None:
-        self._nonfinite_rows = self._nonfinite_rows + n_nonfinite
-        if step == 0 and not usable.some:
-            raise ValueError(
-                "no row of the first training batch is finite: the activations hold NaN or "
-                "infinity, or the statistics that SAELens estimated for normalize_activations="
-                f"{self.cfg.normalize_activations!r} do"
-            )
-        # To look at a tensor is to wait for the device, so CUDA is looked at now and then.
-        if step >= self._next_nonfinite_report or step == 0:
-            reported = self._report_nonfinite_rows()
-            if reported or n_nonfinite.is_cuda:
-                self._next_nonfinite_report = step + STEPS_BETWEEN_NONFINITE_REPORTS
-
-    def _report_nonfinite_rows(self) -> bool:
-        total = int(self._nonfinite_rows)
-        if total:
-            warnings.warn(
-                f"{total} rows of activations with a NaN or infinity so far; each was replaced "
-                "by a finite row of its batch (a batch without any was skipped) and counted as "
-                "no token",
-                stacklevel=2,
-            )
-        return total > 0
+    def _count_bad_rows(self, usable: UsableRows, step: int) -> None:
+        self._bad_rows.count(usable, step, self.cfg.normalize_activations)
 
     # --- checkpoints -------------------------------------------------------------------------
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
-        self._report_nonfinite_rows()
+        self._bad_rows.report()
         for name in _COUNTS:
             state_dict[name] = _to_bytes(state_dict[name])
 

@@ -1,11 +1,23 @@
 """Which latents are dead, counted in tokens.
 
 The state is one int64 tensor ``tokens_since_fired`` (d_sae,): tokens (rows) that the SAE has
-trained on since each latent last fired. Tokens rather than steps make the threshold mean the
-same at every batch size (Gao et al. 2024 count 10 million tokens).
+trained on since each latent last fired. Counting tokens instead of steps makes the threshold mean
+the same at every batch size (Gao et al. 2024 count 10 million tokens).
 """
 
 import torch
+
+DEFAULT_THRESHOLD = 10_000_000
+"""Gao et al. 2024, section 2.2."""
+
+
+def threshold_for(training_samples: int) -> int:
+    """Tokens of silence that make a latent dead, where a config leaves them to the run's length.
+
+    10 million, or a twentieth of the run where that is less, so that a short run has dead latents
+    at all.
+    """
+    return max(1, min(DEFAULT_THRESHOLD, training_samples // 20))
 
 
 def fired_in_batch(feature_acts: torch.Tensor) -> torch.Tensor:
@@ -29,33 +41,34 @@ def count_tokens(
 
 
 class DeadCountAhead:
-    """A number that the next step's dead latents are no more than, known in time.
+    """An upper bound on the number of latents that are dead at the next step, known in time.
 
-    How many latents are dead is known on the device; to ask for it is to wait until the device
-    has come that far. But a latent that is dead after the next batch of at most as many tokens
-    is one that is at most this batch's tokens short of it now, and the number of those has
-    arrived by then.
+    The number itself is on the device, and reading it waits until the device has come that far.
+    But a latent that is dead after the next batch of at most as many tokens is at most this
+    batch's tokens short of dead now, and the number of those has arrived by then.
     """
 
     def __init__(self) -> None:
-        self._noted: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
+        self._noted: tuple[torch.Tensor, torch.cuda.Event | None, int] | None = None
 
     @torch.no_grad()
     def note(self, tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> None:
         """Count, after a step with ``n_tokens``, what may be dead after the next one."""
         count = (tokens_since_fired >= threshold - n_tokens).sum()
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event() if count.is_cuda else None
         # Copied to pinned memory, as torch does with non_blocking: nothing waits here.
         count = count.to("cpu", non_blocking=True)
-        arrived.record(torch.cuda.current_stream(tokens_since_fired.device))
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(tokens_since_fired.device))
         self._noted = count, arrived, n_tokens
 
-    def at_most(self, n_tokens: int) -> int | None:
+    def bound(self, n_tokens: int) -> int | None:
         """The bound for a step with ``n_tokens``; None where nothing is known."""
         if self._noted is None or n_tokens > self._noted[2]:
             return None
         count, arrived, _ = self._noted
-        arrived.synchronize()
+        if arrived is not None:
+            arrived.synchronize()
         return int(count)
 
     def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:

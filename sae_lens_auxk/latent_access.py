@@ -1,9 +1,9 @@
 """Ways to the pre-activations and decoder rows of some latents.
 
-What an auxiliary loss needs of a step is a few columns of ``h``, or its largest entries, and
-the decoder rows that go with them. :class:`LatentAccess` says so without saying how:
-:class:`DenseAccess` is plain torch on SAELens's tensors and serves every architecture,
-``SparseAccess`` in :mod:`sae_lens_auxk.sparse_topk` never makes the dense gradients.
+An auxiliary loss needs a few columns of ``h``, or its largest entries, and the decoder rows that go
+with them. :class:`LatentAccess` is that interface. :class:`DenseAccess` is plain torch on SAELens's
+tensors and serves every architecture; ``SparseAccess`` in :mod:`sae_lens_auxk.sparse_topk` never
+makes the dense gradients.
 """
 
 from dataclasses import dataclass, replace
@@ -11,14 +11,14 @@ from typing import Protocol
 
 import torch
 
-from sae_lens_auxk.ops.columns import beyond, indices_of
+from sae_lens_auxk.ops.columns import beyond, indices_of, row_norms
 from sae_lens_auxk.ops.topk import top_k
 
 
 class Activations(Protocol):
     """Pre-activations of some latents in each row, and what can be done with them.
 
-    ``h`` is (B, m), with its graph; an entry that does not belong to the selection is 0.
+    ``h`` is (B, m), with its graph; an entry outside of the selection is 0.
     """
 
     @property
@@ -33,15 +33,19 @@ class Activations(Protocol):
         ...
 
     def decode_as(self, values: torch.Tensor) -> torch.Tensor:
-        """The same with constants ``values`` (B, m) in the place of ``h``.
+        """The same with constants ``values`` (B, m) instead of ``h``.
 
-        W_i's gradient is that of a latent which fires at that value: as in SAELens's own loss
-        its norm, where ``h`` is rescaled by it, is no way to change the output.
+        W_dec's gradient is that of latents which fire at these values: as in SAELens's own loss,
+        the norm is a constant where ``h`` is rescaled by it.
         """
         ...
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, m): ``x_b . W_i`` for each entry of ``h``, without a graph."""
+        """(B, m): ``x_b . W_i`` for each entry of ``h``, 0 outside of the selection; no graph."""
+        ...
+
+    def norm(self) -> torch.Tensor | float:
+        """``|W_i|``, broadcastable to ``h``, never 0; no graph. 1 where ``h`` is rescaled."""
         ...
 
 
@@ -70,42 +74,42 @@ class LatentAccess(Protocol):
         """(d_sae,): the sum of each column of ``h``."""
         ...
 
-    def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
+    def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
         """The columns of some latents.
 
         Args:
             among: (d_sae,) bool, the latents.
-            at_most: a number that those are no more than.
+            bound: an upper bound on how many there are.
         """
         ...
 
-    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
+    def largest(self, k: int, among: torch.Tensor | None, bound: int) -> Activations:
         """The ``k`` largest ``h`` of each row.
 
         Args:
             k: how many; where fewer can be chosen, all of these.
             among: (d_sae,) bool, the latents to choose from, or None for all.
-            at_most: a number that those are no more than.
+            bound: an upper bound on how many there are.
         """
         ...
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
-        """The latent of each row with the largest ``W_i . x_b``, where it is one of some latents.
+        """The latent of each row with the largest ``W_i . x_b / |W_i|``, where it is among some.
 
         Args:
             x: (B, d_in).
-            among: (d_sae,) bool, the latents. Rows that another latent matches better get nothing.
-            level: the latents that there are to compare with, all or those of a Matryoshka level.
+            among: (d_sae,) bool, the latents. A row that another latent matches better gets none.
+            level: the latents that compete: all, or those of a Matryoshka level.
         """
         ...
 
-    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
+    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
         """(B,): the sums of ``relu(threshold - h)`` over some latents.
 
         Args:
             threshold: broadcastable to (B, d_sae).
             among: (d_sae,) bool, the latents.
-            at_most: a number that those are no more than.
+            bound: an upper bound on how many there are.
         """
         ...
 
@@ -134,32 +138,31 @@ class DenseAccess:
     def sums(self) -> torch.Tensor:
         return self.h.sum(dim=0, dtype=torch.promote_types(self.h.dtype, torch.float32))
 
-    def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
-        latents = indices_of(among, at_most)
+    def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
+        latents = indices_of(among, bound)
         h = self.columns(latents).masked_fill(beyond(latents, among.sum()), -torch.inf)
         return DenseColumns(h, _normalized(self.W_dec.index_select(0, latents), self.rescaled))
 
-    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:  # noqa: ARG002
+    def largest(self, k: int, among: torch.Tensor | None, bound: int) -> Activations:  # noqa: ARG002
         if among is None:
-            return MaskedColumns(keep_largest(self.h, k), self.W_dec, self.rescaled)
-        latents = among.nonzero().squeeze(1)
-        rows = self.W_dec.index_select(0, latents)
-        return MaskedColumns(keep_largest(self.columns(latents), k), rows, self.rescaled)
+            h, rows = self.h, self.W_dec
+        else:
+            latents = among.nonzero().squeeze(1)
+            h, rows = self.columns(latents), self.W_dec.index_select(0, latents)
+        return DenseActivations.of(h, _largest(h, k), rows, self.rescaled)
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         with torch.no_grad():
-            rows = _normalized(self.W_dec[level], self.rescaled)
-            products = x.to(rows.dtype) @ rows.T
-            best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
-        h = self.h.gather(1, best).where(among[best], 0)
-        h = torch.zeros_like(self.h).scatter(-1, best, h)
-        return MaskedColumns(h, self.W_dec, self.rescaled)
+            rows = self.W_dec[level] / row_norms(self.W_dec[level]).unsqueeze(1)
+            best = (x.to(rows.dtype) @ rows.T).argmax(dim=-1, keepdim=True) + (level.start or 0)
+            chosen = torch.zeros_like(self.h, dtype=torch.bool).scatter_(-1, best, among[best])
+        return DenseActivations.of(self.h, chosen, self.W_dec, self.rescaled)
 
     def shortfall(
         self,
         threshold: torch.Tensor,
         among: torch.Tensor,
-        at_most: int,  # noqa: ARG002
+        bound: int,  # noqa: ARG002
     ) -> torch.Tensor:
         latents = among.nonzero().squeeze(1)
         if threshold.ndim > 0 and threshold.shape[-1] > 1:
@@ -186,14 +189,29 @@ class DenseColumns:
 
 
 @dataclass(frozen=True)
-class MaskedColumns:
-    """A selection as (B, n) with zeros outside of it, and the n rows of W_dec that belong to it."""
+class DenseActivations:
+    """A selection as (B, n) with zeros outside of it; see :class:`Activations`.
+
+    Attributes:
+        h: (B, n).
+        chosen: (B, n) bool, the selection.
+        rows: (n, d_in) rows of W_dec.
+        rescaled: whether ``W_i`` is a row divided by its norm.
+    """
 
     h: torch.Tensor
+    chosen: torch.Tensor
     rows: torch.Tensor
     rescaled: bool
 
-    def relu(self) -> "MaskedColumns":
+    @staticmethod
+    def of(
+        h: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor, rescaled: bool
+    ) -> "DenseActivations":
+        """From ``h`` with all its entries."""
+        return DenseActivations(h.where(chosen, 0), chosen, rows, rescaled)
+
+    def relu(self) -> "DenseActivations":
         return replace(self, h=self.h.relu())
 
     def decode(self) -> torch.Tensor:
@@ -205,69 +223,20 @@ class MaskedColumns:
 
     @torch.no_grad()
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.rows.dtype) @ _normalized(self.rows, self.rescaled).T
+        products = x.to(self.rows.dtype) @ _normalized(self.rows, self.rescaled).T
+        return products.where(self.chosen, 0)
+
+    def norm(self) -> torch.Tensor | float:
+        return 1.0 if self.rescaled else row_norms(self.rows)
 
 
 def _normalized(rows: torch.Tensor, rescaled: bool) -> torch.Tensor:
     return rows / rows.norm(dim=-1, keepdim=True) if rescaled else rows
 
 
-@dataclass(frozen=True)
-class LevelAccess:
-    """The latents from ``start`` on that belong to one level of a Matryoshka SAE.
-
-    Attributes:
-        whole: the access to all latents.
-        start: the level's first latent.
-        end: the first one that is no longer of the level.
-        d_sae: how many there are in all.
-    """
-
-    whole: LatentAccess
-    start: int
-    end: int
-    d_sae: int
-
-    def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
-        if latents is None:
-            return self.whole.columns()[:, self.start : self.end]
-        return self.whole.columns(latents + self.start)
-
-    def sums(self) -> torch.Tensor:
-        return self.whole.sums()[self.start : self.end]
-
-    def columns_among(self, among: torch.Tensor, at_most: int) -> Columns:
-        at_most = min(at_most, self.end - self.start)
-        return self.whole.columns_among(self._of_all(among), at_most)
-
-    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> Activations:
-        assert among is not None
-        return self.whole.largest(k, self._of_all(among), min(at_most, self.end - self.start))
-
-    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
-        assert level == slice(None)
-        return self.whole.best_match(x, self._of_all(among), slice(self.start, self.end))
-
-    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
-        at_most = min(at_most, self.end - self.start)
-        return self.whole.shortfall(threshold, self._of_all(among), at_most)
-
-    def _of_all(self, of_level: torch.Tensor) -> torch.Tensor:
-        of_all = torch.zeros(self.d_sae, dtype=torch.bool, device=of_level.device)
-        of_all[self.start : self.end] = of_level
-        return of_all
-
-    def at_rows(self, rows: torch.Tensor) -> "LevelAccess":
-        return replace(self, whole=self.whole.at_rows(rows))
-
-
-def keep_largest(h: torch.Tensor, k: int) -> torch.Tensor:
-    """(B, n): ``h`` with all but the ``k`` largest entries of each row set to 0.
-
-    Where ``k >= n`` this is ``h`` itself.
-    """
+@torch.no_grad()
+def _largest(h: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, n) bool: which are the ``k`` largest entries of each row of ``h`` (B, n)."""
     if k >= h.shape[1]:
-        return h
-    with torch.no_grad():
-        _, indices = top_k(h, k)
-    return torch.zeros_like(h).scatter(-1, indices, h.gather(-1, indices))
+        return torch.ones_like(h, dtype=torch.bool)
+    return torch.zeros_like(h, dtype=torch.bool).scatter_(-1, top_k(h, k)[1], True)

@@ -11,17 +11,16 @@ and divides by it again to decode; the norm's gradients cancel, so that here it 
 selection only.
 """
 
-from collections.abc import Generator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
-from sae_lens_auxk.aux_training import never_compiled
-from sae_lens_auxk.latent_access import LatentAccess
+from sae_lens_auxk.aux_training import AUX_LOSS_KEY, AuxStepInput, never_compiled
 from sae_lens_auxk.ops import use_sparse_step
 from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.ops.columns import gather_columns, indices_of
@@ -44,37 +43,30 @@ else:
 MAX_DENSE_ENTRIES = 2**22
 
 
-@dataclass
-class SparseStep:
-    """What one training step has selected.
-
-    Attributes:
-        encoder: the pre-activations.
-        selected: the pairs.
-        values: (N,) activations before the decoder norm, with their graph.
-        acts: (B, d_sae) the activations as SAELens's trainer takes them: sparse COO, or dense
-            where that is small.
-        inner: Matryoshka's inner reconstructions, (B, d_in) each.
-    """
-
-    encoder: Encoder
-    selected: Pairs
-    values: torch.Tensor
-    acts: torch.Tensor
-    inner: tuple[torch.Tensor, ...] = ()
-
-
 @dataclass(frozen=True)
 class SparseActivations:
     """Selected entries of ``h``; see :class:`~sae_lens_auxk.latent_access.Activations`.
 
-    ``pre`` (B, k) are pre-activations before the decoder norm, which is what decodes with the
-    rows of W_dec as they are.
+    Attributes:
+        encoder: where they come from.
+        selected: which they are.
+        chosen: (B, k) bool, those of them that count: not all where fewer could be chosen, nor
+            one whose decoder row is 0 where ``h`` is divided by its norm.
+        pre: (B, k) pre-activations before the decoder norm, which is what decodes with the rows
+            of W_dec as they are; 0 where not chosen.
     """
 
     encoder: Encoder
     selected: Selected
+    chosen: torch.Tensor
     pre: torch.Tensor
+
+    @staticmethod
+    def of(encoder: Encoder, h: torch.Tensor, selected: Selected) -> "SparseActivations":
+        """From values ``h`` (B, k), -inf for those that do not count."""
+        pre = encoder.before_norm(h, selected)
+        chosen = pre.isfinite()
+        return SparseActivations(encoder, selected, chosen, pre.where(chosen, 0))
 
     @property
     def decoder(self) -> Decoder:
@@ -97,7 +89,11 @@ class SparseActivations:
     @torch.no_grad()
     def project(self, x: torch.Tensor) -> torch.Tensor:
         products = self.decoder.dots(x, self.selected).view_as(self.pre)
-        return products / self.decoder.norm_at(self.selected, products)
+        products = products / self.decoder.norm_at(self.selected, products)
+        return products.where(self.chosen, 0)
+
+    def norm(self) -> torch.Tensor | float:
+        return self.decoder.length_at(self.selected, self.pre)
 
 
 @dataclass(frozen=True)
@@ -125,21 +121,21 @@ class SparseAccess:
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.encoder.columns(latents)
 
-    def columns_among(self, among: torch.Tensor, at_most: int) -> "SparseColumns":
-        latents, n_latents = indices_of(among, at_most), among.sum()
+    def columns_among(self, among: torch.Tensor, bound: int) -> "SparseColumns":
+        latents, n_latents = indices_of(among, bound), among.sum()
         h = self.encoder.columns(latents, n_latents)
         return SparseColumns(h, self.encoder.decoder, latents, n_latents)
 
     def sums(self) -> torch.Tensor:
         return self.encoder.sums()
 
-    def largest(self, k: int, among: torch.Tensor | None, at_most: int) -> SparseActivations:
+    def largest(self, k: int, among: torch.Tensor | None, bound: int) -> SparseActivations:
         hidden_pre, d_sae = self.encoder.hidden_pre, self.encoder.W.shape[1]
         selected: Selected
         with torch.no_grad():
-            dense = at_most <= COLUMNS_WORTH_A_PAIR[hidden_pre.is_cuda] * k
+            dense = bound <= COLUMNS_WORTH_A_PAIR[hidden_pre.is_cuda] * k
             if among is not None and (dense or not hidden_pre.is_cuda):
-                latents = indices_of(among, at_most)
+                latents = indices_of(among, bound)
                 h = gather_columns(hidden_pre, latents, among.sum())
                 positions = None
                 if k < len(latents):
@@ -150,28 +146,21 @@ class SparseAccess:
             else:
                 h, latents = top_k(hidden_pre, k, among)
                 selected = Pairs.per_row(latents, d_sae)
-            h = h.masked_fill_(h == -torch.inf, 0)
-        return _activations(self.encoder, h, selected)
+        return SparseActivations.of(self.encoder, h, selected)
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> SparseActivations:
         encoder = self.encoder
         with torch.no_grad():
             products = encoder.decoder.all_dots(x, level)
             best = top_k(products, 1)[1] + (level.start or 0)
-            h = encoder.hidden_pre.gather(1, best).where(among[best], 0)
-        return _activations(encoder, h, Pairs.per_row(best, encoder.W.shape[1]))
+            h = encoder.hidden_pre.gather(1, best).where(among[best], -torch.inf)
+        return SparseActivations.of(encoder, h, Pairs.per_row(best, encoder.W.shape[1]))
 
-    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, at_most: int) -> torch.Tensor:
-        return self.encoder.shortfall(threshold, indices_of(among, at_most), among.sum())
+    def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
+        return self.encoder.shortfall(threshold, indices_of(among, bound), among.sum())
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
         return SparseAccess(self.encoder.at_rows(rows))
-
-
-def _activations(encoder: Encoder, h: torch.Tensor, selected: Selected) -> SparseActivations:
-    """Selected values ``h`` (B, k); one that is 0 stands for nothing, and gets no gradient."""
-    pre = encoder.before_norm(h, selected)
-    return SparseActivations(encoder, selected, pre.where(h != 0, 0))
 
 
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
@@ -186,17 +175,11 @@ class SparseTopK(_Base):
     gradient, or parameters in half precision, for which torch has no gradient of the products.
     """
 
-    _step: SparseStep | None = None
-    _wants_sparse_step = False
-
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        self._wants_sparse_step = self._can_be_sparse(step_input.sae_in)
-        try:
-            return super().training_forward_pass(step_input)
-        finally:
-            self._wants_sparse_step = False
-            self._step = None
+    def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
+        if not self._can_be_sparse(step_input.sae_in):
+            return super()._forward(step_input)
+        return self._sparse_forward(step_input)
 
     @never_compiled
     def _can_be_sparse(self, sae_in: torch.Tensor) -> bool:
@@ -210,62 +193,77 @@ class SparseTopK(_Base):
             )
         )
 
-    @override
-    def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._wants_sparse_step:
-            return super().encode_with_hidden_pre(x)
-        return self._sparse_encode(x)
-
     @never_compiled
-    def _sparse_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        device = x.device.type
+    def _sparse_forward(self, step_input: AuxStepInput) -> TrainStepOutput:
+        """SAELens's ``training_forward_pass``, on the selected latents only."""
+        encoder = self._encoder(step_input.sae_in)
+
+        h, selected = self._select(encoder.hidden_pre)
+        h = h.to(self.W_enc.dtype).relu_()
+        # Once more, for the gradient: a latent that did not fire has none.
+        values = encoder.before_norm(h, selected).relu()
+        shape = encoder.hidden_pre.shape
+        acts: torch.Tensor = SelectedActivations.of(selected.rows, selected.latents, h, shape)
+        if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:
+            acts = acts.to_dense()
+
+        levels = {
+            width: self.run_time_activation_norm_fn_out(sums + self.b_dec)
+            for width, sums in self._sums_by_level(encoder.decoder, values, selected)
+        }
+        *inner, sae_out = levels.values()
+
+        losses = {"mse_loss": self._mse(sae_out, step_input)}
+        losses[AUX_LOSS_KEY], metrics = self._aux_loss(
+            step_input, acts, SparseAccess(encoder), sae_out, inner
+        )
+        for width, reconstruction in zip(levels, inner, strict=False):
+            losses[f"inner_mse_loss_{width}"] = self._mse(reconstruction, step_input)
+        return TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=acts,
+            hidden_pre=encoder.columns(),
+            loss=sum(losses.values(), start=sae_out.new_zeros(())),
+            losses=losses,
+            metrics=metrics,
+        )
+
+    def _encoder(self, sae_in: torch.Tensor) -> Encoder:
+        device = sae_in.device.type
         enabled = torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if enabled else None
-        encoder = Encoder(
-            x=self.run_time_activation_norm_fn_in(x.to(self.dtype)),
+        return Encoder(
+            x=self.run_time_activation_norm_fn_in(sae_in.to(self.dtype)),
             W_enc=self.W_enc,
             b_enc=self.b_enc,
             b_dec=self.b_dec if self.cfg.apply_b_dec_to_input else None,
             decoder=Decoder(self.W_dec, self.cfg.rescale_acts_by_decoder_norm, autocast),
             autocast=autocast,
         )
-        h, selected = self._select(encoder.hidden_pre)
-        h = h.to(self.W_enc.dtype).relu_()
-        # Once more, for the gradient: what did not fire has none.
-        values = encoder.before_norm(h, selected).relu()
-        shape = encoder.hidden_pre.shape
-        acts: torch.Tensor = SelectedActivations.of(selected.rows, selected.latents, h, shape)
-        if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:
-            acts = acts.to_dense()
-        self._step = SparseStep(encoder, selected, values, acts)
-        return acts, encoder.columns()
+
+    def _mse(self, sae_out: torch.Tensor, step_input: AuxStepInput) -> torch.Tensor:
+        return self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+
+    def _sums_by_level(
+        self, decoder: Decoder, values: torch.Tensor, selected: Pairs
+    ) -> Iterable[tuple[int, torch.Tensor]]:
+        """Widths, ascending, and (B, d_in) the decoder's output without its bias.
+
+        One level, the whole SAE, except for Matryoshka.
+        """
+        return [(self.cfg.d_sae, decoder.weighted_sums(values, selected))]
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        step = self._step
-        if step is not None and feature_acts is step.acts:
-            sae_out_pre = self._sparse_decode(step)
-        elif feature_acts.is_sparse and self.cfg.rescale_acts_by_decoder_norm:
-            # SAELens divides sparse activations by the norms, which torch 2.11 and 2.13 cannot
-            # differentiate. The rows of W_dec divided instead give the same.
-            rows = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
-            sae_out_pre = act_times_W_dec(feature_acts, rows, False) + self.b_dec
-        else:
+        if not (feature_acts.is_sparse and self.cfg.rescale_acts_by_decoder_norm):
             return super().decode(feature_acts)
+        # SAELens divides sparse activations by the norms, which torch 2.11 and 2.13 cannot
+        # differentiate. The rows of W_dec divided instead give the same.
+        rows = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        sae_out_pre = act_times_W_dec(feature_acts, rows, False) + self.b_dec
         sae_out_pre = self.run_time_activation_norm_fn_out(self.hook_sae_recons(sae_out_pre))
         return self.reshape_fn_out(sae_out_pre, self.d_head)
-
-    @never_compiled
-    def _sparse_decode(self, step: SparseStep) -> torch.Tensor:
-        return self._weighted_sums(step) + self.b_dec
-
-    def _weighted_sums(self, step: SparseStep) -> torch.Tensor:
-        return step.encoder.decoder.weighted_sums(step.values, step.selected)
-
-    def _access(self, hidden_pre: torch.Tensor) -> LatentAccess:
-        if self._step is None:
-            return super()._access(hidden_pre)
-        return SparseAccess(self._step.encoder)
 
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         """(N,) the k largest pre-activations of each row, and where they are."""
@@ -283,6 +281,12 @@ class SparseBatchTopK(SparseTopK):
         flat, order = flat.sort()
         rows = flat // d_sae
         return h[order], Pairs.from_bags(rows, flat % d_sae, rows, B, d_sae)
+
+    @override
+    def _sparse_forward(self, step_input: AuxStepInput) -> TrainStepOutput:
+        output = super()._sparse_forward(step_input)
+        self.update_topk_threshold(output.feature_acts)
+        return output
 
     @override
     @torch.no_grad()
@@ -315,20 +319,11 @@ class SparseMatryoshka(SparseBatchTopK):
         return h, pairs
 
     @override
-    def _sparse_decode(self, step: SparseStep) -> torch.Tensor:
-        n_levels = len(self.cfg.matryoshka_widths)
-        parts = self._weighted_sums(step)
-        levels = parts.unflatten(0, (-1, n_levels)).cumsum(dim=1) + self.b_dec
-        *inner, outer = levels.unbind(dim=1)
-        step.inner = tuple(inner)
-        return outer
-
-    @override
-    def _iterable_decode(
-        self, feature_acts: torch.Tensor, include_outer_loss: bool = False
-    ) -> Generator[tuple[int, torch.Tensor], None, None]:
-        step = self._step
-        if step is None or feature_acts is not step.acts or include_outer_loss:
-            yield from super()._iterable_decode(feature_acts, include_outer_loss)
-            return
-        yield from zip(self.cfg.matryoshka_widths[:-1], step.inner, strict=True)
+    def _sums_by_level(
+        self, decoder: Decoder, values: torch.Tensor, selected: Pairs
+    ) -> Iterable[tuple[int, torch.Tensor]]:
+        widths = self.cfg.matryoshka_widths
+        parts = decoder.weighted_sums(values, selected)
+        return zip(
+            widths, parts.unflatten(0, (-1, len(widths))).cumsum(dim=1).unbind(dim=1), strict=True
+        )

@@ -10,24 +10,17 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
 from sae_lens_auxk.architectures import ARCHITECTURES as _ARCHITECTURES
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 
 ARCHITECTURES = list(_ARCHITECTURES)
 TOPK_ARCHITECTURES = [name for name in ARCHITECTURES if "topk" in name]
-VARIANTS = [
-    "auxk",
-    "reanimation",
-    "straight_through",
-    "pre_activation",
-    "ghost_gradients",
-    "multi_topk",
-    "none",
-]
+VARIANTS = list(AUX_LOSSES)
 STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITECTURES}
 PAIRS = [
     (architecture, variant)
     for architecture in ARCHITECTURES
     for variant in VARIANTS
-    if variant != "multi_topk" or architecture in TOPK_ARCHITECTURES
+    if not AUX_LOSSES[variant].topk_only or architecture in TOPK_ARCHITECTURES
 ]
 
 

@@ -1,4 +1,4 @@
-"""The seven losses written out slowly, row by row and latent by latent, in float64.
+"""The losses written out slowly, row by row and latent by latent, in float64.
 
 Nothing of the package is used here: only the formulas. What a reference gets is the SAE's
 own pre-activations with their graph, so that its gradient can be compared too.
@@ -69,19 +69,34 @@ def _auxk(step: Step, cfg: Any) -> torch.Tensor:
     return total / len(_rows(step))
 
 
-def _straight_through_gradient(step: Step, cfg: Any) -> torch.Tensor:
-    """A loss with the gradient that straight_through shall have (its value is another)."""
+def _straight_through(step: Step, cfg: Any) -> torch.Tensor:
+    """A loss with straight_through's gradient, not its value."""
     total = torch.zeros((), dtype=torch.float64)
     for b in _rows(step):
-        residual = step.scale[b] * _residual(step, b)
-        pulls = [(residual * _latent(step, i)).sum().item() for i in range(len(step.dead))]
-        pull = max(pulls)
-        i = pulls.index(pull)
-        if not step.dead[i] or pull <= 0:
+        for i in _nearest(step, b, cfg):
+            pull = 2 * step.scale[b] * (_residual(step, b) * _latent(step, i)).sum().item()
+            total = total - pull * step.h[b, i]
+    return total / len(_rows(step))
+
+
+def _pursuit(step: Step, cfg: Any) -> torch.Tensor:
+    """A loss with pursuit's gradient, not its value."""
+    total = torch.zeros((), dtype=torch.float64)
+    for b in _rows(step):
+        residual = _residual(step, b)
+        lengths = [_latent(step, i).pow(2).sum().sqrt().item() for i in range(len(step.dead))]
+        products = [(residual * _latent(step, i)).sum().item() for i in range(len(step.dead))]
+        projections = [dot / length for dot, length in zip(products, lengths, strict=True)]
+        best = max(projections)
+        i = projections.index(best)
+        if not step.dead[i] or best <= 0:
             continue
+        # sae_out = scale (a W + b), so what explains most is a = p / |W| in the decoder's units.
+        a = best / lengths[i] / step.scale[b]
         norm = step.W_dec[i].detach().pow(2).sum().sqrt() if step.rescaled else 1.0
-        fired = pull / step.scale[b] ** 2 / norm * step.W_dec[i]
-        total = total - 2 * pull * step.h[b, i] - 2 * (residual * fired).sum()
+        fired = step.scale[b] * a / norm * step.W_dec[i]
+        pull = 2 * step.scale[b] * products[i]
+        total = total - pull * step.h[b, i] - 2 * (residual * fired).sum()
     return total / len(_rows(step))
 
 
@@ -132,7 +147,7 @@ def _multi_topk(step: Step, cfg: Any) -> torch.Tensor:
         chosen = sorted(range(step.h.shape[1]), key=lambda i: -step.h[b, i].item())[:n]
         out = step.b_dec
         for i in chosen:
-            if cfg.aux_relu and step.h[b, i].item() <= 0:
+            if step.h[b, i].item() <= 0:
                 continue
             out = out + step.h[b, i] * _latent(step, i)
         error = step.x[b] - (step.scale[b] * out + step.shift[b])
@@ -146,7 +161,8 @@ def _none(step: Step, cfg: Any) -> torch.Tensor:
 
 _LOSSES = {
     "auxk": _auxk,
-    "straight_through": _straight_through_gradient,
+    "straight_through": _straight_through,
+    "pursuit": _pursuit,
     "reanimation": _reanimation,
     "pre_activation": _pre_activation,
     "ghost_gradients": _ghost_gradients,

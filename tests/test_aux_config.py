@@ -123,7 +123,8 @@ def test_defaults_are_those_of_the_design(architecture: str) -> None:
     assert cfg.aux_bias == "decoder"
     assert cfg.aux_relu is False
     assert cfg.dead_criterion is None
-    assert cfg.dead_threshold_tokens == 10_000_000
+    assert cfg.dead_threshold_tokens is None
+    assert cfg.resolved_dead_threshold_tokens == 10_000_000
     assert cfg.aux_warm_up_steps == 0
     assert cfg.aux_decay_start_step is None
     assert cfg.aux_decay_steps == 0

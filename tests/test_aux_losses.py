@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_auxk import register_aux_loss
-from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from tests.helpers import (
     ARCHITECTURES,
     PAIRS,
@@ -24,6 +24,9 @@ from tests.helpers import (
     gradients_of,
 )
 from tests.reference import Step, reference_loss
+
+VALUE_ZERO = ("straight_through", "pursuit")
+"""Variants that are a gradient only."""
 
 
 def reference_step(sae: Any, x: torch.Tensor, dead: torch.Tensor) -> Step:
@@ -74,7 +77,7 @@ def assert_equals_reference(sae: Any, x: torch.Tensor, dead: torch.Tensor) -> No
     expected = expected * sae.cfg.aux_coefficient_at(0)
     value, gradients = aux_value_and_gradients(sae, x, dead)
     assert value.dtype == torch.float64
-    if variant == "straight_through":
+    if variant in VALUE_ZERO:
         assert value.item() == 0.0
     else:
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
@@ -165,7 +168,7 @@ def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str
         start = end
     expected = expected * sae.cfg.aux_coefficient_at(0)
     value, gradients = aux_value_and_gradients(sae, x, dead)
-    if variant != "straight_through":
+    if variant not in VALUE_ZERO:
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
     for name, gradient in gradients_of(expected, sae).items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
@@ -176,7 +179,8 @@ def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str
     [
         ("auxk", 1 / 32),
         ("reanimation", 1e-3),
-        ("straight_through", 1 / 2),
+        ("straight_through", 1 / 32),
+        ("pursuit", 1 / 2),
         ("pre_activation", 3e-6),
         ("ghost_gradients", 1.0),
         ("multi_topk", 1 / 8),
@@ -221,7 +225,7 @@ def test_a_bound_above_zero_with_no_dead_latents(architecture: str, variant: str
     if (architecture, variant) not in PAIRS:
         pytest.skip("not for this architecture")
     sae = build_sae(architecture, aux_variant=variant, dead_criterion="steps")
-    sae._max_dead = lambda dead, n_rows: 20
+    sae._dead_bound = lambda dead, n_rows: 20
     output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
     if sae.cfg.aux_loss.uses_dead_latents:
         assert output.losses["aux_loss"] == 0
@@ -235,7 +239,7 @@ def test_columns_beyond_the_dead_latents_may_get_any_gradient(rescaled: bool) ->
         h = inputs.dead_columns().h
         return h.square().where(h.isfinite(), 0).sum(dim=-1).mean()
 
-    register_aux_loss("squares", squares, by_mask=True)
+    register_aux_loss("squares", squares, sync_free=True)
     try:
         sae = build_sae(
             "auxk-topk",
@@ -258,10 +262,10 @@ def test_without_a_dead_latent_the_value_of_a_loss_does_not_matter() -> None:
     def mean_over_dead(inputs: Any, cfg: Any) -> torch.Tensor:  # noqa: ARG001
         return inputs.hidden_pre_sums().where(inputs.dead, 0).sum() / inputs.dead.sum()
 
-    register_aux_loss("mean_over_dead", mean_over_dead, by_mask=True)
+    register_aux_loss("mean_over_dead", mean_over_dead, sync_free=True)
     try:
         sae = build_sae("auxk-topk", aux_variant="mean_over_dead", dead_criterion="steps")
-        sae._max_dead = lambda dead, n_rows: 20  # as where the number is not known yet
+        sae._dead_bound = lambda dead, n_rows: 20  # as where the number is not known yet
         output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
         assert output.losses["aux_loss"] == 0
         assert output.loss.isfinite()
@@ -269,12 +273,20 @@ def test_without_a_dead_latent_the_value_of_a_loss_does_not_matter() -> None:
         del AUX_LOSSES["mean_over_dead"]
 
 
-def test_a_decoder_row_of_zeros_does_no_harm() -> None:
-    sae = build_sae("auxk-topk", aux_variant="auxk", dead_criterion="steps", k_aux=24)
+@pytest.mark.parametrize("variant", ["auxk", "straight_through", "pursuit"])
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_a_decoder_row_of_zeros_does_no_harm(variant: str, rescaled: bool) -> None:
+    sae = build_sae(
+        "auxk-topk",
+        aux_variant=variant,
+        dead_criterion="steps",
+        k_aux=24,
+        rescale_acts_by_decoder_norm=rescaled,
+    )
     with torch.no_grad():
         sae.W_dec[[0, 5]] = 0
-    value, gradients = aux_value_and_gradients(sae, torch.randn(6, 8), torch.arange(24) < 9)
-    assert value > 0
+    gradients = aux_gradients(sae, torch.randn(6, 8), torch.arange(24) < 9)
+    assert gradients["W_enc"].abs().max() > 0
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
@@ -287,6 +299,32 @@ def test_ties_are_no_problem(variant: str) -> None:
     output = forward(sae, torch.randn(5, 8), torch.ones(24, dtype=torch.bool))
     output.loss.backward()
     assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_pre_activation_of_exactly_0_can_be_among_the_largest(sparse: bool) -> None:
+    sae = build_sae("auxk-topk", aux_variant="auxk", dead_criterion="steps", k_aux=4)
+    sae._can_be_sparse = lambda sae_in: sparse
+    with torch.no_grad():
+        sae.W_enc[:, :9] = 0
+        sae.b_enc[:9] = 0
+    gradients = aux_gradients(sae, torch.randn(6, 8), torch.arange(24) < 9)
+    assert gradients["b_enc"].abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
+def test_a_row_without_spread_does_no_harm(variant: str, mode: str) -> None:
+    """The run-time normalisations divide by the standard deviation, or the norm, of a row."""
+    sae = build_sae(
+        "auxk-topk", aux_variant=variant, dead_criterion="steps", normalize_activations=mode
+    )
+    x = torch.randn(6, 8)
+    x[1], x[2], x[3] = 0.0, 3.0, torch.nan
+    with pytest.warns(UserWarning, match="NaN"):
+        output = forward(sae, x, torch.arange(24) < 12)
+    output.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in sae.parameters())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

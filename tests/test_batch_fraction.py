@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_lens_auxk import register_aux_loss
-from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from tests.helpers import ARCHITECTURES, PAIRS, aux_gradients, aux_loss, build_sae, forward
 
 DEAD = torch.arange(24) < 10

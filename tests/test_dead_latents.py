@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_auxk.dead_latents import fired_in_batch
+from sae_lens_auxk.dead_latents import DeadCountAhead, fired_in_batch
 from tests.helpers import ARCHITECTURES, build_sae, forward
 
 
@@ -130,3 +130,23 @@ def test_sparse_activations_count_like_dense_ones() -> None:
         a, b = forward(dense, x), forward(sparse, x)
         torch.testing.assert_close(a.losses["aux_loss"], b.losses["aux_loss"])
         assert torch.equal(dense.tokens_since_fired, sparse.tokens_since_fired)
+
+
+@settings(max_examples=50)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    threshold=st.integers(1, 40),
+    noted=st.integers(1, 9),
+    n_tokens=st.integers(1, 12),
+)
+def test_the_count_ahead_bounds_the_next_steps_dead_latents(
+    counts: list[int], threshold: int, noted: int, n_tokens: int
+) -> None:
+    ahead = DeadCountAhead()
+    assert ahead.bound(n_tokens) is None
+    ahead.note(torch.tensor(counts), threshold, noted)
+    if n_tokens > noted:
+        assert ahead.bound(n_tokens) is None
+    else:  # reached if nothing fires and the batch is as large as the one before
+        assert ahead.bound(n_tokens) == sum(count + noted >= threshold for count in counts)
+        assert ahead.bound(n_tokens) >= sum(count + n_tokens >= threshold for count in counts)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 
-from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from tests import tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -104,6 +104,15 @@ def test_reports_are_100_steps_apart_and_the_rest_comes_with_the_checkpoint(
         forward(sae, bad, step=100)
 
 
+def test_a_bad_row_after_a_clean_step_is_reported_at_once() -> None:
+    sae = build_sae("auxk-topk")
+    forward(sae, torch.randn(4, 8), step=0)
+    bad = torch.randn(4, 8)
+    bad[0] = torch.inf
+    with pytest.warns(UserWarning, match="^1 rows"):
+        forward(sae, bad, step=1)
+
+
 def test_finite_batches_do_not_warn() -> None:
     sae = build_sae("auxk-topk")
     with warnings.catch_warnings():

@@ -5,11 +5,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import ARCHITECTURES, TOPK_ARCHITECTURES, aux_gradients, build_sae
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from tests.helpers import (
+    ARCHITECTURES,
+    TOPK_ARCHITECTURES,
+    VARIANTS,
+    aux_gradients,
+    build_sae,
+    kill_latents,
+)
 
 D_SAE, N_DEAD = 24, 9
 DEAD = torch.arange(D_SAE) < N_DEAD
-DEAD_ONLY = ["auxk", "reanimation", "straight_through", "pre_activation", "ghost_gradients"]
+DEAD_ONLY = [v for v in VARIANTS if v != "none" and AUX_LOSSES[v].uses_dead_latents]
 
 
 def moved_latents(gradients: dict[str, torch.Tensor]) -> dict[str, set[int]]:
@@ -18,7 +26,7 @@ def moved_latents(gradients: dict[str, torch.Tensor]) -> dict[str, set[int]]:
     for name, gradient in gradients.items():
         if name == "b_dec":
             continue
-        per_latent = {"W_enc": gradient.T, "W_dec": gradient}.get(name, gradient.unsqueeze(1))
+        per_latent = gradient.T if name == "W_enc" else gradient.view(D_SAE, -1)
         moved[name] = set(per_latent.abs().amax(dim=1).nonzero().flatten().tolist())
     return moved
 
@@ -46,39 +54,78 @@ def test_only_the_k_aux_latents_nearest_to_firing_move() -> None:
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("rescaled", [True, False])
-def test_straight_through_moves_the_best_latent_as_if_it_had_fired(
-    sparse: bool, rescaled: bool
-) -> None:
-    sae = build("auxk-topk", aux_variant="straight_through", rescale_acts_by_decoder_norm=rescaled)
+def test_pursuit_moves_the_best_latent_as_if_it_had_fired(sparse: bool, rescaled: bool) -> None:
+    sae = build("auxk-topk", aux_variant="pursuit", rescale_acts_by_decoder_norm=rescaled)
     sae._can_be_sparse = lambda sae_in: sparse
-    with torch.no_grad():
-        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-    of_all = 0
+    alpha = sae.cfg.aux_coefficient_at(0)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    n_moved = 0
     for _ in range(20):
         x = torch.randn(1, 8)
         acts, h = sae.encode_with_hidden_pre(x)
         residual = (x - sae.decode(acts))[0].detach()
-        pulls = sae.W_dec @ residual
-        best = int(pulls.argmax())
+        best = int((directions @ residual).argmax())
         gradients = aux_gradients(sae, x, DEAD)
         moved = moved_latents(gradients)
         if best >= N_DEAD:  # a live latent would explain the row better
             assert not any(moved.values())
             continue
-        of_all += 1
+        n_moved += 1
         assert moved["W_enc"] == moved["W_dec"] == moved["b_enc"] == {best}
-        # What the main loss's gradient would be if this latent fired at r.W.
-        alpha, pull = sae.cfg.aux_coefficient_at(0), pulls.max().detach()
-        torch.testing.assert_close(gradients["b_enc"][best], -alpha * 2 * pull)
+        # The gradients that the main loss would have if this latent fired at its best value.
+        length = 1.0 if rescaled else sae.W_dec[best].detach().norm()
+        projection = directions[best] @ residual
+        torch.testing.assert_close(
+            gradients["b_enc"][best],
+            -alpha * 2 * projection * length * (sae.W_dec[best].norm() if rescaled else 1.0),
+        )
         of_fired = gradients["W_dec"][best]
         if rescaled:  # h is multiplied by the norm, by which it has a gradient of its own
-            through_norm = -alpha * 2 * pull * h[0, best] * sae.W_dec[best]
-            of_fired = of_fired - through_norm.detach()
-        torch.testing.assert_close(of_fired, -alpha * 2 * pull * residual)
-    assert 0 < of_all < 20
+            pre = h[0, best] / sae.W_dec[best].norm()
+            of_fired = of_fired + (alpha * 2 * projection * pre * directions[best]).detach()
+        norm = sae.W_dec[best].detach().norm() if rescaled else 1.0
+        expected = -alpha * 2 * projection / length / norm * residual
+        torch.testing.assert_close(of_fired, expected)
+    assert 0 < n_moved < 20
 
 
-@pytest.mark.parametrize("variant", ["reanimation", "pre_activation"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pursuit_does_not_depend_on_the_length_of_dead_rows(architecture: str) -> None:
+    """Where decoder rows keep their lengths, those of dead latents stay short while others grow."""
+    fields = {"rescale_acts_by_decoder_norm": False} if "topk" in architecture else {}
+    sae = build(architecture, aux_variant="pursuit", dtype="float64", **fields)
+    kill_latents(sae, N_DEAD)
+    x = torch.randn(64, 8, dtype=torch.float64)
+    before = aux_gradients(sae, x, DEAD)
+    with torch.no_grad():
+        sae.W_dec[:N_DEAD] /= 100
+    after = aux_gradients(sae, x, DEAD)
+    assert moved_latents(before)["W_dec"] == moved_latents(after)["W_dec"] != set()
+    # Firing at a = p / |W| takes 100 times the activation to explain the same.
+    torch.testing.assert_close(after["W_dec"], before["W_dec"] * 100)
+    bias = "b_mag" if architecture == "auxk-gated" else "b_enc"
+    torch.testing.assert_close(after[bias] * 100, before[bias])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_straight_through_passes_the_main_gradient_to_the_latents_nearest_to_firing(
+    sparse: bool,
+) -> None:
+    sae = build("auxk-topk", aux_variant="straight_through", k_aux=2)
+    sae._can_be_sparse = lambda sae_in: sparse
+    x = torch.randn(1, 8)
+    acts, h = sae.encode_with_hidden_pre(x)
+    acts = acts.detach().requires_grad_()
+    mse = (sae.decode(acts) - x).square().sum()
+    (main,) = torch.autograd.grad(mse, acts)
+    gradients = aux_gradients(sae, x, DEAD)
+    nearest = h[0, :N_DEAD].topk(2).indices
+    assert moved_latents(gradients)["b_enc"] == set(nearest.tolist())
+    expected = sae.cfg.aux_coefficient_at(0) * main[0] * sae.W_dec.norm(dim=1)
+    torch.testing.assert_close(gradients["b_enc"][nearest], expected[nearest])
+
+
+@pytest.mark.parametrize("variant", ["reanimation", "straight_through", "pre_activation"])
 def test_decoder_moves_only_through_the_norm_factor_of_h(variant: str) -> None:
     x = torch.randn(16, 8)
     plain = build("auxk-topk", aux_variant=variant, rescale_acts_by_decoder_norm=False)
@@ -98,6 +145,7 @@ def test_decoder_moves_only_through_the_norm_factor_of_h(variant: str) -> None:
         ("auxk", "matched", True),
         ("auxk", "none", False),
         ("straight_through", "decoder", False),
+        ("pursuit", "decoder", False),
         ("reanimation", "decoder", False),
         ("pre_activation", "decoder", False),
         ("ghost_gradients", "decoder", False),

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("auxk", default_coefficient=1 / 32, uses_k_aux=True, by_mask=True)
+@register_aux_loss("auxk", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True)
 def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || sum_{i in T_b} h_bi W_i + bias - r_b ||^2``.
 
@@ -16,10 +16,10 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     and ``b_dec``, never a live latent.
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2 (no
-    bias) and their published code ("matched"). Not taken over from SAELens's own loss: its
-    factor ``min(|D| / k_aux, 1)``, which no source has.
+    bias) and their published code ("matched"). Deviation from SAELens and
+    sparsify: no factor ``min(|D| / k_aux, 1)``.
     """
-    acts = inputs.nearest_dead(k_aux_of(cfg))
+    acts = inputs.nearest_dead(cfg.resolved_k_aux)
     if cfg.aux_relu:
         acts = acts.relu()
     reconstruction = acts.decode().to(inputs.x.dtype)
@@ -30,8 +30,3 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
         target = target + inputs.to_output_units(inputs.b_dec.detach())
     error = inputs.to_output_units(reconstruction) - target
     return error.square().sum(dim=-1).mean()
-
-
-def k_aux_of(cfg: Any) -> int:
-    """``cfg.k_aux``, or ``d_in // 2`` (Gao et al., appendix B.1) where it is None."""
-    return cfg.d_in // 2 if cfg.k_aux is None else cfg.k_aux

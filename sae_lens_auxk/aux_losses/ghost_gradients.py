@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("ghost_gradients", default_coefficient=1.0, by_mask=True)
+@register_aux_loss("ghost_gradients", default_coefficient=1.0, sync_free=True)
 def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """The MSE between ``r`` and the ghost output, scaled so that its value is the main MSE.
 

@@ -4,21 +4,20 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
 @register_aux_loss("multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True)
 def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
-    """``mean_b || x - decode(top 4k of h) ||^2``.
+    """``mean_b || x - decode(relu(top 4k of h)) ||^2``.
 
     The ``4k`` largest ``h`` of each row, dead or alive, so all parameters move. BatchTopK's
     ``k`` is an average; ``int(4 k)`` latents are taken in every row there.
 
-    Source: Gao et al. 2024, section 4.3 (Multi-TopK, ``L(k) + L(4k) / 8``).
+    Source: Gao et al. 2024, section 4.3 (Multi-TopK, ``L(k) + L(4k) / 8``), with the ReLU of
+    their TopK (section 2.3).
     """
-    acts = inputs.largest(max(1, int(4 * cfg.k)))
-    if cfg.aux_relu:
-        acts = acts.relu()
+    acts = inputs.largest(max(1, int(4 * cfg.k))).relu()
     reconstruction = acts.decode().to(inputs.x.dtype)
     error = inputs.x - inputs.to_output_units(reconstruction + inputs.b_dec)
     return error.square().sum(dim=-1).mean()

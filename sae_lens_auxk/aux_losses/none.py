@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
 @register_aux_loss("none", default_coefficient=0.0)

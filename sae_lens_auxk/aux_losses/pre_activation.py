@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("pre_activation", default_coefficient=3e-6, by_mask=True)
+@register_aux_loss("pre_activation", default_coefficient=3e-6, sync_free=True)
 def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``mean_b sum_{i in D} relu(threshold - h_bi)``.
 

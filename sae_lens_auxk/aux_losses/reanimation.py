@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
 @register_aux_loss(
-    "reanimation", default_coefficient=1e-3, default_dead_criterion="batch", by_mask=True
+    "reanimation", default_coefficient=1e-3, default_dead_criterion="batch", sync_free=True
 )
 def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``-d_in * mean over (B, d_sae) of h * [dead]``.

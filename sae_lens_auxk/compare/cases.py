@@ -11,7 +11,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_auxk.architectures import ARCHITECTURES
 from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.aux_losses import BUILT_IN
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.validation import require_choice, require_known
 
@@ -20,18 +21,7 @@ STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITEC
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     "saelens": ({},),
-    "variants": tuple(
-        {"aux_variant": variant}
-        for variant in (
-            "none",
-            "auxk",
-            "straight_through",
-            "reanimation",
-            "pre_activation",
-            "ghost_gradients",
-            "multi_topk",
-        )
-    ),
+    "variants": tuple({"aux_variant": variant} for variant in BUILT_IN),
     "biases": (
         {"aux_variant": "auxk"},  # whose bias is "decoder"
         {"aux_variant": "auxk", "aux_bias": "matched"},

@@ -10,9 +10,10 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.synthetic import SyntheticModelConfig
 
 from sae_lens_auxk.architectures import ARCHITECTURES
-from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from sae_lens_auxk.compare.cases import PRESETS, cases_of
 from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.dead_latents import threshold_for
 from sae_lens_auxk.validation import (
     reject,
     require_choice,
@@ -83,7 +84,7 @@ def resolve(comparison: Comparison) -> Resolved:
         values["preset"] = [] if comparison.cases or comparison.aux_variant else list(PRESETS)
     n_samples = values["training_samples"]
     if comparison.dead_after is None and isinstance(n_samples, int):
-        values["dead_after"] = max(1, min(10_000_000, n_samples // 20))
+        values["dead_after"] = threshold_for(n_samples)
     resolved = Resolved(**values)
     _validate(resolved)
     return resolved

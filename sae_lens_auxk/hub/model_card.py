@@ -19,7 +19,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from safetensors.torch import load_file
 
 from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses import AUX_LOSSES
+from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.hub.sae_folder import read_json, sae_id_of
 

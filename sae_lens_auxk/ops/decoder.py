@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops.columns import scaled_cast, scaled_product
+from sae_lens_auxk.ops.columns import row_norms, scaled_cast, scaled_product
 from sae_lens_auxk.ops.gradient import LatentGradient, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
@@ -39,11 +39,10 @@ class Decoder:
         return selected.dots(x.to(W.dtype), W)
 
     def all_dots(self, x: torch.Tensor, latents: slice) -> torch.Tensor:
-        """(B, n): the products of ``x`` (B, d_in) with rows of W_dec at unit length; no graph.
-
-        The rows are as they are where there are no norms.
-        """
-        scale = None if self.norm is None else 1 / self.norm[latents]
+        """(B, n): the products of ``x`` (B, d_in) with rows of W_dec at unit length; no graph."""
+        norms = row_norms(self.W[latents]) if self.norm is None else self.norm[latents]
+        # 0 / 0 would be NaN, which is the largest of all products.
+        scale = 1 / norms.clamp(min=torch.finfo(norms.dtype).tiny)
         return scaled_product(x.to(self._autocast or self.W.dtype), self.W[latents].T, scale)
 
     def of_columns(
@@ -76,10 +75,21 @@ class Decoder:
             return self.norm
         return self.norm.index_select(0, selected.latents.flatten()).view(-1, *like.shape[1:])
 
+    def length_at(self, selected: Selected, like: torch.Tensor) -> torch.Tensor | float:
+        """The lengths of selected latents' ``W_i``, never 0, as :meth:`norm_at` gives its norms.
+
+        1 where there are norms, since ``W_i`` is a row divided by its norm then.
+        """
+        if self.norm is not None:
+            return 1.0
+        rows = self.W.index_select(0, selected.latents.flatten())
+        return row_norms(rows).view(-1, *like.shape[1:])
+
     def add_norm_gradient(self, grad: torch.Tensor) -> None:
         """Add what the gradient of the norms (d_sae,) does to W_dec."""
         assert self.norm is not None
-        self.gradient.add_along(grad / self.norm)
+        # A row of zeros has no direction in which its norm could grow.
+        self.gradient.add_along((grad / self.norm).where(self.norm > 0, 0))
 
     def _matrix(self, selected: Selected) -> torch.Tensor:
         W = selected.matrix(self.W)

@@ -1,0 +1,245 @@
+"""What an auxiliary loss may see, and the registry that finds it by name.
+
+An auxiliary loss is a pure function ``loss(inputs, cfg) -> scalar tensor``. It reads one
+:class:`AuxLossInputs` record and the SAE's config, and knows no module, trainer or logger. The
+caller applies the scheduled coefficient. The package's own losses are one file each in this
+folder; :func:`register_aux_loss` adds another.
+
+Notation in the formulas of every file here: ``B`` rows in the batch, ``x`` the SAE's input, ``h``
+the pre-activations, ``D`` the dead latents, ``W_i`` the decoder row of latent ``i`` (divided by
+its norm where SAELens's ``rescale_acts_by_decoder_norm`` is on), ``b`` the decoder bias, ``r =
+stopgrad(x - sae_out)`` the residual. Losses are summed over ``d_in`` and averaged over the batch,
+as SAELens's MSE is, so that a coefficient means against that MSE what its source meant against its
+own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+
+from sae_lens_auxk.latent_access import Activations, Columns, LatentAccess
+
+DeadCriterion = Literal["tokens", "steps", "batch"]
+
+
+@dataclass(frozen=True)
+class AuxLossInputs:
+    """One training step, as an auxiliary loss sees it.
+
+    Floating-point tensors other than the pre-activations and parameters are in at least
+    float32, also under autocast.
+
+    Attributes:
+        x: (B, d_in) the target of the reconstruction. Under ``normalize_activations=
+            "layer_norm"`` each row's mean is subtracted, as it is from the decoder's output.
+        residual: (B, d_in) ``r``, detached.
+        dead: (d_sae,) bool, the dead latents by the config's ``dead_criterion``; of one level,
+            where each of Matryoshka's levels has its own loss.
+        dead_bound: an upper bound on the number of dead latents, known without waiting for the
+            device.
+        access: the way to ``h`` and ``W_i``; the methods below use it.
+        W_dec: (d_sae, d_in) decoder weights as they are stored.
+        b_dec: (d_in,) decoder bias.
+        output_scale: (B, 1) factor from the decoder's output to the units of ``x``, or None. Only
+            the two run-time modes of ``normalize_activations`` have one.
+        firing_threshold: returns what ``h`` must exceed for a latent to fire, in a shape that
+            broadcasts to (B, d_sae). A function because TopK must search for it.
+        level: which latents compete: all, or those of one Matryoshka level.
+    """
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    dead: torch.Tensor
+    dead_bound: int
+    access: LatentAccess
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+    output_scale: torch.Tensor | None
+    firing_threshold: Callable[[], torch.Tensor]
+    level: slice
+
+    @property
+    def d_sae(self) -> int:
+        """The number of latents, also where the record is that of one Matryoshka level."""
+        return self.dead.numel()
+
+    @property
+    def hidden_pre(self) -> torch.Tensor:
+        """(B, d_sae) ``h``, with its graph.
+
+        The graph leads to W_enc, b_enc, to b_dec where ``apply_b_dec_to_input``, and to the
+        decoder norm where ``h`` is rescaled by it. The gradient is as large as ``h`` itself; the
+        methods below are cheaper.
+        """
+        return self.access.columns()
+
+    @cached_property
+    def dead_latents(self) -> torch.Tensor:
+        """(n_dead,) int64, the indices of the dead latents, ascending.
+
+        Never empty where the loss was registered with ``uses_dead_latents=True``. Reading it waits
+        for the device.
+        """
+        return self.dead.nonzero().squeeze(1)
+
+    @cached_property
+    def n_dead(self) -> torch.Tensor:
+        """() int64, the number of dead latents, on the device."""
+        return self.dead.sum()
+
+    def dead_hidden_pre(self) -> torch.Tensor:
+        """(B, n_dead): the columns of ``h`` of the dead latents, with their graph."""
+        return self.access.columns(self.dead_latents)
+
+    def dead_columns(self) -> Columns:
+        """``h`` of the dead latents, and a way to decode with them, without waiting for how many.
+
+        For a loss that needs all of them and must be fast. There may be more columns than dead
+        latents; those are -inf.
+        """
+        return self.access.columns_among(self.dead, self.dead_bound)
+
+    def dead_threshold(self) -> torch.Tensor:
+        """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead).
+
+        It goes with :meth:`dead_hidden_pre`, not with :meth:`dead_columns`, which may be more.
+        """
+        threshold = self.firing_threshold()
+        if threshold.ndim == 0 or threshold.shape[-1] == 1:
+            return threshold
+        return threshold.index_select(-1, self.dead_latents)
+
+    def dead_shortfall(self) -> torch.Tensor:
+        """(B,): the sum of ``relu(threshold - h)`` over the dead latents, with its graph."""
+        return self.access.shortfall(self.firing_threshold(), self.dead, self.dead_bound)
+
+    def hidden_pre_sums(self) -> torch.Tensor:
+        """(d_sae,): ``h`` summed over the batch, with its graph."""
+        return self.access.sums()
+
+    def nearest_dead(self, k: int) -> Activations:
+        """The ``min(k, n_dead)`` dead latents with the largest ``h`` in each row: ``T_b``."""
+        return self.access.largest(k, self.dead, self.dead_bound)
+
+    def best_dead_match(self, x: torch.Tensor) -> Activations:
+        """Of all latents the one with the largest ``W_i . x_b / |W_i|``, in rows where it is dead.
+
+        Args:
+            x: (B, d_in).
+
+        Returns:
+            One entry a row. A row whose best match is alive has none.
+        """
+        return self.access.best_match(x, self.dead, self.level)
+
+    def largest(self, k: int) -> Activations:
+        """The ``k`` latents, dead or alive, with the largest ``h`` in each row."""
+        return self.access.largest(min(k, self.d_sae), None, self.d_sae)
+
+    def to_output_units(self, reconstruction: torch.Tensor) -> torch.Tensor:
+        """Bring a decoder output (B, d_in) to the units and precision of ``x``."""
+        reconstruction = reconstruction.to(self.x.dtype)
+        if self.output_scale is None:
+            return reconstruction
+        return reconstruction * self.output_scale
+
+    def at_rows(self, rows: torch.Tensor) -> "AuxLossInputs":
+        """The same step, seen by some rows (m,) of its batch only."""
+
+        def threshold() -> torch.Tensor:
+            of_all = self.firing_threshold()
+            return of_all.index_select(0, rows) if of_all.ndim == 2 else of_all
+
+        scale = self.output_scale
+        return replace(
+            self,
+            x=self.x.index_select(0, rows),
+            residual=self.residual.index_select(0, rows),
+            access=self.access.at_rows(rows),
+            output_scale=None if scale is None else scale.index_select(0, rows),
+            firing_threshold=threshold,
+        )
+
+
+AuxLossFn = Callable[[AuxLossInputs, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    """A registered auxiliary loss, called as ``loss(inputs, cfg)``.
+
+    Attributes:
+        function: ``(inputs, cfg) -> scalar``, without the coefficient.
+        default_coefficient: the coefficient where the config has ``aux_loss_coefficient=None``.
+        default_dead_criterion: the criterion where the config has ``dead_criterion=None``.
+        uses_dead_latents: False for a loss that is also wanted while no latent is dead. True: the
+            loss is 0 then.
+        uses_k_aux: whether the loss takes the ``k_aux`` dead latents with the largest ``h`` of
+            each row (:meth:`AuxLossInputs.nearest_dead`) rather than all of them. Only the metric
+            ``k_aux_used`` asks.
+        topk_only: whether only architectures of the TopK family can serve it.
+        sync_free: whether it does without ``dead_latents`` and everything made of them, so that no
+            step waits for the device. Such a loss is also called where no latent is dead, and must
+            not fail there; its value is not used.
+    """
+
+    function: AuxLossFn
+    default_coefficient: float = 1.0
+    default_dead_criterion: DeadCriterion = "tokens"
+    uses_dead_latents: bool = True
+    uses_k_aux: bool = False
+    topk_only: bool = False
+    sync_free: bool = False
+
+    def __call__(self, inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
+        """The loss of one record, 0 where it needs dead latents and there are none."""
+        if self.uses_dead_latents and not self.sync_free and inputs.dead_latents.numel() == 0:
+            return inputs.x.new_zeros(())
+        loss = self.function(inputs, cfg)
+        if self.uses_dead_latents and self.sync_free:
+            loss = loss.where(inputs.n_dead > 0, 0)
+        return loss
+
+
+AUX_LOSSES: dict[str, AuxLoss] = {}
+
+
+def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties: Any) -> Any:
+    """Make ``function`` available as ``aux_variant=name``, directly or as a decorator.
+
+    Args:
+        name: the value that ``aux_variant`` takes.
+        function: ``(inputs: AuxLossInputs, cfg) -> scalar tensor``, without its coefficient.
+            Left out, the call returns a decorator.
+        properties: the attributes of :class:`AuxLoss`, each with its default there.
+
+    Returns:
+        The function, unchanged (or the decorator).
+
+    Raises:
+        ValueError: another function has this name already. Registering the same one again is
+            allowed, and so is a new version of it, as when a notebook's cell is run once more.
+
+    Example:
+        >>> @register_aux_loss("firing_margin", default_coefficient=1e-3)
+        ... def firing_margin(inputs, cfg):
+        ...     missing = inputs.dead_threshold() - inputs.dead_hidden_pre()
+        ...     return missing.relu().square().sum(dim=-1).mean()
+    """
+    if function is None:
+        return partial(register_aux_loss, name, **properties)
+    taken = AUX_LOSSES.get(name)
+    if taken is not None and _origin(taken.function) != _origin(function):
+        raise ValueError(
+            f"aux_variant {name!r} is registered already, to another loss; "
+            f"taken names: {', '.join(sorted(AUX_LOSSES))}"
+        )
+    AUX_LOSSES[name] = AuxLoss(function, **properties)
+    return function
+
+
+def _origin(function: AuxLossFn) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
