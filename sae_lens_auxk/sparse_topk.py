@@ -208,8 +208,8 @@ class SparseTopK(_Base):
             acts = acts.to_dense()
 
         levels = {
-            width: self.run_time_activation_norm_fn_out(sums + self.b_dec)
-            for width, sums in self._sums_by_level(encoder.decoder, values, selected)
+            width: self.run_time_activation_norm_fn_out(decoded)
+            for width, decoded in self._decode_levels(encoder.decoder, values, selected)
         }
         *inner, sae_out = levels.values()
 
@@ -245,14 +245,14 @@ class SparseTopK(_Base):
     def _mse(self, sae_out: torch.Tensor, step_input: AuxStepInput) -> torch.Tensor:
         return self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
 
-    def _sums_by_level(
+    def _decode_levels(
         self, decoder: Decoder, values: torch.Tensor, selected: Pairs
     ) -> Iterable[tuple[int, torch.Tensor]]:
-        """Widths, ascending, and (B, d_in) the decoder's output without its bias.
+        """Widths, ascending, and (B, d_in) the output of the decoder with so many latents.
 
         One level, the whole SAE, except for Matryoshka.
         """
-        return [(self.cfg.d_sae, decoder.weighted_sums(values, selected))]
+        return [(self.cfg.d_sae, decoder.weighted_sums(values, selected) + self.b_dec)]
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
@@ -319,11 +319,10 @@ class SparseMatryoshka(SparseBatchTopK):
         return h, pairs
 
     @override
-    def _sums_by_level(
+    def _decode_levels(
         self, decoder: Decoder, values: torch.Tensor, selected: Pairs
     ) -> Iterable[tuple[int, torch.Tensor]]:
         widths = self.cfg.matryoshka_widths
-        parts = decoder.weighted_sums(values, selected)
-        return zip(
-            widths, parts.unflatten(0, (-1, len(widths))).cumsum(dim=1).unbind(dim=1), strict=True
-        )
+        parts = decoder.weighted_sums(values, selected).unflatten(0, (-1, len(widths)))
+        levels = parts.cumsum(dim=1) + self.b_dec
+        return zip(widths, levels.unbind(dim=1), strict=True)

@@ -11,7 +11,7 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"aux_variant": "auxkk"}, r"aux_variant='auxkk' .* one of auxk, reanimation"),
+        ({"aux_variant": "auxkk"}, r"aux_variant='auxkk' .* one of none, auxk, reanimation"),
         ({"aux_loss_coefficient": -0.1}, r"aux_loss_coefficient=-0.1 .* >= 0"),
         ({"aux_loss_coefficient": float("nan")}, r"aux_loss_coefficient=nan .* finite"),
         ({"aux_loss_coefficient": "1/32"}, r"aux_loss_coefficient='1/32'"),
