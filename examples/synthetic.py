@@ -24,6 +24,7 @@ VARIANTS = {
     "auxk": ("auxk-topk", {"aux_variant": "auxk"}),
     "auxk, bias none": ("auxk-topk", {"aux_variant": "auxk", "aux_bias": "none"}),
     "straight_through": ("auxk-topk", {"aux_variant": "straight_through"}),
+    "pursuit": ("auxk-topk", {"aux_variant": "pursuit"}),
     "reanimation": ("auxk-topk", {"aux_variant": "reanimation"}),
 }
 
