@@ -111,7 +111,8 @@ class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
     def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
         before = self.topk_threshold
         output = super()._forward(step_input)
-        self.topk_threshold = torch.where(step_input.usable.some, self.topk_threshold, before)
+        counts = step_input.usable.some & (not step_input.again)
+        self.topk_threshold = torch.where(counts, self.topk_threshold, before)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output
 

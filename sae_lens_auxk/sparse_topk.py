@@ -188,9 +188,7 @@ class SparseTopK(_Base):
             and self.W_enc.dtype in (torch.float32, torch.float64)
             and not sae_in.requires_grad
             and not self.hook_z_reshaping_mode
-            and not any(
-                hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values()
-            )
+            and not any(map(_has_hook, self.children()))
         )
 
     @never_compiled
@@ -269,6 +267,15 @@ class SparseTopK(_Base):
         """(N,) the k largest pre-activations of each row, and where they are."""
         h, latents = top_k(hidden_pre, int(self.cfg.k))
         return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
+
+
+def _has_hook(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class SparseBatchTopK(SparseTopK):
