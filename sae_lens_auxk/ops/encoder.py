@@ -170,11 +170,11 @@ class _AtColumns(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         encoder, latents = ctx.encoder, ctx.latents
-        lent = grad.to(encoder.x_autocast.dtype)
+        grad_low = grad.to(encoder.x_autocast.dtype)
         n = grad.shape[1]
         if grad.is_cuda and n % 8:  # see indices_of
-            lent = torch.nn.functional.pad(lent, (0, -n % 8))
-        sums = matmul_to(lent.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
+            grad_low = torch.nn.functional.pad(grad_low, (0, -n % 8))
+        sums = matmul_to(grad_low.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
         bias = _add_sums(encoder, sums, latents, ctx.n_latents)
         return None, None, bias, None, None, None, None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops import kernels
 from sae_lens_auxk.ops.columns import beyond
 
 # Rows of a matrix whose transposed a CPU writes at once.
@@ -51,10 +51,8 @@ class LatentGradient:
             starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         """
         self._begin()
-        if use_triton(x) and self.W.dtype == torch.float32:
-            from sae_lens_auxk.ops import triton_kernels
-
-            self._rows = triton_kernels.outer_sums(values, rows, latents, starts, x, self._rows)
+        if (k := kernels(x)) and self.W.dtype == torch.float32:
+            self._rows = k.outer_sums(values, rows, latents, starts, x, self._rows)
             return
         dtype, bags, used = self.W.dtype, starts[:-1], None
         if self._rows is not None and x.device.type == "cpu":
@@ -104,13 +102,9 @@ class LatentGradient:
             (d_sae,) the products of the rows with their latents' own vectors in W, else 0.
         """
         W = self.W.T if self.transpose else self.W
-        if use_triton(rows) and self.W.dtype == torch.float32 and rows.dtype == torch.float32:
-            from sae_lens_auxk.ops import triton_kernels
-
+        if (k := kernels(rows)) and self.W.dtype == rows.dtype == torch.float32:
             self._begin()
-            self._rows, products = triton_kernels.add_scaled(
-                rows, scale, latents, n_rows, W, self._rows
-            )
+            self._rows, products = k.add_scaled(rows, scale, latents, n_rows, W, self._rows)
             return at_latents(products, latents, len(W))
         rows = _counted(rows, n_rows)
         own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
@@ -165,10 +159,8 @@ def _counted(rows: torch.Tensor, n_rows: torch.Tensor | None) -> torch.Tensor:
 
 def _add_multiples(scale: torch.Tensor, W: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """``scale`` (n,) times the rows of ``W`` (n, d), added to ``out`` in place, if there is one."""
-    if use_triton(W) and W.dtype == torch.float32:
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.add_multiples(scale, W, out)
+    if (k := kernels(W)) and W.dtype == torch.float32:
+        return k.add_multiples(scale, W, out)
     scaled = scale.unsqueeze(1).to(W.dtype)
     return W * scaled if out is None else out.addcmul_(W, scaled)
 
@@ -192,10 +184,8 @@ class _Handle(torch.autograd.Function):
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
     """``x.T``, contiguous."""
-    if use_triton(x):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.transposed(x)
+    if k := kernels(x):
+        return k.transposed(x)
     if x.device.type != "cpu":
         return x.T.contiguous()
     # A core's cache does not hold the lines that a column of all of x is in.
