@@ -8,6 +8,8 @@ graph, and returns no gradient for it; when autograd has run all of them it come
 and the buffer becomes the parameter's gradient.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +19,28 @@ from sae_lens_auxk.ops.columns import beyond
 
 # Rows of a matrix whose transposed a CPU writes at once.
 ROWS_AT_ONCE = 128
+
+
+_Backward = Callable[..., tuple[Any, ...]]
+
+
+def first_derivative_only(backward: _Backward) -> _Backward:
+    """Make a backward pass that is to be differentiated itself an error.
+
+    Torch's ``once_differentiable`` does the same where a gradient comes in as a tensor; a
+    :func:`handle` gets none.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the sparse training step has no second derivatives (create_graph=True); "
+                "SAE_LENS_AUXK_OPS=dense in the environment brings a step that has"
+            )
+        return backward(ctx, *grad_outputs)
+
+    return checked
 
 
 class LatentGradient:
@@ -178,6 +202,7 @@ class _Handle(torch.autograd.Function):
         return W.new_empty(0)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:  # noqa: ARG004
         return ctx.gradient.take(), None
 
