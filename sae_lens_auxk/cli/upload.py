@@ -11,8 +11,6 @@ from sae_lens_auxk.hub import HubError, Upload, upload_sae
 def upload(args: Sequence[str]) -> int:
     """Publish an SAE, a training checkpoint or a comparison on the Hub; see ``--help``."""
     options = _parser().parse_args(args)
-    if options.card is not None and not options.dry_run:
-        return refuse("--card is for --dry_run: an upload puts the card into the repository.")
     try:
         done = upload_sae(
             options.folder,
@@ -26,8 +24,6 @@ def upload(args: Sequence[str]) -> int:
         return refuse(str(error))
     if options.dry_run:
         print(listing(options.repo, done))
-        if options.card is not None:
-            options.card.write_text(done.card, encoding="utf-8")
     else:
         for sae_id in done.unchanged:
             print(f"{sae_id} was there already, the same")
@@ -68,8 +64,5 @@ def _parser() -> argparse.ArgumentParser:
         "--dry_run",
         action="store_true",
         help="show which files would go up; needs no token and no network",
-    )
-    parser.add_argument(
-        "--card", type=Path, help="with --dry_run: a file to write the model card to"
     )
     return parser

@@ -1,6 +1,5 @@
 """What is compared: the fields of a comparison, and the file that they may be read from."""
 
-import sys
 from dataclasses import asdict, dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -11,11 +10,6 @@ from sae_lens.synthetic import SyntheticModelConfig, ZipfianFiringProbabilityCon
 from simple_parsing import field
 
 from sae_lens_auxk.validation import require_known
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,27 +99,23 @@ class Comparison:
 
     @classmethod
     def from_file(cls, path: Path) -> "Comparison":
-        """Read a YAML (.yaml, .yml) or TOML (.toml) file of the fields.
+        """Read a YAML file (.yaml, .yml) of the fields.
 
         Raises:
-            ValueError: no such file, no such format, or an unknown field, with the nearest name.
+            ValueError: there is no such file, it is not YAML, or it has an unknown field; the
+                message suggests the nearest name.
         """
         shown = f"config={str(path)!r}"
         if not path.is_file():
             raise ValueError(f"{shown} is not allowed: there is no such file.")
+        if path.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"{shown} is not allowed: it must end in .yaml or .yml.")
         try:
-            match path.suffix:
-                case ".yaml" | ".yml":
-                    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-                case ".toml":
-                    values = tomllib.loads(path.read_text(encoding="utf-8"))
-                case suffix:
-                    allowed = f"it must end in .yaml, .yml or .toml, not {suffix!r}."
-                    raise ValueError(f"{shown} is not allowed: {allowed}")
-        except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
             raise ValueError(f"{shown} cannot be read: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{shown} is not allowed: it must hold fields and values")
+            raise ValueError(f"{shown} is not allowed: it must hold fields and values.")
         require_known(values, (f.name for f in fields(cls)), "a comparison")
         return cls(**values)
 

@@ -205,7 +205,7 @@ def test_a_comparison(client: Hub, tmp_path: Path) -> None:
     assert "![pareto](cmp/figures/pareto.png)" in text
     assert "sae-lens-auxk compare --output three" in text
     for seed, name in enumerate(ids):
-        assert f"#### {name}\n\nauxk, seed {seed}: explained variance 0.9{seed}0, L0 3.0" in text
+        assert f"#### {name}\n\nauxk, seed {seed}: EV 0.9{seed}0, L0 3.0" in text
         back = SAE.load_from_disk(download_sae(REPO, name, tmp_path / f"back{seed}"))
         assert same(back, SAE.load_from_disk(made / f"runs/seed-{seed}/auxk-k3"))
 
@@ -341,23 +341,20 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
 def test_a_dry_run_asks_the_hub_nothing(
     client: Hub,
     folder: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    path = tmp_path / "card.md"
-    args = ["upload", str(folder), REPO, "--sae_id", "x", "--dry_run", "--card", str(path)]
-    assert cli.main(args) == 0
+    assert cli.main(["upload", str(folder), REPO, "--sae_id", "x", "--dry_run"]) == 0
+    planned = upload_sae(folder, REPO, "x", dry_run=True)
     assert client.log == []
     out = capsys.readouterr().out
     n_bytes = (folder / "sae_weights.safetensors").stat().st_size
     assert f"{n_bytes:,d}  x/sae_weights.safetensors" in out
     assert "README.md" in out
-    text = path.read_text(encoding="utf-8")
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     upload_sae(folder, REPO, "x")
-    assert card(client) == text
+    assert card(client) == planned.card
 
 
 @pytest.mark.parametrize(
@@ -402,12 +399,11 @@ def test_no_hub_to_reach(client: Hub, folder: Path, monkeypatch: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere", REPO], "nowhere is no folder"),
+        (["nowhere", REPO], "nowhere is not a folder"),
         ([".", REPO], "holds no SAE: it has neither cfg.json nor results.json. Folders in it"),
         (["small", "saes"], "'saes' is not allowed: it must be user/name"),
         (["small", "me/.."], "'me/..' is not allowed"),
         (["small", REPO, "--sae_id", "../x"], "sae_id '../x' is not allowed"),
-        (["small", REPO, "--card", "x.md"], "--card is for --dry_run"),
         (["noweights", REPO], "has cfg.json but no sae_weights.safetensors"),
         (["broken", REPO], "results.json is not the results of a comparison"),
         (["secret", REPO], "holds what looks like a Hub token"),
