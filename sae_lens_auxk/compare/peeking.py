@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-JUNK = 0.5
-"""A latent whose best cosine with a true feature is below this is junk."""
-NEAR_DUPLICATE = 0.7
-"""Latents whose decoder rows have a cosine above this are near duplicates: two rows that have
-this cosine with each other have at least half of their energy in common."""
+from sae_lens_auxk.results import JUNK, NEAR_DUPLICATE, Numbers
+
 MIN_FIRINGS = 20
 """A latent that fires on fewer rows is not measured."""
 MIN_LATENTS = 5
@@ -32,8 +29,6 @@ MAX_LATENTS = 1000
 ROWS_PER_CHUNK = 2048
 TINY = 1e-12
 
-Measures = dict[str, float | None]
-
 
 @torch.no_grad()
 def measure_peeking(
@@ -44,7 +39,7 @@ def measure_peeking(
     never_died: torch.Tensor,
     true_features: torch.Tensor | None = None,
     seed: int = 0,
-) -> dict[str, Measures]:
+) -> dict[str, Numbers]:
     """
     Compare latents that were dead and came back with latents that never died.
 
@@ -230,10 +225,10 @@ def _draw(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return latents[order[:MAX_LATENTS]].sort().values
 
 
-def _summary(measured: dict[str, torch.Tensor | None], columns: torch.Tensor) -> Measures:
+def _summary(measured: dict[str, torch.Tensor | None], columns: torch.Tensor) -> Numbers:
     """Means over some of the measured latents, a latent as often as it is in ``columns``."""
     n_latents = columns.unique().numel()
-    summary: Measures = {"n_latents": n_latents}
+    summary: Numbers = {"n_latents": n_latents}
     for name, values in measured.items():
         if values is None or n_latents < MIN_LATENTS:
             summary[name] = None

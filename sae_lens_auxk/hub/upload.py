@@ -19,7 +19,7 @@ from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
 from sae_lens_auxk.hub.sae_folder import (
     SAE_FILES,
-    Source,
+    Publishable,
     find_saes,
     inference_folder,
     require_no_token,
@@ -144,7 +144,7 @@ def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
     return _Remote(commit, files, card)
 
 
-def _card(repo_id: str, source: Source, saes: dict[str, Path], existing: str | None) -> str:
+def _card(repo_id: str, source: Publishable, saes: dict[str, Path], existing: str | None) -> str:
     if source.results is not None:
         part = comparison_part(repo_id, saes, source.results, source.prefix, list(source.reports))
         return with_part(existing, f"comparison {source.prefix}".strip("/ "), part, repo_id)

@@ -54,7 +54,7 @@ def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
 
     single.step = watched
     trainer.fit()
-    (record,) = trainer.records.values()
+    (log,) = trainer.logs.values()
     silent = torch.zeros(24, dtype=torch.long)
     ever_dead = torch.zeros(24, dtype=torch.bool)
     dead_fractions: list[float] = []
@@ -62,22 +62,22 @@ def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
         silent = torch.where(row, 0, silent + 32)
         ever_dead |= silent >= 128
         dead_fractions.append((silent >= 128).float().mean().item())
-    assert torch.equal(record.tokens_since_fired, silent)
-    assert torch.equal(record.ever_dead, ever_dead)
+    assert torch.equal(log.tokens_since_fired, silent)
+    assert torch.equal(log.ever_dead, ever_dead)
     assert 0 < int(ever_dead.sum()) < 24, "the test would see nothing"
-    assert record.history["samples"] == [32 * n for n in range(1, 101)]
-    assert record.history["dead_fraction"] == dead_fractions
-    assert len(record.step_seconds) == 100
-    assert all(l0 == 2 for l0 in record.history["l0"])
-    assert any(loss != 0 for loss in record.history["aux_loss"])
+    assert log.history["samples"] == [32 * n for n in range(1, 101)]
+    assert log.history["dead_fraction"] == dead_fractions
+    assert len(log.step_seconds) == 100
+    assert all(l0 == 2 for l0 in log.history["l0"])
+    assert any(loss != 0 for loss in log.history["aux_loss"])
 
 
 def test_a_long_run_has_about_a_hundred_points() -> None:
     comparison = tiny(aux_variant=["none"], training_samples=32 * 250)
     trainer = trainer_of(comparison)
     trainer.fit()
-    (record,) = trainer.records.values()
-    samples = record.history["samples"]
+    (log,) = trainer.logs.values()
+    samples = log.history["samples"]
     assert 80 <= len(samples) <= 101
     assert samples[-1] == 32 * 250
 
@@ -100,8 +100,8 @@ def test_one_that_fails_leaves_the_others_alone(how: str) -> None:
     saes = trainer.fit()
     assert list(saes) == ["none"]
     assert torch.equal(saes["none"].W_dec, expected)
-    assert trainer.records["none"].error is None
-    error = trainer.records["auxk"].error
+    assert trainer.logs["none"].error is None
+    error = trainer.logs["auxk"].error
     assert error is not None
     assert ("no room" if how == "raises" else "loss is nan") in error
 
@@ -132,5 +132,5 @@ def test_memory_of_a_case_is_its_own() -> None:
     alone.fit()
     beside = trainer_of(tiny(device="cuda", preset=["variants", "saelens"]))
     beside.fit()
-    one, other = (max(t.records["auxk"].step_bytes) for t in (alone, beside))
+    one, other = (max(t.logs["auxk"].step_bytes) for t in (alone, beside))
     assert one == pytest.approx(other, rel=0.1)

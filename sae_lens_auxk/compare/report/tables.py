@@ -2,19 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sae_lens_auxk.compare.report.vocabulary import (
-    METRICS,
-    PEEKING,
-    Group,
-    Metric,
     colours,
     label,
     measured,
     number,
     with_revived,
 )
+from sae_lens_auxk.results import METRICS, PEEKING, Group, Metric, Results
 
 TEXT_COLUMNS = 2
 """So many columns at the left hold text, the others numbers."""
@@ -37,7 +33,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
 
-def main_table(results: Mapping[str, Any]) -> Table:
+def main_table(results: Results) -> Table:
     """A row a group, a column a metric that any group has."""
     colour = colours(results)
     metrics = measured(results["groups"], METRICS)
@@ -55,12 +51,11 @@ def main_table(results: Mapping[str, Any]) -> Table:
     return Table(["case", "architecture", "k", "seeds", *labels], rows)
 
 
-def peeking_table(results: Mapping[str, Any]) -> Table:
+def peeking_table(results: Results) -> Table:
     """Two rows a group that has revived latents: those, and those that never died."""
     colour = colours(results)
     groups = with_revived(results["groups"])
-    metrics = {"n_latents": Metric("latents", 0), "firing_rate": Metric("firing rate", 4)}
-    metrics |= measured(groups, PEEKING, "revived")
+    metrics = measured(groups, PEEKING, "revived")
     rows = [
         [
             Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
