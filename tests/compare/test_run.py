@@ -1,6 +1,5 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens_auxk.compare import run
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
-from sae_lens_auxk.results import read_results, write_json
+from sae_lens_auxk.results import read_results
 from tests.compare.conftest import tiny
 
 RUN_KEYS = {
@@ -232,8 +231,3 @@ def test_groups_by_hand() -> None:
     assert group["peeking"]["revived"] == {"mean": {"n_latents": 1}, "std": {"n_latents": 1}}
     (single,) = groups_of([entry(0, 0.5)])
     assert single["std"]["explained_variance"] is None
-
-
-def test_no_nan_is_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0, (2,)]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0, [2]]}
