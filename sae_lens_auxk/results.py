@@ -366,11 +366,7 @@ def read_pass(folder: Path) -> list[Run]:
 
 
 def write_pass(folder: Path, runs: list[Run]) -> None:
-    """Write the runs of a finished pass.
-
-    Raises:
-        ValueError: a run has a metric that is not in the table.
-    """
+    """Write the runs of a finished pass; raises what :func:`write_results` raises."""
     _require_rows_of(runs)
     write_json(folder / PASS_FILENAME, runs)
 
@@ -388,10 +384,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, then rename it to ``path``.
-
-    A crash leaves the old file or the new one, never half a file.
-    """
+    """Let ``write`` make a file, then rename it to ``path``; a crash never leaves half a file."""
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     write(beside)
     os.replace(beside, path)

@@ -26,13 +26,13 @@ def upload(args: Sequence[str]) -> int:
         print(listing(options.repo, done))
     else:
         for sae_id in done.unchanged:
-            print(f"{sae_id} was there already, the same")
+            print(f"{sae_id} was already there")
         print(f"published at {done.url}")
     return 0
 
 
 def listing(repo_id: str, planned: Upload) -> str:
-    """The files of an upload with their sizes in bytes, a line each."""
+    """The files of an upload and their sizes in bytes, one per line."""
     lines = [f"{size:15,d}  {path}" for path, size in planned.sizes.items()]
     total = sum(planned.sizes.values())
     return "\n".join([f"would go to {repo_id}:", *lines, f"{total:15,d}  bytes in all"])
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="a trained SAE (a run's output_path), a training checkpoint, or a comparison's folder",
     )
-    parser.add_argument("repo", help="user/repo on the Hub; created where there is none")
+    parser.add_argument("repo", help="user/repo on the Hub; created if it does not exist")
     parser.add_argument(
         "--sae_id",
         help="the SAE's name in the repository (default: the folder's name); for a comparison, "

@@ -1,7 +1,7 @@
 """The model card: what was trained, how well, how to load it and how to train it again.
 
-A card belongs to whoever owns the repository. What stands here is one part of it between two
-marker comments, one part for each SAE or comparison; nothing else in a card is changed.
+A card belongs to the owner of the repository. This module writes one part of it for each SAE or
+comparison, between two marker comments, and changes nothing else.
 """
 
 import json
@@ -26,7 +26,7 @@ from sae_lens_auxk.saved_sae import silent_latents
 
 TAGS = ("saelens", "sparse-autoencoder", "mechanistic-interpretability")
 
-# Where and how a run was watched is not part of what was trained.
+# Where a run wrote to and how it was watched does not change what was trained.
 _NOT_REPRODUCED = {
     *("sae", "logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
     *("n_checkpoints", "checkpoint_path", "save_final_checkpoint", "resume_from_checkpoint"),
@@ -36,9 +36,9 @@ _NOT_REPRODUCED = {
 
 
 def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
-    """The card with ``part`` as its part of that name: replaced, or added at the end.
+    """Replace the card's part of that name by ``part``, or add it at the end.
 
-    The front matter gets ``library_name`` and tags where it lacks them.
+    The front matter gets ``library_name`` and tags if it lacks them.
 
     Raises:
         HubError: the card's front matter or its markers cannot be read.
@@ -68,12 +68,19 @@ def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
     front_matter = card[: len(card) - len(model_card.text)]
     model_card.text = text
-    # Dumped anew only where it changed: YAML comments do not survive that.
+    # Front matter that has not changed is kept as text, because dumping it loses YAML comments.
     return front_matter + text if data.to_dict() == before_merge else str(model_card)
 
 
 def sae_part(repo_id: str, sae_id: str, folder: Path, samples: int | None) -> str:
-    """The part of one SAE: ``folder`` as it is published, ``samples`` of a checkpoint."""
+    """The card's part for one SAE.
+
+    Args:
+        repo_id: the repository.
+        sae_id: the SAE's name in it.
+        folder: the local folder of the SAE as it is published.
+        samples: what a checkpoint had been trained on; None for a finished SAE.
+    """
     runner_cfg = _optional_json(folder / RUNNER_CFG_FILENAME)
     sections = [
         f"## {sae_id}",
@@ -94,7 +101,15 @@ def comparison_part(
     prefix: str,
     reports: Sequence[str],
 ) -> str:
-    """The part of a comparison: its groups and figures, and a section for each SAE."""
+    """The card's part for a comparison: its groups, its figures, and a section for each SAE.
+
+    Args:
+        repo_id: the repository.
+        saes: the local folders of the SAEs as they are published, by SAE id.
+        results: the content of results.json.
+        prefix: what each SAE id begins with.
+        reports: paths of the comparison's report in the repository.
+    """
     runs = results["runs"]
     n_finished = sum(run["status"] == "finished" for run in runs)
     data, groups = results.get("data", {}), results.get("groups", [])
@@ -180,7 +195,7 @@ def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(name: str, aux: dict[str, Any]) -> str:
-    """What a None among the fields stands for."""
+    """What a field with the value None means."""
     loss = AUX_LOSSES.get(aux.get("aux_variant", ""))
     if aux[name] is not None or loss is None:
         return ""
@@ -194,7 +209,7 @@ def _resolved(name: str, aux: dict[str, Any]) -> str:
 def _load(repo_id: str, sae_id: str, folder: Path) -> str:
     dtype = read_json(folder / SAE_CFG_FILENAME).get("dtype", "float32")
     arguments = f'"{repo_id}", "{sae_id}"'
-    # from_pretrained converts to float32 unless it is told another.
+    # Without a dtype, from_pretrained converts to float32.
     if dtype.removeprefix("torch.") != "float32":
         arguments += f', dtype="{dtype.removeprefix("torch.")}"'
     return (

@@ -106,7 +106,7 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         relative = PurePosixPath(run.get("folder") or "")
         local = folder / relative
         if relative.is_absolute() or ".." in relative.parts:
-            raise HubError(f"{path}: run {run['name']!r} has its folder outside: {relative}.")
+            raise HubError(f"{path}: run {run['name']!r} has a folder outside: {relative}.")
         if relative == PurePosixPath() or not (local / SAE_CFG_FILENAME).is_file():
             raise HubError(f"{path}: run {run['name']!r} is finished, but {local} holds no SAE.")
         sae_id = prefix + sae_id_of(run)

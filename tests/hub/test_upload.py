@@ -276,7 +276,7 @@ def test_an_existing_sae_is_not_overwritten(client: Hub, folder: Path, tmp_path:
     build_sae("auxk-jumprelu").save_inference_model(other)
     save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
     client.log = []
-    with pytest.raises(HubError, match=r"has this already, and it is another: a\."):
+    with pytest.raises(HubError, match=r"already has another version of a\."):
         upload_sae(other, REPO, "a")
     assert client.writes() == []
     assert client.files(REPO) == before
@@ -296,7 +296,7 @@ def test_what_is_left_of_another_sae_goes_away(client: Hub, folder: Path) -> Non
     save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
     upload_sae(folder, REPO, "a")
     (folder / "sparsity.safetensors").unlink()
-    with pytest.raises(HubError, match=r"another: a\."):
+    with pytest.raises(HubError, match=r"already has another version of a\."):
         upload_sae(folder, REPO, "a")
     assert upload_sae(folder, REPO, "a", overwrite=True).unchanged == []
     assert "a/sparsity.safetensors" not in client.files(REPO)
@@ -308,7 +308,7 @@ def test_other_weights_of_the_same_size_are_another_sae(
     upload_sae(folder, REPO, "a")
     build_sae("auxk-topk").save_inference_model(tmp_path / "other")
     assert (tmp_path / "other/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
-    with pytest.raises(HubError, match=r"another: a\."):
+    with pytest.raises(HubError, match=r"already has another version of a\."):
         upload_sae(tmp_path / "other", REPO, "a")
 
 
@@ -316,7 +316,7 @@ def test_reports_of_another_comparison_are_not_overwritten(client: Hub, tmp_path
     made = comparison(tmp_path / "three", n_seeds=1)
     upload_sae(made, REPO)
     (made / "report.html").write_text("<html/>of old")  # as long as the other
-    with pytest.raises(HubError, match=r"another: report\.html\."):
+    with pytest.raises(HubError, match=r"already has another version of report\.html\."):
         upload_sae(made, REPO)
     upload_sae(made, REPO, overwrite=True)
     assert client.files(REPO)["report.html"] == b"<html/>of old"
@@ -431,7 +431,7 @@ def test_bad_arguments(
 
 def test_private_does_not_go_to_a_public_repository(client: Hub, folder: Path) -> None:
     upload_sae(folder, REPO, "a")
-    with pytest.raises(HubError, match="there already and is public"):
+    with pytest.raises(HubError, match="already exists and is public"):
         upload_sae(folder, REPO, "b", private=True)
     assert list_saes(REPO) == ["a"]
 

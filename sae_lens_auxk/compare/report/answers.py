@@ -11,11 +11,11 @@ from sae_lens_auxk.compare.report.vocabulary import (
 from sae_lens_auxk.results import METRICS, PEEKING, Metric, Results
 
 Entry = tuple[str, float, float | None]
-"""A group and its number in words, the number, its spread."""
+"""A group and its number as text, the number, and its spread."""
 
 
 def answer(results: Results) -> list[tuple[str, str]]:
-    """(question, answer) lines. Cases whose spreads overlap are level: ``|a - b| <= s_a + s_b``."""
+    """Questions and answers. Cases whose spreads overlap are level: ``|a - b| <= s_a + s_b``."""
     if not results["groups"]:
         return [("No answer yet", "no run has finished.")]
     lines = [
@@ -88,7 +88,7 @@ def _list(entries: Sequence[Entry]) -> str:
 
 
 def footnote(results: Results) -> str:
-    """What the numbers are means of, and at which k the answer compares."""
+    """What the numbers are means of, and the k at which cases are compared."""
     seeds = sorted({group["n_seeds"] for group in results["groups"]})
     parts: list[str] = []
     if seeds == [1]:
@@ -103,7 +103,7 @@ def footnote(results: Results) -> str:
 
 
 def troubles(results: Results) -> list[str]:
-    """Runs that failed, each with its error, and those that are not finished."""
+    """The runs that failed, each with its error, and the runs that are not finished."""
     failed = [
         f"Failed: {run['name']}: {run.get('error') or 'no error was written down'}"
         for run in results["runs"]

@@ -71,14 +71,14 @@ class Figure:
 
     @property
     def height(self) -> int:
-        """In pixels: enough for the names beside the axes, or in the legend beside the plot."""
+        """Height in pixels, with room for the names beside the axes or in the legend."""
         if names := self.panels[0].categories:
             return self.n_rows * (90 + 22 * max(len(names), 3))
         return max(400, 130 + 24 * len(self.panels[0].series))
 
 
 def figures_of(results: Results) -> list[Figure]:
-    """The figures that there are data for."""
+    """The figures for which there are data."""
     k = one_of_several_k(results)
     at_k = f" At k {k}." if k else ""
     made = (

@@ -13,12 +13,12 @@ from sae_lens_auxk.compare.report.vocabulary import (
 from sae_lens_auxk.results import METRICS, PEEKING, Group, Metric, Results
 
 TEXT_COLUMNS = 2
-"""So many columns at the left hold text, the others numbers."""
+"""Number of columns at the left that hold text; the others hold numbers."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Something shown; a number is sorted by ``value``, and a case has its ``colour``."""
+    """A text. Numbers are sorted by ``value``, and a case has its ``colour``."""
 
     text: str
     value: float | None = None
@@ -27,14 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as there are columns."""
+    """A table; each row has one cell per column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
 
 def main_table(results: Results) -> Table:
-    """A row a group, a column a metric that any group has."""
+    """One row per group, and one column for each metric that a group has."""
     colour = colours(results)
     metrics = measured(results["groups"], METRICS)
     rows = [
@@ -52,7 +52,7 @@ def main_table(results: Results) -> Table:
 
 
 def peeking_table(results: Results) -> Table:
-    """Two rows a group that has revived latents: those, and those that never died."""
+    """Two rows for each group with revived latents: these, and the latents that never died."""
     colour = colours(results)
     groups = with_revived(results["groups"])
     metrics = measured(groups, PEEKING, "revived")

@@ -24,7 +24,7 @@ def number(group: Group, key: str, latents: str = "") -> tuple[float | None, flo
 def measured(
     groups: Sequence[Group], metrics: Mapping[str, Metric], latents: str = ""
 ) -> dict[str, Metric]:
-    """Those of the metrics that any of the groups has."""
+    """The metrics that at least one group has."""
     return {
         key: metric
         for key, metric in metrics.items()
@@ -38,7 +38,7 @@ def with_revived(groups: Iterable[Group]) -> list[Group]:
 
 
 def reference_k(groups: Iterable[Group]) -> float | None:
-    """The k that most groups have, of several the middle one. Cases are compared at one k."""
+    """The k at which cases are compared: that of most groups, or the middle one of several."""
     counts = Counter(group["k"] for group in groups if group["k"] is not None)
     most = max(counts.values(), default=0)
     return median_low(k for k, count in counts.items() if count == most) if counts else None
@@ -51,13 +51,13 @@ def compared(results: Results) -> list[Group]:
 
 
 def one_of_several_k(results: Results) -> float | None:
-    """The reference k, if there are others that are left out of a comparison."""
+    """The reference k, if a comparison leaves out groups with another k."""
     several = len({group["k"] for group in results["groups"]} - {None}) > 1
     return reference_k(results["groups"]) if several else None
 
 
 def label(group: Group, results: Results, with_k: bool = False) -> str:
-    """The case, with the architecture where the case has several, and k if asked for."""
+    """The case, with its architecture if the case has several, and k if asked for."""
     several = {g["architecture"] for g in results["groups"] if g["case"] == group["case"]}
     parts = [group["case"]]
     if len(several) > 1:
