@@ -88,8 +88,13 @@ class Decoder:
     def add_norm_gradient(self, grad: torch.Tensor) -> None:
         """Add what the gradient of the norms (d_sae,) does to W_dec."""
         assert self.norm is not None
+        self.gradient.add_along(grad / self._norm_or_inf)
+
+    @cached_property
+    def _norm_or_inf(self) -> torch.Tensor:
+        assert self.norm is not None
         # A row of zeros has no direction in which its norm could grow.
-        self.gradient.add_along((grad / self.norm).where(self.norm > 0, 0))
+        return self.norm.where(self.norm > 0, torch.inf)
 
     def _matrix(self, selected: Selected) -> torch.Tensor:
         W = selected.matrix(self.W)
