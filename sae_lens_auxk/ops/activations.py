@@ -16,7 +16,7 @@ _OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
 
 
 class SelectedActivations(torch.Tensor):
-    """A sparse COO tensor (B, d_sae) whose ``sum(0)``, or ``sum(-2)``, is dense, without a wait.
+    """A sparse COO tensor (B, d_sae) whose ``sum(0)`` or ``sum(-2)`` is dense, and does not wait.
 
     SAELens's trainer asks at every step which latents fired, and how often:
     ``acts.bool().float().sum(0)``. Torch's own answer is sparse, and to find out how many entries
@@ -28,13 +28,13 @@ class SelectedActivations(torch.Tensor):
     def of(
         rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor, shape: torch.Size
     ) -> "SelectedActivations":
-        """From (N,) rows, latents and values, without a graph; no pair is there twice."""
+        """From (N,) rows, latents and values, without a graph; no pair may be there twice."""
         acts = torch.sparse_coo_tensor(
             torch.stack([rows, latents]), values, shape, check_invariants=False
         )
         return _as(SelectedActivations, acts)
 
-    # What torch makes of this tensor is an ordinary one, but for the methods here.
+    # Torch's operations return ordinary tensors; only the methods here return this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @override

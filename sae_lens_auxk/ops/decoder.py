@@ -11,21 +11,21 @@ from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
 class Decoder:
-    """W_dec in one training step; all that is made here adds to one gradient buffer.
+    """W_dec in one training step. Every use of it adds to one gradient buffer.
 
     Attributes:
         W: (d_sae, d_in) W_dec, without a graph.
         norm: (d_sae,) the norms of its rows, without a graph, where pre-activations are
             multiplied by them, or None.
         gradient: the buffer.
-        handle: what makes a use of W_dec part of the graph.
+        handle: what stands for W_dec in the graph.
     """
 
     def __init__(self, W_dec: torch.Tensor, rescaled: bool, autocast: torch.dtype | None):
         self.W = W_dec.detach()
         self.norm = self.W.norm(dim=-1) if rescaled else None
         self.gradient = LatentGradient(W_dec)
-        # Not an attribute of the gradient: the graph holds that, and would hold itself.
+        # Not an attribute of the gradient, which the graph holds: it would hold itself.
         self.handle = handle(W_dec, self.gradient)
         self._autocast = autocast
 
@@ -50,7 +50,7 @@ class Decoder:
     ) -> torch.Tensor:
         """(B, d_in): the sums of ``acts`` times rows of W_dec, with the graph of both.
 
-        The rows are of length 1 where there are norms, and that is part of the graph.
+        Where there are norms, the rows are divided by them, which is part of the graph.
 
         Args:
             acts: (B, n), 0 where a column stands for no latent.
@@ -61,7 +61,7 @@ class Decoder:
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
         """``pre`` of selected entries times the norms of their latents, with the graph of both.
 
-        Without ``selected`` there is one entry a latent, (d_sae,).
+        Without ``selected`` there is one entry for each latent, (d_sae,).
         """
         if self.norm is None:
             return pre
@@ -86,7 +86,7 @@ class Decoder:
         return row_norms(rows).view(-1, *like.shape[1:])
 
     def add_norm_gradient(self, grad: torch.Tensor) -> None:
-        """Add what the gradient of the norms (d_sae,) does to W_dec."""
+        """Add the gradient of W_dec that follows from that of its norms (d_sae,)."""
         assert self.norm is not None
         self.gradient.add_along(grad / self._norm_or_inf)
 
