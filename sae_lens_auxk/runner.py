@@ -25,7 +25,7 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
 
     Raises:
         ValueError: the architecture is unknown, or a value is not allowed.
-        TypeError: a keyword is no field (the nearest name is suggested), or one is missing.
+        TypeError: a keyword is not a field (the nearest name is suggested), or one is missing.
 
     Example:
         >>> cfg = runner_config(
@@ -47,7 +47,7 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
     for name in keywords:
         if name not in known:
             raise TypeError(
-                f"{name} is no field of {architecture}, of LanguageModelSAERunnerConfig or of "
+                f"{name} is not a field of {architecture}, of LanguageModelSAERunnerConfig or of "
                 f"LoggingConfig.{nearest(name, known)}"
             )
     logger = {name: value for name, value in keywords.items() if name in logger_fields}

@@ -79,7 +79,7 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--sedes", "1"], "--sedes is no field of compare. Did you mean --seeds?"),
+        (["--sedes", "1"], "--sedes is not a field of compare. Did you mean --seeds?"),
         (["--presets", "x"], "Did you mean --preset?"),
         (["--k", "0"], "k=0 is not allowed"),
         (["--k", "x"], "invalid int value"),
