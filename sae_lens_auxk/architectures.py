@@ -80,7 +80,7 @@ class AuxKTopKTrainingSAE(SparseTopK, AuxTraining, TopKTrainingSAE):  # type: ig
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
         if isinstance(feature_acts, SelectedActivations):
-            acts = feature_acts._values().unflatten(0, (-1, int(self.cfg.k)))
+            acts = feature_acts.detach()._values().unflatten(0, (-1, int(self.cfg.k)))
         else:
             acts = feature_acts.detach().to_dense().topk(int(self.cfg.k), sorted=False).values
         smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
@@ -111,7 +111,8 @@ class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
     def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
         before = self.topk_threshold
         output = super()._forward(step_input)
-        self.topk_threshold = torch.where(step_input.usable.some, self.topk_threshold, before)
+        counts = step_input.usable.some & (not step_input.again)
+        self.topk_threshold = torch.where(counts, self.topk_threshold, before)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch.distributed import is_available
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, DeadCriterion
-from sae_lens_auxk.dead_latents import DeadCountAhead, count_tokens, fired_in_batch
+from sae_lens_auxk.dead_latents import DeadCountAhead, count_tokens, fired_in_batch, over_ranks
 from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 
@@ -47,10 +49,12 @@ class AuxStepInput(TrainStepInput):
 
     Attributes:
         usable: the rows that can be trained on.
+        again: whether gradient checkpointing runs the step a second time, for its backward pass.
         metrics: the auxiliary loss's metrics, for the output of SAELens's own step.
     """
 
     usable: UsableRows
+    again: bool
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -89,20 +93,27 @@ class AuxTraining(_Base):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens's training step, on an input of any leading shape (..., d_in).
 
-        A row with a NaN or infinity is replaced by a finite row of the batch, counts no token,
-        and is reported by a warning and the metric ``nonfinite_rows``. A batch with no finite
-        row has a gradient of zero and leaves the counts and thresholds alone; at the first
-        step of a run it is a ValueError. (Under ``constant_norm_rescale`` a row of zeros is
-        no better than a NaN.)
+        A row with a NaN, an infinity or a norm above 4e9 is replaced by a usable row of the batch,
+        counts no token, and is reported by a warning and the metric ``nonfinite_rows``. A batch
+        with no usable row has a gradient of zero and leaves the counts and thresholds alone.
+        (Under ``constant_norm_rescale`` a row of zeros is no better than a NaN.)
+
+        Raises:
+            ValueError: the batch is empty, or has no usable row at the first step of a run.
         """
         sae_in = step_input.sae_in
+        if sae_in.numel() == 0:
+            raise ValueError(f"sae_in of shape {tuple(sae_in.shape)} has no row to train on.")
         # SAELens's Matryoshka and JumpReLU take 2-D input only, hence the flattening.
         batch_dims = sae_in.ndim - (2 if self.hook_z_reshaping_mode else 1)
         leading = sae_in.shape[:batch_dims]
         flat = sae_in.reshape(-1, *sae_in.shape[batch_dims:])
-        usable = usable_rows(flat, self.cfg.normalize_activations)
-        self._count_bad_rows(usable, step_input.n_training_steps)
-        aux_input = AuxStepInput(**vars(step_input), usable=usable)
+        precise = torch.promote_types(self.dtype, torch.float32)
+        usable = usable_rows(flat, self.cfg.normalize_activations, precise)
+        again = _in_backward_pass()
+        if not again:
+            self._count_bad_rows(usable, step_input.n_training_steps)
+        aux_input = AuxStepInput(**vars(step_input), usable=usable, again=again)
         aux_input.sae_in = replace_rows(flat, usable)
 
         output = self._forward(aux_input)
@@ -231,10 +242,14 @@ class AuxTraining(_Base):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; the dead latents (d_sae,), and how many were revived."""
         fired = fired_in_batch(feature_acts) & step_input.usable.some
+        n_tokens = step_input.usable.n
+        if (ranks := _ranks()) is not None:
+            fired, n_tokens = over_ranks(fired, n_tokens, ranks)
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
         threshold = self.cfg.resolved_dead_threshold_tokens if criterion == "tokens" else 1
         was_dead = self.tokens_since_fired >= threshold
-        count_tokens(self.tokens_since_fired, fired, step_input.usable.n)
+        if not step_input.again:
+            count_tokens(self.tokens_since_fired, fired, n_tokens)
         match criterion:
             case "tokens":
                 dead = self.tokens_since_fired >= threshold
@@ -252,6 +267,7 @@ class AuxTraining(_Base):
         """
         match self.cfg.resolved_dead_criterion:
             case "tokens" if dead.is_cuda:
+                n_rows *= 1 if (ranks := _ranks()) is None else ranks.size()
                 bound = self._dead_count_ahead.bound(n_rows)
                 threshold = self.cfg.resolved_dead_threshold_tokens
                 self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
@@ -333,6 +349,20 @@ class AuxTraining(_Base):
             else:  # a checkpoint of SAELens's own architecture, to be trained on
                 fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
                 state_dict[name] = fresh
+
+
+def _in_backward_pass() -> bool:
+    """Whether autograd is running, which a forward pass within means gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _ranks() -> Any:
+    """The process group of the DistributedDataParallel whose forward pass this is, or None.
+
+    Ranks without one may train SAEs of their own, which must not wait for each other.
+    """
+    ddp = DistributedDataParallel._active_ddp_module if is_available() else None
+    return None if ddp is None else ddp.process_group
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")

@@ -5,6 +5,8 @@ trained on since each latent last fired. Counting tokens instead of steps makes 
 the same at every batch size (Gao et al. 2024 count 10 million tokens).
 """
 
+from typing import Any
+
 import torch
 
 DEFAULT_THRESHOLD = 10_000_000
@@ -30,6 +32,22 @@ def fired_in_batch(feature_acts: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(feature_acts.shape[-1]).index_add_(0, latents, values) > 0
     # Activations are never negative. On CPU this is four times as fast as (acts > 0).any().
     return feature_acts.detach().amax(dim=0) > 0
+
+
+@torch.no_grad()
+def over_ranks(
+    fired: torch.Tensor, n_tokens: torch.Tensor, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the ranks of a process group have seen together, where each has rows of its own.
+
+    Args:
+        fired: (d_sae,) bool, the latents that fired in this rank's rows.
+        n_tokens: () int64, how many rows those are.
+        group: the group.
+    """
+    both = torch.cat([fired.long(), n_tokens.view(1)])
+    torch.distributed.all_reduce(both, group=group)
+    return both[:-1] > 0, both[-1]
 
 
 @torch.no_grad()

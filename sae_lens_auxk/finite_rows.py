@@ -1,4 +1,4 @@
-"""Keeps NaN and infinity in the activations away from the weights and the counts."""
+"""Keeps rows that would ruin a step, such as NaN, away from the weights and the counts."""
 
 import warnings
 from typing import NamedTuple
@@ -28,19 +28,35 @@ class UsableRows(NamedTuple):
 
 
 @torch.no_grad()
-def usable_rows(x: torch.Tensor, normalize_activations: str) -> UsableRows:
+def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype) -> UsableRows:
     """The rows of ``x`` (B, ...) that can be trained on.
 
-    A row must be finite, and under ``constant_norm_rescale``, which divides by its norm, not 0.
+    A row's norm must be finite and at most :func:`largest_norm`. Under ``constant_norm_rescale``,
+    which divides by it, it must not be 0 either.
+
+    Args:
+        x: the batch.
+        normalize_activations: the SAE's.
+        dtype: what the SAE computes its losses in, float32 or float64.
     """
-    # One sum instead of a look at each entry: an entry that is not finite makes it not finite. So
-    # would finite entries beyond 1e35, but their squares, the loss, are not finite either.
     x = x.flatten(1)
-    mask = x.sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+    if x.dtype == torch.float64:  # torch's norm refuses to narrow its input
+        x = x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    mask = norm <= largest_norm(dtype)
     if normalize_activations == "constant_norm_rescale":
-        mask = mask & x.any(dim=1)
+        mask = mask & (norm > 0)
     n = mask.sum()
     return UsableRows(mask, n, n > 0)
+
+
+def largest_norm(dtype: torch.dtype) -> float:
+    """The largest norm of a row that a step survives: 4e9 in float32.
+
+    A weight's gradient grows with the square of a row's norm, and gradient clipping squares that
+    once more. An infinite norm there sets the gradient of the whole batch to 0 or NaN.
+    """
+    return torch.finfo(dtype).max ** 0.25
 
 
 @torch.no_grad()
@@ -72,9 +88,9 @@ class BadRowWatch:
         self._n_rows = self._n_rows + usable.n_bad
         if step == 0 and not usable.some:
             raise ValueError(
-                "no row of the first training batch is finite: the activations hold NaN or "
-                "infinity, or the statistics that SAELens estimated for normalize_activations="
-                f"{normalize_activations!r} do"
+                "no row of the first training batch is finite and of a reasonable norm: the "
+                "activations hold NaN or infinity, or the statistics that SAELens estimated for "
+                f"normalize_activations={normalize_activations!r} do"
             )
         # Reading a tensor waits for the device, so on CUDA it is read now and then only.
         if step >= self._next_report or step == 0:
@@ -87,9 +103,9 @@ class BadRowWatch:
         n_rows = int(self._n_rows)
         if n_rows:
             warnings.warn(
-                f"{n_rows} rows of activations with a NaN or infinity so far; each was replaced "
-                "by a finite row of its batch (a batch without any was skipped) and not counted "
-                "as a token",
+                f"{n_rows} rows of activations with a NaN, infinity or a norm out of range so far; "
+                "each was replaced by a usable row of its batch (a batch without any was skipped) "
+                "and not counted as a token",
                 stacklevel=2,
             )
         return n_rows > 0

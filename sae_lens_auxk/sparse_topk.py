@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from sae_lens_auxk.aux_training import AUX_LOSS_KEY, AuxStepInput, never_compiled
 from sae_lens_auxk.ops import use_sparse_step
-from sae_lens_auxk.ops.activations import SelectedActivations
+from sae_lens_auxk.ops.activations import activations
 from sae_lens_auxk.ops.columns import gather_columns, indices_of
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder
@@ -188,9 +188,7 @@ class SparseTopK(_Base):
             and self.W_enc.dtype in (torch.float32, torch.float64)
             and not sae_in.requires_grad
             and not self.hook_z_reshaping_mode
-            and not any(
-                hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values()
-            )
+            and not any(map(_has_hook, self.children()))
         )
 
     @never_compiled
@@ -203,9 +201,8 @@ class SparseTopK(_Base):
         # Once more, for the gradient: a latent that did not fire has none.
         values = encoder.before_norm(h, selected).relu()
         shape = encoder.hidden_pre.shape
-        acts: torch.Tensor = SelectedActivations.of(selected.rows, selected.latents, h, shape)
-        if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:
-            acts = acts.to_dense()
+        dense = shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations
+        acts = activations(values, h, selected, encoder.decoder, shape, dense)
 
         levels = {
             width: self.run_time_activation_norm_fn_out(decoded)
@@ -269,6 +266,15 @@ class SparseTopK(_Base):
         """(N,) the k largest pre-activations of each row, and where they are."""
         h, latents = top_k(hidden_pre, int(self.cfg.k))
         return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
+
+
+def _has_hook(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class SparseBatchTopK(SparseTopK):

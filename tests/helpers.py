@@ -114,3 +114,29 @@ def kill_latents(sae: Any, n: int) -> None:
         bias[:n] -= 100.0
         if hasattr(sae, "b_mag"):
             sae.b_mag[:n] -= 100.0
+
+
+def assert_sparse_step_equals_dense(architecture: str, variant: str, d_sae: int) -> None:
+    """Loss, activations and gradients of one step, with half of the latents dead."""
+    results: list[tuple[Any, dict[str, torch.Tensor]]] = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        sae = build_sae(
+            architecture,
+            d_in=6,
+            d_sae=d_sae,
+            k=4,
+            k_aux=16,
+            aux_variant=variant,
+            dead_criterion="steps",
+            randomize=False,
+        )
+        if not sparse:
+            sae._can_be_sparse = lambda sae_in: False
+        output = forward(sae, torch.randn(8, 6), torch.arange(d_sae) % 2 == 0)
+        results.append((output, gradients_of(output.loss, sae)))
+    (a, grads_a), (b, grads_b) = results
+    torch.testing.assert_close(a.loss, b.loss)
+    torch.testing.assert_close(a.feature_acts, b.feature_acts)
+    for name, gradient in grads_b.items():
+        torch.testing.assert_close(grads_a[name], gradient, rtol=1e-4, atol=1e-5, msg=name)

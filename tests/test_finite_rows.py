@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lens_auxk.finite_rows import replace_rows, usable_rows
+from sae_lens_auxk.finite_rows import largest_norm, replace_rows, usable_rows
 from tests.helpers import ARCHITECTURES, build_config, build_sae, build_trainer, forward
 
 
@@ -15,7 +15,7 @@ def test_rows_are_replaced_by_a_finite_row() -> None:
     x[0, 1] = torch.nan
     x[2, 0] = torch.inf
     x[3, 2] = -torch.inf
-    usable = usable_rows(x, "none")
+    usable = usable_rows(x, "none", torch.float32)
     assert usable.mask.tolist() == [False, True, False, False, True]
     assert replace_rows(x, usable)[:, 0].tolist() == [1, 1, 1, 1, 4]
     assert (int(usable.n), bool(usable.some)) == (2, True)
@@ -24,20 +24,20 @@ def test_rows_are_replaced_by_a_finite_row() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_batch_without_a_usable_row_becomes_ones(dtype: torch.dtype) -> None:
     x = torch.tensor([[torch.nan, 0.0], [torch.inf, -torch.inf]], dtype=dtype)
-    usable = usable_rows(x, "none")
+    usable = usable_rows(x, "none", torch.float32)
     assert not usable.some
     assert torch.equal(replace_rows(x, usable), torch.ones_like(x))
 
 
 def test_a_row_of_zeros_has_no_norm_to_rescale_by() -> None:
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    assert usable_rows(x, "none").mask.tolist() == [True, True]
-    assert usable_rows(x, "constant_norm_rescale").mask.tolist() == [False, True]
+    assert usable_rows(x, "none", torch.float32).mask.tolist() == [True, True]
+    assert usable_rows(x, "constant_norm_rescale", torch.float32).mask.tolist() == [False, True]
 
 
 def test_finite_batches_are_left_alone() -> None:
     x = torch.randn(6, 4)
-    assert torch.equal(replace_rows(x, usable_rows(x, "layer_norm")), x)
+    assert torch.equal(replace_rows(x, usable_rows(x, "layer_norm", torch.float32)), x)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -49,7 +49,7 @@ def test_bad_rows_do_not_reach_weights_or_counts(architecture: str) -> None:
     before = sae.tokens_since_fired.clone()
     x = torch.randn(16, 8)
     x[3, 2], x[7, 0] = torch.nan, torch.inf
-    with pytest.warns(UserWarning, match="2 rows of activations with a NaN or infinity"):
+    with pytest.warns(UserWarning, match="2 rows of activations with a NaN, infinity"):
         output = trainer.step(x)
     assert output.metrics["nonfinite_rows"] == 2
     assert all(p.isfinite().all() for p in sae.parameters())
@@ -118,3 +118,46 @@ def test_finite_batches_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         forward(sae, torch.randn(16, 8))
+
+
+@pytest.mark.parametrize("value", [1e15, 1e20, 1e38, 1e200])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_finite_row_that_is_too_large_does_no_harm(architecture: str, value: float) -> None:
+    if value > 1e38 and architecture == "auxk-gated":
+        pytest.skip("SAELens's gated loss takes activations of its own precision only")
+    sae = build_sae(architecture)
+    trainer = build_trainer(sae)
+    x = torch.randn(16, 8, dtype=torch.float64 if value > 1e38 else torch.float32)
+    x[3, 2] = value
+    with pytest.warns(UserWarning, match="1 rows .* norm out of range"):
+        output = trainer.step(x)
+    assert output.metrics["nonfinite_rows"] == 1
+    before = sae.W_enc.detach().clone()
+    assert all(p.isfinite().all() for p in sae.parameters())
+    trainer.step(torch.randn(16, 8))
+    assert not torch.equal(sae.W_enc, before)
+
+
+def test_the_largest_row_that_counts_still_trains() -> None:
+    sae = build_sae("auxk-topk")
+    trainer = build_trainer(sae)
+    x = torch.randn(16, 8)
+    x[3] = torch.full((8,), 0.99 * largest_norm(torch.float32) / 8**0.5)
+    before = sae.W_enc.detach().clone()
+    assert trainer.step(x).metrics["nonfinite_rows"] == 0
+    assert sae.W_enc.isfinite().all()
+    assert not torch.equal(sae.W_enc, before)
+
+
+def test_a_row_whose_norm_underflows_has_none_to_rescale_by() -> None:
+    sae = build_sae("auxk-topk", normalize_activations="constant_norm_rescale")
+    x = torch.randn(16, 8)
+    x[3] = 1e-30
+    with pytest.warns(UserWarning, match="1 rows"):
+        forward(sae, x).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in sae.parameters())
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sae_in of shape \(0, 8\) has no row"):
+        forward(build_sae("auxk-topk"), torch.empty(0, 8))

@@ -1,7 +1,6 @@
-"""The operations of the sparse step: torch references against plain loops, Triton against them.
+"""The operations of the sparse step: torch references against plain loops.
 
-Triton runs on the CPU by its interpreter, in a process of its own: it reads TRITON_INTERPRET
-when a kernel is defined. On a GPU the kernels are compiled.
+The Triton kernels have their tests in ``kernels/``.
 """
 
 import copy
@@ -10,21 +9,29 @@ import io
 import os
 import subprocess
 import sys
-import textwrap
 import weakref
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_lens_auxk import ops
 from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.gradient import LatentGradient, handle, transposed
 from sae_lens_auxk.ops.selected import InColumns, Pairs
 from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
-from tests.helpers import VARIANTS, build_sae, build_trainer, kill_latents
+from tests.helpers import (
+    TOPK_ARCHITECTURES,
+    VARIANTS,
+    assert_sparse_step_equals_dense,
+    build_sae,
+    build_trainer,
+    kill_latents,
+)
 
 
 @settings(max_examples=40)
@@ -207,231 +214,59 @@ def test_selected_activations_are_a_sparse_tensor_with_dense_sums_over_rows() ->
         assert torch.equal(copied.to_dense(), dense)
 
 
-KERNEL_TESTS = textwrap.dedent(
-    """
-    import torch
-    from sae_lens_auxk.ops import triton_kernels as kernels
+# Rows long enough for a selection in two levels, more dead latents than k_aux.
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "none"])
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_the_sparse_step_equals_the_dense_one(
+    architecture: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert_sparse_step_equals_dense(architecture, variant, d_sae=8192)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x = torch.randn(3, 640, device=device).to(dtype)
-        for size in (4, 16, 128):
-            assert torch.equal(kernels.group_max(x, size), x.unflatten(1, (-1, size)).amax(-1))
-        columns = torch.randperm(640, device=device)[:77].sort().values
-        assert torch.equal(kernels.gather_columns(x, columns), x[:, columns])
-        some = kernels.gather_columns(x, columns, torch.tensor(50, device=device))
-        assert torch.equal(some[:, :50], x[:, columns[:50]]) and some[:, 50:].isneginf().all()
-        assert torch.equal(kernels.transposed(x), x.T)
-    x = torch.full((2, 64), -torch.inf, device=device)
-    x[0, 5] = 1.0
-    assert torch.equal(kernels.group_max(x, 16), x.unflatten(1, (-1, 16)).amax(-1))
 
-    W, scale = torch.randn(5, 300, device=device), torch.rand(300, device=device)
-    assert torch.equal(kernels.scaled_cast(W, scale, torch.float32), W * scale)
-    of_row = torch.rand(5, 1, device=device)
-    assert torch.equal(kernels.scaled_cast(W, of_row, torch.float32), W * of_row)
-    # the interpreter cuts where a GPU rounds: one unit of bfloat16's last place
-    torch.testing.assert_close(
-        kernels.scaled_cast(W, scale, torch.bfloat16), (W * scale).bfloat16(), rtol=2**-7, atol=0
+def _pytest(*arguments: str, first: str = "", **environment: str) -> str:
+    """What pytest prints in a process that runs the statements ``first`` before all else."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{first}\nimport pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"]
+        + ["-q", "-p", "no:cacheprovider", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **environment},
     )
-
-    x = torch.randn(6, 20, device=device)
-    # Latents with so many pairs that several programs share them, beside some with none and few.
-    for counts in ([3, 0, 1, 0, 0, 2, 0, 0, 1, 0], [3, 200, 64, 0, 65, 129, 1, 0, 300, 0]):
-        counts = torch.tensor(counts, device=device)
-        latents = torch.arange(10, device=device).repeat_interleave(counts)
-        rows, values = torch.randint(0, 6, latents.shape, device=device), torch.randn(len(latents))
-        values = values.to(device)
-        starts = torch.searchsorted(latents, torch.arange(11, device=device))
-        expected = torch.zeros(10, 20, device=device).index_add_(
-            0, latents, values.unsqueeze(1) * x[rows]
-        )
-        pairs = values, rows, latents, starts, x
-        torch.testing.assert_close(kernels.outer_sums(*pairs), expected)
-        out = kernels.outer_sums(*pairs, torch.ones(10, 20, device=device))
-        torch.testing.assert_close(out, expected + 1)
-    torch.use_deterministic_algorithms(True)
-    assert torch.equal(kernels.outer_sums(*pairs), kernels.outer_sums(*pairs))
-    torch.testing.assert_close(kernels.outer_sums(*pairs), expected)
-    torch.use_deterministic_algorithms(False)
-    scale, W = torch.randn(21, device=device), torch.randn(21, 20, device=device)
-    sparse = scale.clone()
-    sparse[::3] = 0
-    unread = W.clone()
-    unread[::3] = torch.nan
-    transposed = torch.randn(20, 21, device=device).T
-    cases = (scale, W), (sparse, unread), (scale, W[0].expand(21, 20)), (scale, transposed)
-    for scale, W in (*cases, (scale[:1].expand(21), W)):
-        expected = (scale.unsqueeze(1) * W).where(scale.unsqueeze(1) != 0, 0)
-        torch.testing.assert_close(kernels.add_multiples(scale, W), expected)
-        out = kernels.add_multiples(scale, W, torch.ones(21, 20, device=device))
-        torch.testing.assert_close(out, expected + 1)
-    among = torch.rand(640, device=device) < 0.3
-    x = torch.randn(3, 640, device=device)
-    assert torch.equal(
-        kernels.group_max(x, 16, among),
-        x.masked_fill(~among, -torch.inf).unflatten(1, (-1, 16)).amax(-1),
-    )
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for ties in (False, True):
-            x = torch.randn(3, 200, device=device)
-            x = (x.round() if ties else x).to(dtype)
-            x[1] = -x[1].abs() - 1
-            some = torch.arange(200, device=device) % 3 == 0
-            groups = torch.stack([torch.randperm(25, device=device)[:11] for _ in range(3)])
-            within = torch.zeros(3, 25, 8, dtype=torch.bool, device=device)
-            within[torch.arange(3, device=device).unsqueeze(1), groups] = True
-            for among, g in ((None, None), (some, None), (None, groups), (some, groups)):
-                values, indices = kernels.largest(x, 20, among, g, 8)
-                counts = torch.ones_like(x, dtype=torch.bool)
-                if among is not None:
-                    counts &= among
-                if g is not None:
-                    counts &= within.flatten(1)
-                expected = x.masked_fill(~counts, -torch.inf).topk(20).values
-                assert torch.equal(values.sort(descending=True).values, expected)
-                assert torch.equal(x.gather(1, indices), values)
-                assert all(len(set(row)) == 20 for row in indices.tolist())
-    few = torch.arange(200, device=device) < 5
-    values, indices = kernels.largest(torch.randn(2, 200, device=device), 20, few)
-    assert torch.equal(values.isinf().sum(dim=1), torch.full((2,), 15, device=device))
-
-    W = torch.randn(50, 300, device=device)
-    latents = torch.randint(0, 50, (4, 21), device=device)
-    values = torch.randn(4, 21, device=device)
-    x = torch.randn(4, 300, device=device)
-    for dtype in (torch.float32, torch.bfloat16):
-        rounded = W.to(dtype).float()
-        torch.testing.assert_close(
-            kernels.weighted_sums(values, latents, W.to(dtype)),
-            torch.einsum("bk,bkd->bd", values, rounded[latents]),
-        )
-        torch.testing.assert_close(
-            kernels.dots(x.to(dtype), latents, W.to(dtype)),
-            torch.einsum("bd,bkd->bk", x.to(dtype).float(), rounded[latents]),
-            rtol=1e-5, atol=1e-4,
-        )
-
-    W, scale = torch.randn(300, 90, device=device).T, torch.rand(90, device=device)
-    latents, n_rows = torch.randperm(90, device=device)[:40], torch.tensor(37, device=device)
-    for among, n in ((latents, 37), (latents, 40), (None, 90)):
-        rows = torch.randn(n if n != 37 else 40, 308, device=device)[:, :300]
-        at = slice(None) if among is None else among[:n]
-        expected = torch.zeros(90, 300, device=device)
-        expected[at] = rows[:n] * scale[at].unsqueeze(1)
-        for out, more in ((None, 0), (torch.ones(90, 300, device=device), 1)):
-            out, found = kernels.add_scaled(
-                rows, scale, among, n_rows if n == 37 else None, W, out
-            )
-            torch.testing.assert_close(out, expected + more)
-            expected_found = torch.linalg.vecdot(rows[:n].double(), W[at].double()).float()
-            torch.testing.assert_close(found[:n], expected_found)
-    columns, n_columns = torch.arange(1, 200, 3, device=device), torch.tensor(40, device=device)
-    for dtype in (torch.float32, torch.bfloat16):
-        h = torch.randn(5, 200, device=device).to(dtype)
-        for threshold in (torch.tensor(0.3, device=device), torch.rand(5, 1, device=device)):
-            total, below = kernels.shortfall(h, threshold, columns, n_columns, torch.bfloat16)
-            missing = (threshold - h.float())[:, columns[:40]].relu()
-            torch.testing.assert_close(total, missing.sum(dim=1))
-            assert torch.equal(below[:, :40], (missing > 0).bfloat16()) and not below[:, 40:].any()
-    print("kernels are right")
-    """
-)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_kernels_equal_torch() -> None:
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    result = subprocess.run(
-        [sys.executable, "-c", KERNEL_TESTS],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert "kernels are right" in result.stdout, result.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs tests/kernels itself")
+def test_the_kernels_by_the_interpreter() -> None:
+    assert "skipped" not in _pytest("tests/kernels", TRITON_INTERPRET="1")
 
 
-SPARSE_STEP_TEST = textwrap.dedent(
-    """
-    import sys
-    import torch
-    from tests.helpers import build_sae, forward, gradients_of
-
-    d_sae, architectures, variants = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    for architecture in architectures.split():
-        for variant in variants.split():
-            results = []
-            for sparse in (True, False):
-                torch.manual_seed(0)
-                sae = build_sae(
-                    architecture, d_in=6, d_sae=d_sae, k=4, k_aux=16, aux_variant=variant,
-                    dead_criterion="steps", randomize=False,
-                )
-                if not sparse:
-                    sae._can_be_sparse = lambda sae_in: False
-                output = forward(sae, torch.randn(8, 6), torch.arange(d_sae) % 2 == 0)
-                results.append((output, gradients_of(output.loss, sae)))
-            (a, grads_a), (b, grads_b) = results
-            torch.testing.assert_close(a.loss, b.loss)
-            torch.testing.assert_close(a.feature_acts, b.feature_acts)
-            for name, gradient in grads_b.items():
-                torch.testing.assert_close(
-                    grads_a[name], gradient, rtol=1e-4, atol=1e-5, msg=name
-                )
-    print("steps are equal")
-    """
-)
+def test_without_triton_all_tests_are_collected_and_a_sparse_step_runs() -> None:
+    """Doctests are collected from every module of the package, so that it is imported."""
+    blocked = "import sys; sys.modules['triton'] = None"
+    assert "1 passed" in _pytest("-k", test_a_step_leaves_nothing_behind.__name__, first=blocked)
 
 
-@pytest.mark.parametrize(
-    ("interpreted", "cases"),
-    [
-        # Rows long enough for a selection in two levels, more dead latents than k_aux.
-        (
-            "0",
-            [
-                "8192",
-                "auxk-topk auxk-batchtopk auxk-matryoshka-batchtopk",
-                "auxk straight_through reanimation pre_activation ghost_gradients multi_topk",
-            ],
-        ),
-        # The interpreter takes a millisecond for each program of a kernel.
-        ("1", ["256", "auxk-topk auxk-batchtopk", "auxk"]),
-        ("1", ["96", "auxk-topk", "reanimation ghost_gradients pre_activation straight_through"]),
-    ],
-)
-def test_the_sparse_step_equals_the_dense_one(interpreted: str, cases: list[str]) -> None:
-    if interpreted == "1" and (find_spec("triton") is None or torch.cuda.is_available()):
-        pytest.skip("no Triton to interpret, or a GPU to run it on")
-    result = subprocess.run(
-        [sys.executable, "-c", SPARSE_STEP_TEST, *cases],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": interpreted},
-    )
-    assert "steps are equal" in result.stdout, result.stderr[-3000:]
+def test_the_kernels_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    def forget() -> None:
+        ops._choice.cache_clear()
+        ops._may_use_triton.cache_clear()
 
-
-def test_the_kernels_can_be_turned_off() -> None:
-    script = (
-        "import torch; from sae_lens_auxk.ops import use_triton; print(use_triton(torch.ones(1)))"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "SAE_LENS_AUXK_OPS": "torch"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
-    )
-    assert result.stdout.strip() == "False"
-    environment["SAE_LENS_AUXK_OPS"] = "fast"
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
-    )
-    assert "SAE_LENS_AUXK_OPS='fast' is not allowed" in result.stderr
+    request.addfinalizer(forget)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    forget()
+    monkeypatch.setenv("SAE_LENS_AUXK_OPS", "torch")
+    assert ops.kernels(torch.ones(1)) is None
+    forget()
+    monkeypatch.setenv("SAE_LENS_AUXK_OPS", "fast")
+    with pytest.raises(ValueError, match="SAE_LENS_AUXK_OPS='fast' is not allowed"):
+        ops.kernels(torch.ones(1))
 
 
 def test_a_step_leaves_nothing_behind() -> None:

@@ -25,8 +25,8 @@ def _choice() -> str:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _may_use_triton() -> bool:
+    return _choice() == "auto" and find_spec("triton") is not None
 
 
 def use_sparse_step() -> bool:
@@ -34,8 +34,11 @@ def use_sparse_step() -> bool:
     return _choice() != "dense"
 
 
-def use_triton(x: torch.Tensor) -> bool:
-    """Whether an operation on ``x`` may use a Triton kernel."""
-    if _choice() != "auto" or not _has_triton():
-        return False
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+# An annotation could say no more than ModuleType: the inferred type knows what is in it.
+def kernels(x: torch.Tensor):
+    """The module of Triton kernels where an operation on ``x`` may use them, else None."""
+    if not _may_use_triton() or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    from sae_lens_auxk.ops import triton_kernels  # where Triton is not installed, this fails
+
+    return triton_kernels

@@ -6,6 +6,10 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import override
 
+from sae_lens_auxk.ops.decoder import Decoder
+from sae_lens_auxk.ops.gradient import first_derivative_only
+from sae_lens_auxk.ops.selected import Pairs
+
 _T = TypeVar("_T", bound=torch.Tensor)
 
 _OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
@@ -61,6 +65,68 @@ class SelectedActivations(torch.Tensor):
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _as(torch.Tensor, self).__reduce_ex__(protocol)
+
+
+def activations(
+    pre: torch.Tensor,
+    h: torch.Tensor,
+    selected: Pairs,
+    decoder: Decoder,
+    shape: torch.Size,
+    dense: bool,
+) -> torch.Tensor:
+    """``shape``, (B, d_sae): selected activations, with their graph; 0 elsewhere.
+
+    Args:
+        pre: (N,) activations before the decoder norm, with their graph.
+        h: (N,) the same times the norm, without one.
+        selected: (N,) pairs, each once.
+        decoder: where the norms are.
+        shape: of the result.
+        dense: whether the result is dense; else it is a :class:`SelectedActivations`.
+    """
+    return _Activations.apply(pre, decoder.handle, h, selected, decoder, shape, dense)  # type: ignore[no-any-return]
+
+
+class _Activations(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        h: torch.Tensor,
+        selected: Pairs,
+        decoder: Decoder,
+        shape: torch.Size,
+        dense: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(pre)
+        ctx.selected, ctx.decoder = selected, decoder
+        acts = SelectedActivations.of(selected.rows, selected.latents, h, shape)
+        return acts.to_dense() if dense else acts
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (pre,) = ctx.saved_tensors
+        selected, decoder = ctx.selected, ctx.decoder
+        grad = _at_pairs(grad_outputs[0], selected).to(pre.dtype)
+        if decoder.norm is not None:
+            decoder.add_norm_gradient(selected.sum_by_latent(grad * pre))
+        return grad * decoder.norm_at(selected, pre), None, None, None, None, None, None
+
+
+def _at_pairs(x: torch.Tensor, selected: Pairs) -> torch.Tensor:
+    """(N,): the entries of ``x`` (B, d_sae), dense or sparse COO, at the pairs."""
+    if not x.is_sparse:
+        return x[selected.rows, selected.latents]
+    x = x.coalesce()
+    keys = x.indices()[0] * selected.d_sae + x.indices()[1]
+    wanted = selected.rows * selected.d_sae + selected.latents
+    place = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+    if len(keys) == 0:
+        return x.values().new_zeros(len(wanted))
+    return x.values()[place].where(keys[place] == wanted, 0)
 
 
 def _as(cls: type[_T], acts: torch.Tensor) -> _T:

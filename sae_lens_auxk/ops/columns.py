@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops import kernels
 
 
 def indices_of(mask: torch.Tensor, bound: int) -> torch.Tensor:
@@ -31,10 +31,8 @@ def gather_columns(
 
     Only the first ``n_columns`` () count, where it is given; the others are -inf.
     """
-    if use_triton(x):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.gather_columns(x, columns, n_columns)
+    if k := kernels(x):
+        return k.gather_columns(x, columns, n_columns)
     gathered = x.index_select(1, columns)
     if n_columns is None:
         return gathered
@@ -60,10 +58,8 @@ def shortfall(
         (B,) the sums of ``relu(threshold - h)`` over the columns, in float32 or float64; (B, n)
         1 where it is above 0, else 0.
     """
-    if use_triton(h) and h.dtype != torch.float64:
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.shortfall(h, threshold, columns, n_columns, dtype)
+    if (k := kernels(h)) and h.dtype != torch.float64:
+        return k.shortfall(h, threshold, columns, n_columns, dtype)
     missing = (threshold.to(h.dtype) - gather_columns(h, columns)).relu()
     missing = missing.masked_fill(beyond(columns, n_columns), 0)
     precise = torch.promote_types(h.dtype, torch.float32)
@@ -101,8 +97,6 @@ def scaled_product(
 
 def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``W`` (m, n) times ``scale``, (n,) or (m, 1), in ``dtype``; no gradient."""
-    if use_triton(W) and W.dtype == torch.float32:
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.scaled_cast(W, scale, dtype)
+    if (k := kernels(W)) and W.dtype == torch.float32:
+        return k.scaled_cast(W, scale, dtype)
     return (W * scale).to(dtype)

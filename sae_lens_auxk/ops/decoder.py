@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sae_lens_auxk.ops.columns import row_norms, scaled_cast, scaled_product
-from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.gradient import LatentGradient, first_derivative_only, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
@@ -117,6 +117,7 @@ class _WeightedSums(torch.autograd.Function):
         return selected.weighted_sums(values, W)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         values, W = ctx.saved_tensors
         decoder, selected = ctx.decoder, ctx.selected
@@ -145,6 +146,7 @@ class _OfColumns(torch.autograd.Function):
         return matmul_to(acts, rows, decoder.W.dtype)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         acts, rows = ctx.saved_tensors
         decoder, latents = ctx.decoder, ctx.latents
@@ -174,6 +176,7 @@ class _TimesNorm(torch.autograd.Function):
         return pre * norm
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         pre, norm = ctx.saved_tensors

@@ -13,7 +13,7 @@ import torch
 
 from sae_lens_auxk.ops.columns import beyond, gather_columns, scaled_product, shortfall
 from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, handle
+from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, first_derivative_only, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
@@ -123,6 +123,7 @@ class _Bias(torch.autograd.Function):
         return b_enc.view_as(b_enc)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         (W,) = ctx.saved_tensors
@@ -143,6 +144,7 @@ class _AtSelected(torch.autograd.Function):
         return pre.view_as(pre)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         encoder, selected = ctx.encoder, ctx.selected
@@ -167,14 +169,15 @@ class _AtColumns(torch.autograd.Function):
         return h.view_as(h)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         encoder, latents = ctx.encoder, ctx.latents
-        lent = grad.to(encoder.x_autocast.dtype)
+        grad_low = grad.to(encoder.x_autocast.dtype)
         n = grad.shape[1]
         if grad.is_cuda and n % 8:  # see indices_of
-            lent = torch.nn.functional.pad(lent, (0, -n % 8))
-        sums = matmul_to(lent.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
+            grad_low = torch.nn.functional.pad(grad_low, (0, -n % 8))
+        sums = matmul_to(grad_low.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
         bias = _add_sums(encoder, sums, latents, ctx.n_latents)
         return None, None, bias, None, None, None, None
 
@@ -198,6 +201,7 @@ class _Shortfall(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         below, latents, n_latents = ctx.saved_tensors
@@ -268,6 +272,7 @@ class _Sums(torch.autograd.Function):
             return x @ encoder.W + len(encoder.x) * bias
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         (x,) = ctx.saved_tensors

@@ -8,15 +8,39 @@ graph, and returns no gradient for it; when autograd has run all of them it come
 and the buffer becomes the parameter's gradient.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 
-from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops import kernels
 from sae_lens_auxk.ops.columns import beyond
 
 # Rows of a matrix whose transposed a CPU writes at once.
 ROWS_AT_ONCE = 128
+
+
+_Backward = Callable[..., tuple[Any, ...]]
+
+
+def first_derivative_only(backward: _Backward) -> _Backward:
+    """Make a backward pass that is to be differentiated itself an error.
+
+    Torch's ``once_differentiable`` does the same where a gradient comes in as a tensor; a
+    :func:`handle` gets none.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the sparse training step has no second derivatives (create_graph=True); "
+                "SAE_LENS_AUXK_OPS=dense in the environment brings a step that has"
+            )
+        return backward(ctx, *grad_outputs)
+
+    return checked
 
 
 class LatentGradient:
@@ -51,10 +75,8 @@ class LatentGradient:
             starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         """
         self._begin()
-        if use_triton(x) and self.W.dtype == torch.float32:
-            from sae_lens_auxk.ops import triton_kernels
-
-            self._rows = triton_kernels.outer_sums(values, rows, latents, starts, x, self._rows)
+        if (k := kernels(x)) and self.W.dtype == torch.float32:
+            self._rows = k.outer_sums(values, rows, latents, starts, x, self._rows)
             return
         dtype, bags, used = self.W.dtype, starts[:-1], None
         if self._rows is not None and x.device.type == "cpu":
@@ -104,13 +126,9 @@ class LatentGradient:
             (d_sae,) the products of the rows with their latents' own vectors in W, else 0.
         """
         W = self.W.T if self.transpose else self.W
-        if use_triton(rows) and self.W.dtype == torch.float32 and rows.dtype == torch.float32:
-            from sae_lens_auxk.ops import triton_kernels
-
+        if (k := kernels(rows)) and self.W.dtype == rows.dtype == torch.float32:
             self._begin()
-            self._rows, products = triton_kernels.add_scaled(
-                rows, scale, latents, n_rows, W, self._rows
-            )
+            self._rows, products = k.add_scaled(rows, scale, latents, n_rows, W, self._rows)
             return at_latents(products, latents, len(W))
         rows = _counted(rows, n_rows)
         own, of_latent = (W, scale) if latents is None else (W[latents], scale[latents])
@@ -165,10 +183,8 @@ def _counted(rows: torch.Tensor, n_rows: torch.Tensor | None) -> torch.Tensor:
 
 def _add_multiples(scale: torch.Tensor, W: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """``scale`` (n,) times the rows of ``W`` (n, d), added to ``out`` in place, if there is one."""
-    if use_triton(W) and W.dtype == torch.float32:
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.add_multiples(scale, W, out)
+    if (k := kernels(W)) and W.dtype == torch.float32:
+        return k.add_multiples(scale, W, out)
     scaled = scale.unsqueeze(1).to(W.dtype)
     return W * scaled if out is None else out.addcmul_(W, scaled)
 
@@ -186,16 +202,15 @@ class _Handle(torch.autograd.Function):
         return W.new_empty(0)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:  # noqa: ARG004
         return ctx.gradient.take(), None
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
     """``x.T``, contiguous."""
-    if use_triton(x):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.transposed(x)
+    if k := kernels(x):
+        return k.transposed(x)
     if x.device.type != "cpu":
         return x.T.contiguous()
     # A core's cache does not hold the lines that a column of all of x is in.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops import kernels
 from sae_lens_auxk.ops.gradient import LatentGradient
 
 # With fewer pairs a row torch's embedding_bag is as fast (benchmarks/parts.py).
@@ -99,7 +99,7 @@ class Pairs:
     def in_autocast(self) -> bool:
         """Whether products are best given their matrices in autocast's precision."""
         # To read a few rows of W twice in float32 is faster than to convert all of it first.
-        return self._by_kernel and self.latents.numel() >= 2 * self.d_sae
+        return self._kernels is not None and self.latents.numel() >= 2 * self.d_sae
 
     def matrix(self, W: torch.Tensor) -> torch.Tensor:
         """What the products need of ``W`` (d_sae, d)."""
@@ -110,10 +110,8 @@ class Pairs:
 
         ``W`` is what :meth:`matrix` gives.
         """
-        if self._by_kernel:
-            from sae_lens_auxk.ops import triton_kernels
-
-            return triton_kernels.weighted_sums(values.view(self._grid), self._table, W)
+        if k := self._kernels:
+            return k.weighted_sums(values.view(self._grid), self._table, W)
         return torch.nn.functional.embedding_bag(
             self.latents, W, self.offsets, per_sample_weights=values.flatten(), mode="sum"
         )
@@ -123,10 +121,8 @@ class Pairs:
 
         ``W`` is what :meth:`matrix` gives.
         """
-        if self._by_kernel:
-            from sae_lens_auxk.ops import triton_kernels
-
-            return triton_kernels.dots(x, self._table, W).flatten()
+        if k := self._kernels:
+            return k.dots(x, self._table, W).flatten()
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
         if x.device.type != "cpu":
             return dots(x.contiguous(), W, self.latents, self.offsets, self.bags, 0, -1)
@@ -162,9 +158,9 @@ class Pairs:
         return self.latents.view(self._grid)
 
     @property
-    def _by_kernel(self) -> bool:
+    def _kernels(self):
         many = self.per_bag is not None and self.per_bag >= MIN_PAIRS_FOR_KERNEL
-        return many and use_triton(self.latents)
+        return kernels(self.latents) if many else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ is left with as many maxima and candidates as there are groups.
 
 import torch
 
-from sae_lens_auxk.ops import use_triton
+from sae_lens_auxk.ops import kernels
 
 MIN_ENTRIES = 8_192
 # The kernel takes a row a program: for a single long row torch's is faster.
@@ -34,10 +34,8 @@ def top_k(
     if size < 4:
         return _largest(x, k, among)
     groups = _largest(group_max(x, size, among), k)[1]
-    if _by_kernel(x, k * size):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.largest(x, k, among, groups, size)
+    if module := _kernels(x, k * size):
+        return module.largest(x, k, among, groups, size)
     candidates = x.unflatten(1, (-1, size)).gather(1, groups.unsqueeze(-1).expand(-1, -1, size))
     if among is not None:
         candidates = candidates.masked_fill_(~among.view(-1, size)[groups], -torch.inf)
@@ -48,22 +46,19 @@ def top_k(
 def _largest(
     x: torch.Tensor, k: int, among: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _by_kernel(x, x.shape[1]):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.largest(x, k, among)
+    if module := _kernels(x, x.shape[1]):
+        return module.largest(x, k, among)
     if among is not None:
         x = x.masked_fill(~among, -torch.inf)
     values, indices = x.topk(k, dim=-1, sorted=False)
     return values, indices
 
 
-def _by_kernel(x: torch.Tensor, n_candidates: int) -> bool:
-    if not use_triton(x) or x.dtype == torch.float64 or len(x) < MIN_ROWS_FOR_KERNEL:
-        return False
-    from sae_lens_auxk.ops import triton_kernels
-
-    return n_candidates <= triton_kernels.MAX_CANDIDATES
+def _kernels(x: torch.Tensor, n_candidates: int):
+    module = kernels(x)
+    if module is None or x.dtype == torch.float64 or len(x) < MIN_ROWS_FOR_KERNEL:
+        return None
+    return module if n_candidates <= module.MAX_CANDIDATES else None
 
 
 def top_k_of_batch(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,10 +72,8 @@ def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> 
 
     Only columns ``among`` (n,) count where it is given.
     """
-    if use_triton(x):
-        from sae_lens_auxk.ops import triton_kernels
-
-        return triton_kernels.group_max(x, size, among)
+    if module := kernels(x):
+        return module.group_max(x, size, among)
     if among is not None:
         x = x.masked_fill(~among, -torch.inf)
     return x.unflatten(1, (-1, size)).amax(dim=-1)
