@@ -13,13 +13,13 @@ from sae_lens import logger as sae_lens_logger
 from simple_parsing import ArgumentParser
 
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
-from sae_lens_auxk.cli.refuse import refuse
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.results import read_results
 from sae_lens_auxk.validation import require_known
+from sae_lens_auxk_cli import refuse
 
 INTERRUPTED = 130
 SMALL_STEP = 2**24

@@ -20,10 +20,10 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
-from sae_lens_auxk.cli.refuse import refuse
 from sae_lens_auxk.runner import field_names
 from sae_lens_auxk.saved_sae import silent_latents
 from sae_lens_auxk.validation import nearest, require_choice
+from sae_lens_auxk_cli import refuse
 
 
 def train(args: Sequence[str]) -> int:
