@@ -1,16 +1,28 @@
 """The config fields that every architecture of this package adds, and their validation."""
 
-from dataclasses import dataclass
-from math import isfinite
-from numbers import Integral, Real
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES, AuxLoss, DeadCriterion
+from sae_lens_auxk.aux_losses.registry import (
+    AUX_LOSSES,
+    AuxLoss,
+    DeadCriterion,
+    find_aux_loss,
+)
 from sae_lens_auxk.dead_latents import DEFAULT_THRESHOLD
+from sae_lens_auxk.validation import (
+    python_value,
+    reject,
+    require_bool,
+    require_choice,
+    require_int,
+    require_number,
+)
 
 AuxBias = Literal["decoder", "matched", "none"]
 
@@ -74,6 +86,8 @@ class AuxConfig:
     """Values of ``normalize_activations`` that the architecture cannot be trained with."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, python_value(getattr(self, field.name)))
         _validate(self)
         metadata: Any = self.metadata
         if isinstance(metadata, dict):  # as SAEConfig.from_dict hands it over
@@ -121,98 +135,74 @@ class AuxConfig:
 
 def _validate(cfg: Any) -> None:
     """Raise a ValueError that names field, value and what is allowed."""
-    if cfg.aux_variant not in AUX_LOSSES:
-        _reject(
-            cfg,
-            "aux_variant",
-            f"one of {', '.join(AUX_LOSSES)} (a loss of your own must be registered with "
-            "register_aux_loss first)",
-        )
+    loss = find_aux_loss(cfg.aux_variant)
     is_topk = issubclass(type(cfg), TopKTrainingSAEConfig)
-    if cfg.aux_loss.topk_only and not is_topk:
-        allowed = ", ".join(n for n, loss in AUX_LOSSES.items() if not loss.topk_only)
-        _reject(cfg, "aux_variant", f"for {cfg.architecture()}, which has no k, one of {allowed}")
+    if loss.topk_only and not is_topk:
+        allowed = ", ".join(name for name, other in AUX_LOSSES.items() if not other.topk_only)
+        no_k = f"for {cfg.architecture()}, which has no k"
+        raise reject("aux_variant", cfg.aux_variant, f"one of {allowed} {no_k}")
 
-    _require_int(cfg, "d_in", minimum=1)
-    _require_int(cfg, "d_sae", minimum=1)
+    require_int("d_in", cfg.d_in, minimum=1)
+    require_int("d_sae", cfg.d_sae, minimum=1)
     if cfg.aux_loss_coefficient is not None:
-        _require_number(cfg, "aux_loss_coefficient", "None or a finite number >= 0")
-        if cfg.aux_loss_coefficient < 0:
-            _reject(cfg, "aux_loss_coefficient", "None or a finite number >= 0")
-    _require_int(cfg, "k_aux", minimum=1, optional=True)
-    _require_choice(cfg, "aux_bias", get_args(AuxBias))
-    if not isinstance(cfg.aux_relu, bool):
-        _reject(cfg, "aux_relu", "True or False")
+        allowed = "None or a finite number >= 0"
+        require_number(
+            "aux_loss_coefficient", cfg.aux_loss_coefficient, allowed, lambda alpha: alpha >= 0
+        )
+    require_int("k_aux", cfg.k_aux, minimum=1, optional=True)
+    require_choice("aux_bias", cfg.aux_bias, get_args(AuxBias))
+    require_bool("aux_relu", cfg.aux_relu)
     if cfg.dead_criterion is not None:
-        _require_choice(cfg, "dead_criterion", (None, *get_args(DeadCriterion)))
-    _require_int(cfg, "dead_threshold_tokens", minimum=1, optional=True)
-    _require_number(cfg, "aux_batch_fraction", "more than 0 and at most 1")
-    if not 0 < cfg.aux_batch_fraction <= 1:
-        _reject(cfg, "aux_batch_fraction", "more than 0 and at most 1")
-    _require_int(cfg, "aux_warm_up_steps", minimum=0)
-    _require_int(cfg, "aux_decay_start_step", minimum=0, optional=True)
-    _require_int(cfg, "aux_decay_steps", minimum=0)
+        require_choice("dead_criterion", cfg.dead_criterion, get_args(DeadCriterion), " or None")
+    require_int("dead_threshold_tokens", cfg.dead_threshold_tokens, minimum=1, optional=True)
+    allowed = "more than 0 and at most 1"
+    require_number(
+        "aux_batch_fraction", cfg.aux_batch_fraction, allowed, lambda share: 0 < share <= 1
+    )
+    require_int("aux_warm_up_steps", cfg.aux_warm_up_steps, minimum=0)
+    require_int("aux_decay_start_step", cfg.aux_decay_start_step, minimum=0, optional=True)
+    require_int("aux_decay_steps", cfg.aux_decay_steps, minimum=0)
     if cfg.aux_decay_steps > 0 and cfg.aux_decay_start_step is None:
-        _reject(cfg, "aux_decay_steps", "0 unless aux_decay_start_step is set")
+        allowed = "0 unless aux_decay_start_step is set"
+        raise reject("aux_decay_steps", cfg.aux_decay_steps, allowed)
     if cfg.aux_decay_start_step is not None:
         if cfg.aux_decay_steps == 0:
-            _reject(cfg, "aux_decay_steps", ">= 1 where aux_decay_start_step is set")
+            raise reject("aux_decay_steps", 0, ">= 1 where aux_decay_start_step is set")
         if cfg.aux_decay_start_step < cfg.aux_warm_up_steps:
-            _reject(
-                cfg,
-                "aux_decay_start_step",
-                f">= aux_warm_up_steps ({cfg.aux_warm_up_steps}): warm-up must end first",
-            )
+            allowed = f">= aux_warm_up_steps ({cfg.aux_warm_up_steps}): warm-up must end first"
+            raise reject("aux_decay_start_step", cfg.aux_decay_start_step, allowed)
 
     if is_topk:
         allowed = f"more than 0 and at most d_sae ({cfg.d_sae})"
-        _require_number(cfg, "k", allowed)
-        if not 0 < cfg.k <= cfg.d_sae:
-            _reject(cfg, "k", allowed)
+        require_number("k", cfg.k, allowed, lambda k: 0 < k <= cfg.d_sae)
         if not issubclass(type(cfg), BatchTopKTrainingSAEConfig):
-            _require_int(cfg, "k", minimum=1)
-    if widths := getattr(cfg, "matryoshka_widths", None):
-        increasing = all(isinstance(w, int) for w in widths) and list(widths) == sorted(set(widths))
-        if not increasing or widths[0] < 1 or widths[-1] > cfg.d_sae:
-            _reject(
-                cfg,
-                "matryoshka_widths",
-                f"strictly increasing integers from 1 to d_sae ({cfg.d_sae})",
-            )
+            require_int("k", cfg.k, minimum=1)
+    if issubclass(type(cfg), MatryoshkaBatchTopKTrainingSAEConfig):
+        _validate_matryoshka(cfg, loss)
     if cfg.normalize_activations in cfg.unsupported_normalizations:
-        _reject(
-            cfg,
-            "normalize_activations",
-            f"for {cfg.architecture()} anything but {' and '.join(cfg.unsupported_normalizations)}"
-            ", under which SAELens's training step of this architecture fails or is wrong",
+        excluded = " and ".join(cfg.unsupported_normalizations)
+        allowed = (
+            f"anything but {excluded} for {cfg.architecture()}: SAELens's training step of this "
+            "architecture fails or is wrong with them"
         )
-    if getattr(cfg, "use_matryoshka_aux_loss", False) and not cfg.aux_loss.uses_dead_latents:
-        _reject(
-            cfg,
-            "use_matryoshka_aux_loss",
+        raise reject("normalize_activations", cfg.normalize_activations, allowed)
+
+
+def _validate_matryoshka(cfg: Any, loss: AuxLoss) -> None:
+    widths = cfg.matryoshka_widths
+    increasing = (
+        isinstance(widths, list)
+        and all(isinstance(width, int) for width in widths)
+        and widths == sorted(set(widths))
+        and all(1 <= width <= cfg.d_sae for width in widths)
+    )
+    if not increasing:
+        allowed = f"a list of strictly increasing integers from 1 to d_sae ({cfg.d_sae})"
+        raise reject("matryoshka_widths", widths, allowed)
+    require_bool("use_matryoshka_aux_loss", cfg.use_matryoshka_aux_loss)
+    if cfg.use_matryoshka_aux_loss and not loss.uses_dead_latents:
+        allowed = (
             f"False with aux_variant={cfg.aux_variant!r}, which has no dead latents to assign "
-            "to levels",
+            "to levels"
         )
-
-
-def _reject(cfg: Any, field: str, allowed: str) -> None:
-    raise ValueError(f"{field}={getattr(cfg, field)!r} is not allowed: it must be {allowed}.")
-
-
-def _require_choice(cfg: Any, field: str, choices: tuple[Any, ...]) -> None:
-    if getattr(cfg, field) not in choices:
-        _reject(cfg, field, f"one of {', '.join(map(repr, choices))}")
-
-
-def _require_number(cfg: Any, field: str, allowed: str) -> None:
-    value = getattr(cfg, field)
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
-        _reject(cfg, field, allowed)
-
-
-def _require_int(cfg: Any, field: str, *, minimum: int, optional: bool = False) -> None:
-    value = getattr(cfg, field)
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        _reject(cfg, field, f"{'None or ' if optional else ''}an integer >= {minimum}")
+        raise reject("use_matryoshka_aux_loss", True, allowed)

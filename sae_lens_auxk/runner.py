@@ -25,7 +25,7 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
 
     Raises:
         ValueError: the architecture is unknown, or a value is not allowed.
-        TypeError: a keyword is no field (the nearest name is suggested), or one is missing.
+        TypeError: a keyword is not a field (the nearest name is suggested), or one is missing.
 
     Example:
         >>> cfg = runner_config(
@@ -39,15 +39,12 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
     """
     require_choice("architecture", architecture, SAE_TRAINING_CLASS_REGISTRY)
     sae_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    sae_fields = {field.name for field in fields(sae_class)}
-    run_fields = {field.name for field in fields(LanguageModelSAERunnerConfig)} - {"sae"}
-    logger_fields = {field.name for field in fields(LoggingConfig)}
-
+    sae_fields, run_fields, logger_fields = field_names(architecture)
     known = sae_fields | run_fields | logger_fields
     for name in keywords:
         if name not in known:
             raise TypeError(
-                f"{name} is no field of {architecture}, of LanguageModelSAERunnerConfig or of "
+                f"{name} is not a field of {architecture}, of LanguageModelSAERunnerConfig or of "
                 f"LoggingConfig.{nearest(name, known)}"
             )
     logger = {name: value for name, value in keywords.items() if name in logger_fields}
@@ -58,3 +55,13 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
         run["logger"] = LoggingConfig(**logger)
     sae = sae_class(**{name: value for name, value in keywords.items() if name in sae_fields})
     return LanguageModelSAERunnerConfig(sae=sae, **run)
+
+
+def field_names(architecture: str) -> tuple[set[str], set[str], set[str]]:
+    """The fields of an architecture's config, of a run's, and of its ``LoggingConfig``."""
+    sae_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    return (
+        {field.name for field in fields(sae_class)},
+        {field.name for field in fields(LanguageModelSAERunnerConfig)} - {"sae"},
+        {field.name for field in fields(LoggingConfig)},
+    )

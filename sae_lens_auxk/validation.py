@@ -1,8 +1,26 @@
 """Errors that name a field, its value and what is allowed, with the nearest name there is."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
+
+INT64_MAX = 2**63 - 1
+
+
+def python_value(value: Any) -> Any:
+    """NumPy numbers as Python's, also inside lists and tuples; other values as they are.
+
+    JSON has no NumPy numbers, so a config that keeps one cannot be saved.
+    """
+    if isinstance(value, list | tuple):
+        return [python_value(item) for item in value]
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def reject(name: str, value: Any, allowed: str) -> ValueError:
@@ -10,19 +28,19 @@ def reject(name: str, value: Any, allowed: str) -> ValueError:
     return ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
 
 
-def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """A ValueError with the choices, and the nearest of them, if ``value`` is none of them."""
-    if value not in choices:
-        error = reject(name, value, f"one of {', '.join(choices)}")
+def require_choice(name: str, value: Any, choices: Collection[str], hint: str = "") -> None:
+    """Raise a ValueError with the choices, ``hint`` and the nearest choice unless it is one."""
+    if not isinstance(value, str) or value not in choices:
+        error = reject(name, value, f"one of {', '.join(choices)}{hint}")
         raise ValueError(f"{error}{nearest(str(value), choices)}")
 
 
 def require_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """A ValueError with the nearest name if ``given`` has one that is not ``known``."""
+    """Raise a ValueError with the nearest name if ``given`` has one that is not ``known``."""
     names = list(known)
     for name in given:
         if name not in names:
-            raise ValueError(f"{name} is no field of {what}.{nearest(str(name), names)}")
+            raise ValueError(f"{name} is not a field of {what}.{nearest(str(name), names)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -31,20 +49,51 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def require_int(name: str, value: Any, *, minimum: int) -> None:
-    """A ValueError if ``value`` is no integer, or less than ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise reject(name, value, f"an integer >= {minimum}")
+def require_bool(name: str, value: Any) -> None:
+    """Raise a ValueError if ``value`` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise reject(name, value, "True or False")
+
+
+def require_int(name: str, value: Any, *, minimum: int, optional: bool = False) -> None:
+    """Raise a ValueError unless ``value`` is an integer from ``minimum`` to what int64 holds.
+
+    ``optional``: None is allowed too.
+    """
+    if optional and value is None:
+        return
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not minimum <= value <= INT64_MAX:
+        none_or = "None or " if optional else ""
+        fits = " that fits int64" if is_int and value > INT64_MAX else ""
+        raise reject(name, value, f"{none_or}an integer >= {minimum}{fits}")
+
+
+def require_number(
+    name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]
+) -> None:
+    """Raise a ValueError unless ``value`` is a finite number that passes ``is_allowed``."""
+    try:
+        is_finite = isinstance(value, int | float) and isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        is_finite = False
+    if not is_finite or isinstance(value, bool) or not is_allowed(value):
+        raise reject(name, value, allowed)
 
 
 def require_list(name: str, values: Any) -> None:
-    """A ValueError if ``values`` is no list, is empty, or says something twice."""
-    if not isinstance(values, list) or not values or len(set(values)) != len(values):
+    """Raise a ValueError unless ``values`` is a list of one or more values, each once."""
+    # Not a set: a nested list cannot be in one.
+    if (
+        not isinstance(values, list)
+        or not values
+        or any(value in values[:i] for i, value in enumerate(values))
+    ):
         raise reject(name, values, "a list of one or more values, each once")
 
 
 def require_choices(name: str, values: Any, choices: Collection[str]) -> None:
-    """A ValueError if ``values`` is no list of one or more different ``choices``."""
+    """Raise a ValueError unless ``values`` is a list of one or more different ``choices``."""
     require_list(name, values)
     for value in values:
         require_choice(name, value, choices)

@@ -1,11 +1,13 @@
 """Fields, schedule, and errors that say what is wrong."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from tests.helpers import ARCHITECTURES, PAIRS, build_config
+from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
 
 
 @pytest.mark.parametrize(
@@ -15,14 +17,19 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config
         ({"aux_loss_coefficient": -0.1}, r"aux_loss_coefficient=-0.1 .* >= 0"),
         ({"aux_loss_coefficient": float("nan")}, r"aux_loss_coefficient=nan .* finite"),
         ({"aux_loss_coefficient": "1/32"}, r"aux_loss_coefficient='1/32'"),
+        ({"aux_loss_coefficient": 10**400}, r"aux_loss_coefficient=10+ .* finite number >= 0"),
         ({"k_aux": 0}, r"k_aux=0 .* None or an integer >= 1"),
         ({"k_aux": -5}, r"k_aux=-5"),
         ({"k_aux": 2.5}, r"k_aux=2.5"),
-        ({"aux_bias": "enc"}, r"aux_bias='enc' .* 'decoder', 'matched', 'none'"),
+        ({"aux_bias": "enc"}, r"aux_bias='enc' .* one of decoder, matched, none"),
+        ({"aux_bias": "match"}, r"Did you mean matched\?"),
+        ({"aux_bias": np.array([1, 2])}, r"aux_bias=array\(\[1, 2\]\) .* decoder, matched, none"),
         ({"aux_relu": 1}, r"aux_relu=1 .* True or False"),
-        ({"dead_criterion": "epochs"}, r"dead_criterion='epochs' .* 'tokens', 'steps', 'batch'"),
+        ({"dead_criterion": "epochs"}, r"dead_criterion='epochs' .* tokens, steps, batch or None"),
+        ({"dead_criterion": "token"}, r"Did you mean tokens\?"),
         ({"dead_threshold_tokens": 0}, r"dead_threshold_tokens=0 .* >= 1"),
         ({"dead_threshold_tokens": -1}, r"dead_threshold_tokens=-1"),
+        ({"dead_threshold_tokens": 2**63}, r"dead_threshold_tokens=\d+ .* fits int64"),
         ({"aux_batch_fraction": 0.0}, r"aux_batch_fraction=0.0 .* more than 0 and at most 1"),
         ({"aux_batch_fraction": 1.5}, r"aux_batch_fraction=1.5 .* at most 1"),
         ({"aux_warm_up_steps": -1}, r"aux_warm_up_steps=-1"),
@@ -58,7 +65,7 @@ def test_normalisations_that_saelens_cannot_train_are_refused(architecture: str,
         build_config(architecture, normalize_activations=mode)
 
 
-@pytest.mark.parametrize("widths", [[0, 24], [10, 5], [10, 10], [48], [12.5, 24], "abc"])
+@pytest.mark.parametrize("widths", [[0, 24], [10, 5], [10, 10], [48], [12.5, 24], "abc", 5])
 def test_bad_matryoshka_widths_are_refused(widths: Any) -> None:
     with pytest.raises(ValueError, match="matryoshka_widths=.* strictly increasing"):
         build_config("auxk-matryoshka-batchtopk", matryoshka_widths=widths)
@@ -69,6 +76,27 @@ def test_matryoshka_levels_have_no_part_in_multi_topk() -> None:
         build_config(
             "auxk-matryoshka-batchtopk", aux_variant="multi_topk", use_matryoshka_aux_loss=True
         )
+
+
+def test_whether_levels_have_their_own_loss_is_yes_or_no() -> None:
+    with pytest.raises(ValueError, match="use_matryoshka_aux_loss='no' .* True or False"):
+        build_config("auxk-matryoshka-batchtopk", use_matryoshka_aux_loss="no")
+
+
+def test_numpy_numbers_become_pythons(tmp_path: Path) -> None:
+    """A config that keeps one trains, and fails when it is saved."""
+    sae = build_sae(
+        "auxk-matryoshka-batchtopk",
+        d_sae=np.int64(24),
+        k=np.float32(2.5),
+        k_aux=np.int64(8),
+        aux_loss_coefficient=np.float32(0.5),
+        matryoshka_widths=(np.int64(12), np.int64(24)),
+    )
+    sae.save_model(tmp_path)
+    assert TrainingSAE.load_from_disk(tmp_path).cfg.to_dict() == sae.cfg.to_dict()
+    cfg = build_config("auxk-topk", k_aux=np.int64(8), aux_batch_fraction=np.float32(0.5))
+    assert (type(cfg.k_aux), type(cfg.aux_batch_fraction)) == (int, float)
 
 
 def test_the_coefficient_warms_up_and_decays() -> None:

@@ -1,6 +1,8 @@
 """The command line: SAELens's, with the plugin loaded."""
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -61,24 +63,39 @@ def test_every_aux_field_is_a_flag_with_help(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tarin"], "'tarin' is no command"),
+        (["tarin"], "'tarin' is not a command"),
         (["train", "--architecture", "auxk-topk", "--k_aux", "0"], "k_aux=0 is not allowed"),
         (["train", "--architecture", "auxk-topk", "--aux_variant", "x"], "aux_variant='x'"),
         (["train", "--architecture", "auxk-topk", "--aux_bias", "x"], "aux_bias"),
         (["train", "--architecture", "auxk-topk", "--nonsense", "1"], "nonsense"),
+        (
+            ["train", "--architecture", "auxk-topk", "--aux_varient", "auxk"],
+            "--aux_varient auxk (with --architecture auxk-topk). Did you mean --aux_variant?",
+        ),
+        (["train", "--architecture", "auxk-topkk"], "Did you mean auxk-topk?"),
+        (["train", "--architecture"], "expected one argument"),
+        (["train", "--architecture", "auxk-topk", "--k_aux", "x"], "invalid int value: 'x'"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status = cli.main(args)
-    except SystemExit as error:  # argparse's own way out
-        status = error.code
-    assert status == 2
-    assert message in capsys.readouterr().err
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_without_a_command_it_says_how_to_use_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "sae-lens-auxk train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("args", "status"), [(["--help"], 0), (["tarin"], 2)])
+def test_what_needs_no_torch_does_not_import_it(args: list[str], status: int) -> None:
+    code = (
+        "import sys; from sae_lens_auxk_cli import main; status = main(sys.argv[1:]); "
+        "sys.exit(99 if {'torch', 'sae_lens_auxk'} & {*sys.modules} else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], check=False, capture_output=True)
+    assert done.returncode == status

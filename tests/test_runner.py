@@ -28,11 +28,11 @@ def test_dtype_and_device_go_to_both() -> None:
 
 
 def test_an_unknown_keyword_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(TypeError, match=r"aux_varant is no field.*Did you mean aux_variant\?"):
+    with pytest.raises(TypeError, match=r"aux_varant is not a field.*Did you mean aux_variant\?"):
         runner_config("auxk-topk", **run_fields(aux_varant="auxk"))
     with pytest.raises(TypeError, match=r"trainig_tokens.*Did you mean training_tokens\?"):
         runner_config("auxk-topk", **run_fields(trainig_tokens=5))
-    with pytest.raises(TypeError, match="l1_coefficient is no field of auxk-topk"):
+    with pytest.raises(TypeError, match="l1_coefficient is not a field of auxk-topk"):
         runner_config("auxk-topk", **run_fields(l1_coefficient=5))
 
 

@@ -16,11 +16,16 @@ own.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 import torch
 
 from sae_lens_auxk.latent_access import Activations, Columns, LatentAccess
+from sae_lens_auxk.validation import require_choice
+
+ENTRY_POINTS = "sae_lens_auxk.aux_losses"
+"""The group in which an installed package declares its losses."""
 
 DeadCriterion = Literal["tokens", "steps", "batch"]
 
@@ -210,6 +215,15 @@ AUX_LOSSES: dict[str, AuxLoss] = {}
 def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties: Any) -> Any:
     """Make ``function`` available as ``aux_variant=name``, directly or as a decorator.
 
+    The module that calls this must be imported before a config names the loss. On the command
+    line, ``sae-lens-auxk train --import my_losses`` and ``compare --import my_losses`` do that. A
+    package that declares the loss is imported as soon as a config names it, without being asked::
+
+        [project.entry-points."sae_lens_auxk.aux_losses"]
+        mine = "my_package.losses"
+
+    The entry point's name is the loss's, and its value the module that registers it.
+
     Args:
         name: the value that ``aux_variant`` takes.
         function: ``(inputs: AuxLossInputs, cfg) -> scalar tensor``, without its coefficient.
@@ -239,6 +253,43 @@ def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties
         )
     AUX_LOSSES[name] = AuxLoss(function, **properties)
     return function
+
+
+def find_aux_loss(name: Any) -> AuxLoss:
+    """The loss that ``aux_variant=name`` stands for, from an installed package if need be.
+
+    Raises:
+        ValueError: no loss has this name, or the package that declares it cannot be imported.
+    """
+    if not isinstance(name, str) or name not in AUX_LOSSES:
+        declared = entry_points(group=ENTRY_POINTS)
+        names = dict.fromkeys([*AUX_LOSSES, *sorted(declared.names)])
+        require_choice("aux_variant", name, names, _HOW_TO_IMPORT)
+        for entry_point in declared.select(name=name):
+            _load(entry_point)
+    return AUX_LOSSES[name]
+
+
+_HOW_TO_IMPORT = (
+    " (a loss of your own: import the module that registers it first, on the command line with "
+    "--import MODULE)"
+)
+
+
+def _load(entry_point: EntryPoint) -> None:
+    """Import what an entry point names, which registers a loss of its name."""
+    package = entry_point.dist.name if entry_point.dist else "an unknown package"
+    which = (
+        f"aux_variant={entry_point.name!r} cannot be used: its entry point in the group "
+        f"{ENTRY_POINTS}, {entry_point.value!r} of {package},"
+    )
+    try:
+        entry_point.load()
+    # The import runs other people's code, which may raise anything.
+    except Exception as error:
+        raise ValueError(f"{which} cannot be loaded: {type(error).__name__}: {error}") from error
+    if entry_point.name not in AUX_LOSSES:
+        raise ValueError(f"{which} registers no loss of that name.")
 
 
 def _origin(function: AuxLossFn) -> tuple[str, str]:

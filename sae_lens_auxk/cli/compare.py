@@ -3,7 +3,7 @@
 import shlex
 import sys
 import warnings
-from argparse import Namespace
+from argparse import ArgumentError, Namespace
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,13 +12,14 @@ import torch
 from sae_lens import logger as sae_lens_logger
 from simple_parsing import ArgumentParser
 
-from sae_lens_auxk.cli.refuse import refuse
+from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.results import read_results
 from sae_lens_auxk.validation import require_known
+from sae_lens_auxk_cli import refuse
 
 INTERRUPTED = 130
 SMALL_STEP = 2**24
@@ -48,7 +49,7 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
             _use_threads_that_pay(comparison)
             report = run_comparison(comparison, options.output, command)
     # A model or data set that cannot be found raises an OSError.
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ArgumentError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(
@@ -76,22 +77,27 @@ def _parse(args: Sequence[str]) -> Namespace:
     """Parse ``comparison``, ``output`` and ``report_only``.
 
     Raises:
-        ValueError: a flag is unknown, or the file of ``--config`` is not allowed.
+        ValueError: a flag is unknown, the file of ``--config`` is not allowed, or a module of
+            ``--import`` cannot be imported.
+        ArgumentError: a flag's value is not allowed.
     """
-    file_parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    file_parser.add_argument("--config", type=Path)
-    file = file_parser.parse_known_args(args)[0].config
+    first_parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first_parser.add_argument("--config", type=Path)
+    add_import_flag(first_parser)
+    first = first_parser.parse_known_args(args)[0]
+    import_modules(first.imports)
 
     parser = ArgumentParser(
         prog="sae-lens-auxk compare",
         allow_abbrev=False,
+        exit_on_error=False,
         description=(
             "Train auxiliary losses side by side on the same activations, measure them, and "
             "write a report. Without arguments: a small synthetic model, about a minute on 2 CPU "
             "cores. The same command resumes it if interrupted."
         ),
     )
-    default = Comparison() if file is None else Comparison.from_file(file)
+    default = Comparison() if first.config is None else Comparison.from_file(first.config)
     parser.add_arguments(Comparison, dest="comparison", default=default)
     parser.add_argument(
         "--config", type=Path, help="a YAML file with the same fields; flags win over it"
@@ -108,11 +114,13 @@ def _parse(args: Sequence[str]) -> Namespace:
         metavar="FOLDER",
         help="train nothing; write the report of FOLDER again from its results.json",
     )
+    add_import_flag(parser)
     options, unknown = parser.parse_known_args(args)
     is_flag = {field.name: field.metadata.get("cmd", True) for field in fields(Comparison)}
     if unknown:
         known = [f"--{name}" for name in is_flag if is_flag[name]]
-        require_known(unknown, [*known, "--config", "--output", "--report_only"], "compare")
+        own = ("--config", "--output", "--report_only", "--import")
+        require_known(unknown, [*known, *own], "compare")
     # simple-parsing forgets the default of a field that is no flag.
     from_file = {name: getattr(default, name) for name in is_flag if not is_flag[name]}
     options.comparison = replace(options.comparison, **from_file)

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_lens_auxk.cli.refuse import refuse
 from sae_lens_auxk.hub import HubError, download_sae
+from sae_lens_auxk_cli import refuse
 
 
 def download(args: Sequence[str]) -> int:

@@ -1,28 +1,35 @@
 """``sae-lens-auxk train``."""
 
 import time
-from collections.abc import Sequence
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.llm_sae_training_runner import (
     LanguageModelSAETrainingRunner,
     _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]
 )
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_auxk.cli.refuse import refuse
+from sae_lens_auxk.cli.imports import add_import_flag, import_modules
+from sae_lens_auxk.runner import field_names
 from sae_lens_auxk.saved_sae import silent_latents
+from sae_lens_auxk.validation import nearest, require_choice
+from sae_lens_auxk_cli import refuse
 
 
 def train(args: Sequence[str]) -> int:
     """SAELens's own training command, with a summary at the end; see ``--help``."""
     try:
-        cfg = _parse_cfg_args(args)
+        cfg = _parse(args)
     # simple-parsing raises argparse's errors, and passes on those of the configs.
     except Exception as error:
         return refuse(str(error))
@@ -35,6 +42,51 @@ def train(args: Sequence[str]) -> int:
     if cfg.n_eval_batches > 0:
         print(summary(runner, sae))
     return 0
+
+
+def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+    """SAELens's config of a run; an error for what is not allowed."""
+    imports = ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+        usage="sae-lens-auxk train [--import MODULE ...] [--FIELD VALUE ...]",
+    )
+    add_import_flag(imports)
+    given, args = imports.parse_known_args(args)
+    import_modules(given.imports)
+
+    first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--architecture", "--sae", default="standard")
+    architecture = first.parse_known_args(args)[0].architecture
+    require_choice("architecture", architecture, SAE_TRAINING_CLASS_REGISTRY)
+
+    if not args or {"-h", "--help"} & {*args}:
+        print(imports.format_help())  # SAELens's help follows
+    try:
+        with _errors_raised():
+            return _parse_cfg_args(args)
+    except (ValueError, ArgumentError) as error:
+        *_, unknown = str(error).partition("unrecognized arguments: ")
+        if not unknown:
+            raise
+        flags = [f"--{name}" for names in field_names(architecture) for name in names]
+        suggestion = nearest(unknown.split()[0], [*flags, "--import"])
+        raise ValueError(f"{error} (with --architecture {architecture}).{suggestion}") from error
+
+
+@contextmanager
+def _errors_raised() -> Generator[None]:
+    """argparse's errors as ValueErrors; by itself it prints all its flags and exits."""
+
+    def error(self: ArgumentParser, message: str) -> NoReturn:  # noqa: ARG001
+        raise ValueError(message)
+
+    own, ArgumentParser.error = ArgumentParser.error, error
+    try:
+        yield
+    finally:
+        ArgumentParser.error = own
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses import BUILT_IN
 from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from sae_lens_auxk.compare.plan import Resolved
-from sae_lens_auxk.validation import require_choice, require_known
+from sae_lens_auxk.validation import reject, require_choice, require_known, require_number
 
 STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITECTURES}
 """SAELens's own architecture that each of this package's extends."""
@@ -84,6 +84,8 @@ def cases_of(comparison: Resolved) -> list[Case]:
         _, config_class = get_sae_training_class(architecture)
         known = {f.name for f in fields(config_class)}
         require_known(given, known - {"d_in", "d_sae", "device"}, f"a case of {architecture}")
+        if "k" in given:
+            require_number("k", given["k"], "a finite number > 0", lambda k: k > 0)
         name = name or _label(architecture, given)
         ks = [given["k"]] if "k" in given else comparison.k if "k" in known else [None]
         for k in ks:
@@ -107,7 +109,10 @@ def cases_of(comparison: Resolved) -> list[Case]:
         given = dict(explicit)
         architecture = given.pop("architecture", comparison.architecture[0])
         require_choice("architecture", architecture, [*ARCHITECTURES, *STOCK.values()])
-        add(given.pop("name", None), architecture, given)
+        name = given.pop("name", None)
+        if name is not None and (not isinstance(name, str) or not name):
+            raise reject("name", name, "a text (put quotes around a number)")
+        add(name, architecture, given)
     return list(cases.values())
 
 
@@ -117,7 +122,7 @@ def _label(architecture: str, given: Mapping[str, Any]) -> str:
     ours = architecture in ARCHITECTURES
     defaults = {f.name: f.default for f in fields(AuxConfig)} if ours else {}
     aux_variant = given.get("aux_variant", AuxConfig.aux_variant)
-    parts = [aux_variant if ours else f"SAELens {architecture}"]
+    parts = [str(aux_variant) if ours else f"SAELens {architecture}"]
     for name, value in given.items():
         if name not in ("aux_variant", "k") and not (name in defaults and value == defaults[name]):
             shown = f"{value:g}" if isinstance(value, float) else str(value)

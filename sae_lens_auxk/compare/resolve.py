@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from math import isfinite
 from typing import Any
 
 import torch
@@ -10,17 +9,20 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.synthetic import SyntheticModelConfig
 
 from sae_lens_auxk.architectures import ARCHITECTURES
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.aux_losses.registry import find_aux_loss
 from sae_lens_auxk.compare.cases import PRESETS, cases_of
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.dead_latents import threshold_for
 from sae_lens_auxk.validation import (
+    python_value,
     reject,
+    require_bool,
     require_choice,
     require_choices,
     require_int,
     require_known,
     require_list,
+    require_number,
 )
 
 SYNTHETIC_DEFAULTS: dict[str, Any] = {
@@ -78,7 +80,9 @@ def resolve(comparison: Comparison) -> Resolved:
     defaults = LANGUAGE_MODEL_DEFAULTS if comparison.model_name else SYNTHETIC_DEFAULTS
     if isinstance(comparison.synthetic_model, str):  # which knows its sizes
         defaults = {k: v for k, v in defaults.items() if k not in ("n_features", "d_in")}
-    given = {name: value for name, value in vars(comparison).items() if value is not None}
+    given = {
+        name: python_value(value) for name, value in vars(comparison).items() if value is not None
+    }
     values: dict[str, Any] = vars(comparison) | defaults | given
     if comparison.preset is None:
         values["preset"] = [] if comparison.cases or comparison.aux_variant else list(PRESETS)
@@ -103,11 +107,8 @@ def _validate(comparison: Resolved) -> None:
             "latent is ever dead, and nothing is compared"
         )
         raise reject("dead_after", comparison.dead_after, allowed)
-    lr = comparison.lr
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not isfinite(lr) or lr <= 0:
-        raise reject("lr", lr, "a finite number > 0")
-    if not isinstance(comparison.autocast, bool):
-        raise reject("autocast", comparison.autocast, "True or False")
+    require_number("lr", comparison.lr, "a finite number > 0", lambda lr: lr > 0)
+    require_bool("autocast", comparison.autocast)
     for name, minimum in (("seeds", 0), ("k", 1)):
         require_list(name, getattr(comparison, name))
         for value in getattr(comparison, name):
@@ -125,13 +126,17 @@ def _validate(comparison: Resolved) -> None:
     if comparison.preset:
         require_choices("preset", comparison.preset, PRESETS)
     if comparison.aux_variant:
-        require_choices("aux_variant", comparison.aux_variant, AUX_LOSSES)
-    if comparison.aux_loss_coefficient and not comparison.aux_variant:
-        raise reject(
-            "aux_loss_coefficient",
-            comparison.aux_loss_coefficient,
-            "left out unless aux_variant says whose coefficient it is",
-        )
+        require_list("aux_variant", comparison.aux_variant)
+        for variant in comparison.aux_variant:
+            find_aux_loss(variant)
+    if comparison.aux_loss_coefficient is not None:
+        require_list("aux_loss_coefficient", comparison.aux_loss_coefficient)
+        if not comparison.aux_variant:
+            raise reject(
+                "aux_loss_coefficient",
+                comparison.aux_loss_coefficient,
+                "left out unless aux_variant says whose coefficient it is",
+            )
     _validate_device(comparison.device)
     if comparison.model_name:
         _validate_language_model(comparison)
@@ -201,7 +206,7 @@ def _require_left_out(comparison: Resolved, names: Iterable[str], allowed: str) 
 def _require_free(
     what: str, given: Iterable[str], config_class: type[Any], own: Mapping[str, str]
 ) -> None:
-    """A ValueError for a name that is no field of the config, or that a field of ours sets."""
+    """A ValueError for a name that is not a field of the config, or that a field of ours sets."""
     for name in given:
         if name in own:
             raise ValueError(f"{what}: {name} is said by {own[name]}.")

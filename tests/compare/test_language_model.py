@@ -89,7 +89,7 @@ def test_same_prompts_start_over() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"language_model": {"stream": True}}, "stream is no field.*Did you mean streaming"),
+        ({"language_model": {"stream": True}}, "stream is not a field.*Did you mean streaming"),
         ({"language_model": {"lr": 1.0}}, "lr is said by lr"),
         ({"model_class_name": "Hooked"}, "model_class_name='Hooked'"),
         ({"model_class_name": "AutoModelForCausalLM"}, "hook_name=None.*model.layers"),

@@ -1,8 +1,10 @@
 """The fields of a comparison, its presets, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sae_lens.synthetic import SyntheticModelConfig
 
@@ -116,6 +118,11 @@ def test_a_file_says_the_same_as_the_fields(suffix: str, tmp_path: Path) -> None
     )
 
 
+def test_numpy_numbers_of_a_sweep() -> None:
+    comparison = tiny(lr=np.float32(0.5), seeds=list(np.arange(2)))
+    assert json.loads(json.dumps(comparison.to_dict()))["seeds"] == [0, 1]
+
+
 def test_the_published_benchmark() -> None:
     """Every value of SynthSAEBench-16k's published table."""
     comparison = resolve(Comparison.from_file(ROOT / "benchmarks" / "synthsaebench.yaml"))
@@ -149,6 +156,11 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"preset": ["variant"]}, "preset='variant' is not allowed.*Did you mean variants"),
         ({"architecture": ["auxk-topkk"]}, "architecture='auxk-topkk'.*Did you mean auxk-topk"),
         ({"aux_variant": ["aukx"]}, "aux_variant='aukx'.*Did you mean auxk"),
+        ({"aux_loss_coefficient": 0.1}, "aux_loss_coefficient=0.1 .*a list of one or more"),
+        ({"seeds": [[1]]}, r"seeds=\[1\] .*an integer >= 0"),
+        ({"k": "abc"}, "k='abc' .*a list of one or more"),
+        ({"cases": [{"name": 5}]}, "name=5 .*a text"),
+        ({"cases": [{"k": "abc"}]}, "k='abc' .*a finite number > 0"),
         ({"aux_variant": None, "aux_loss_coefficient": [0.1]}, "aux_loss_coefficient.*aux_variant"),
         ({"aux_loss_coefficient": [-1.0]}, "case 'none, alpha -1, .*aux_loss_coefficient=-1.0"),
         ({"k": [0]}, "k=0 is not allowed: it must be an integer >= 1"),
@@ -169,8 +181,11 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"synthetic_model": "somewhere/model"}, "n_features=32.*saved synthetic_model"),
         ({"sae": True}, "sae=True is not allowed: it must be a mapping of fields"),
         ({"cases": ["auxk"]}, "cases=.*a list of mappings"),
-        ({"sae": {"k_auxx": 3}}, "k_auxx is no field.*Did you mean k_aux"),
-        ({"cases": [{"aux_varient": "none"}]}, "aux_varient is no field.*Did you mean aux_variant"),
+        ({"sae": {"k_auxx": 3}}, "k_auxx is not a field.*Did you mean k_aux"),
+        (
+            {"cases": [{"aux_varient": "none"}]},
+            "aux_varient is not a field.*Did you mean aux_variant",
+        ),
         ({"cases": [{"architecture": "topkk"}]}, "architecture='topkk'.*Did you mean"),
         ({"cases": [{"name": "a"}, {"name": "a", "k_aux": 2}]}, "two that differ are called 'a"),
         ({"aux_variant": None, "preset": []}, "nothing to compare"),
@@ -184,7 +199,7 @@ def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "seedz: [1]", "seedz is no field of a comparison. Did you mean seeds"),
+        ("a.yaml", "seedz: [1]", "seedz is not a field of a comparison. Did you mean seeds"),
         ("a.yaml", "- 1", "must hold fields"),
         ("a.yaml", "a: [", "cannot be read"),
         ("a.toml", "seeds = [1]", "must end in .yaml or .yml"),

@@ -1,13 +1,17 @@
 """What would make the straight-through nudge better? Candidates, side by side with auxk.
 
-Each candidate is a loss of its own, registered under a name and compared by
-``sae-lens-auxk compare``'s machinery on a synthetic model:
+The answer is ``aux_variant="pursuit"`` (docs/pursuit.md). Each candidate is a loss of its own,
+registered as "st" and its name, and compared on a synthetic model:
 
-    python benchmarks/straight_through.py --output straight-through
+    python benchmarks/pursuit_candidates.py --output candidates
 
-The plain nudge is the gradient of the main loss with respect to the activation of each of the
-``k_aux`` dead latents nearest to firing, passed straight to its ``h``, and nothing else. A
-candidate changes something of it:
+or in any other comparison, from this folder:
+
+    sae-lens-auxk compare --import pursuit_candidates --aux_variant "st gain" "st pursuit"
+
+The plain nudge, ``aux_variant="straight_through"``, is the gradient of the main loss with respect
+to the activation of each of the ``k_aux`` dead latents nearest to firing, passed straight to its
+``h``, and nothing else. A candidate changes something of it:
 
 - ``gated``: only where the residual pulls upwards, that is, where firing lowers the loss.
 - ``gain``: only where firing *at the threshold* would lower the loss: 2 t r.W > t^2 |W|^2.
@@ -22,14 +26,12 @@ candidate changes something of it:
 """
 
 import argparse
-from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_lens_auxk.aux_losses.auxk import k_aux_of
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 from sae_lens_auxk.compare.plan import Comparison
 from sae_lens_auxk.compare.resolve import resolve
@@ -46,7 +48,7 @@ def nudge(
     push: bool = False,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    acts = inputs.nearest_dead(k_aux_of(cfg))
+    acts = inputs.nearest_dead(cfg.resolved_k_aux)
     residual = inputs.residual
     if joint:
         residual = residual - acts.relu().decode().detach()
@@ -63,9 +65,8 @@ def nudge(
     loss = -(pull * h).sum(dim=-1).mean()
     if decoder:
         fires = (pull > threshold).to(h.dtype) * threshold if gate else threshold.expand_as(h)
-        norms = acts.decoder.norm_at(acts.selected, fires)
-        fired = replace(acts, pre=(fires / norms).where(h.detach() != 0, 0))
-        loss = loss - 2 * (residual * fired.decode()).sum(dim=-1).mean()
+        fired = acts.decode_as(fires.where(h.detach() != 0, 0))
+        loss = loss - 2 * (residual * fired).sum(dim=-1).mean()
     return scale * (loss - loss.detach())
 
 
@@ -128,12 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("straight-through"))
+    parser.add_argument("--output", type=Path, default=Path("candidates"))
     parser.add_argument("--architecture", nargs="+", default=["auxk-topk", "auxk-batchtopk"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", default=[*CANDIDATES, *PURSUIT])
     args = parser.parse_args()
-    base = ("none", "straight_through")  # the second is "pursuit, times 16"
+    base = ("none", "pursuit")
     cases = [{"aux_variant": "auxk", "aux_bias": "none", "name": "auxk"}]
     strong = {"aux_loss_coefficient": 1 / 8, "name": "auxk, times 4"}
     cases += [{**cases[0], **strong}, *({"aux_variant": name} for name in base)]
