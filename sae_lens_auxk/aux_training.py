@@ -11,7 +11,7 @@ What belongs to one step travels in arguments. SAELens hands the step's input th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -74,6 +74,9 @@ class AuxTraining(_Base):
 
     tokens_since_fired: torch.Tensor
     training_steps: torch.Tensor
+
+    by_magnitude: ClassVar[bool] = False
+    """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -154,7 +157,7 @@ class AuxTraining(_Base):
 
         assert isinstance(step_input, AuxStepInput)
         rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
-        access = DenseAccess(hidden_pre, self.W_dec, rescaled)
+        access = DenseAccess(hidden_pre, self.W_dec, rescaled, self.by_magnitude)
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(step_input, feature_acts, access, sae_out)
         step_input.metrics.update(metrics)
         return losses
@@ -162,7 +165,7 @@ class AuxTraining(_Base):
     # --- what an architecture says about itself ----------------------------------------------
 
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """What ``h`` must exceed for a latent to fire, broadcastable to (B, d_sae)."""
+        """What ``h``, or ``|h|``, must exceed to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
     def _levels(
@@ -241,7 +244,7 @@ class AuxTraining(_Base):
         self, step_input: AuxStepInput, feature_acts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; the dead latents (d_sae,), and how many were revived."""
-        fired = fired_in_batch(feature_acts) & step_input.usable.some
+        fired = fired_in_batch(feature_acts, self.by_magnitude) & step_input.usable.some
         n_tokens = step_input.usable.n
         if (ranks := _ranks()) is not None:
             fired, n_tokens = over_ranks(fired, n_tokens, ranks)

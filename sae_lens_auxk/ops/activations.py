@@ -42,6 +42,10 @@ class SelectedActivations(torch.Tensor):
         return self._like(super().float(*args, **kwargs))
 
     @override
+    def abs(self) -> torch.Tensor:
+        return self._like(super().abs())
+
+    @override
     def sum(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if (*args, *kwargs.items()) not in _OVER_ROWS or not self.is_floating_point():
             return super().sum(*args, **kwargs)
@@ -61,6 +65,21 @@ class SelectedActivations(torch.Tensor):
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _as(torch.Tensor, self).__reduce_ex__(protocol)
+
+
+def smallest_active(feature_acts: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, 1): the smallest activation above 0 of each row, 0 where there is none.
+
+    Args:
+        feature_acts: (B, d_sae), dense or sparse COO, not negative.
+        k: as many entries as a row has at most; a :class:`SelectedActivations` has them all.
+    """
+    if isinstance(feature_acts, SelectedActivations):
+        acts = feature_acts._values().unflatten(0, (-1, k))
+    else:
+        acts = feature_acts.detach().to_dense().topk(k, sorted=False).values
+    smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
+    return smallest.masked_fill(smallest.isinf(), 0.0)
 
 
 def _as(cls: type[_T], acts: torch.Tensor) -> _T:
