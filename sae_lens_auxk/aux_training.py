@@ -33,6 +33,7 @@ else:
     _Base = object
 
 AUX_LOSS_KEY = "aux_loss"
+SAELENS_AUX_LOSS_KEY = "auxiliary_reconstruction_loss"
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -66,10 +67,11 @@ class AuxTraining(_Base):
     - ``tokens_since_fired`` (d_sae,): see :mod:`sae_lens_auxk.dead_latents`.
     - ``training_steps`` (): training steps taken, for the schedule of a resumed run.
 
-    ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient,
-    and the metrics ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used``
-    (dead latents that the loss may use in a row), ``revived_latents`` (dead before the batch,
-    active in it) and ``nonfinite_rows``.
+    ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient (for
+    the TopK family under SAELens's key ``"auxiliary_reconstruction_loss"`` too), and the metrics
+    ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used`` (dead latents that the
+    loss may use in a row), ``revived_latents`` (dead before the batch, active in it) and
+    ``nonfinite_rows``.
     """
 
     tokens_since_fired: torch.Tensor
@@ -123,6 +125,10 @@ class AuxTraining(_Base):
 
         output.loss = output.loss * usable.some
         output.metrics["nonfinite_rows"] = usable.n_bad
+        if isinstance(self, TopKTrainingSAE):
+            # For the log only, where it overlays the curve of SAELens's own TopK family. The total
+            # is summed up by now, so it does not count a second time.
+            output.losses[SAELENS_AUX_LOSS_KEY] = output.losses[AUX_LOSS_KEY]
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
                 setattr(output, name, _unflatten(getattr(output, name), leading))
