@@ -50,7 +50,7 @@ class AuxKAbsTopKTrainingSAE(SparseTopK, AuxTraining, AbsTopKTrainingSAE):  # ty
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest ``|a|`` of the active latents of each row, 0 where nothing fired."""
-        return smallest_active(feature_acts.abs(), int(self.cfg.k))
+        return smallest_active(feature_acts, int(self.cfg.k), by_magnitude=True)
 
 
 class AbsTopKFromCheckpoint(InferenceFromCheckpoint, AbsTopKSAE):

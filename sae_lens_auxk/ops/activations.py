@@ -42,10 +42,6 @@ class SelectedActivations(torch.Tensor):
         return self._like(super().float(*args, **kwargs))
 
     @override
-    def abs(self) -> torch.Tensor:
-        return self._like(super().abs())
-
-    @override
     def sum(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if (*args, *kwargs.items()) not in _OVER_ROWS or not self.is_floating_point():
             return super().sum(*args, **kwargs)
@@ -67,17 +63,21 @@ class SelectedActivations(torch.Tensor):
         return _as(torch.Tensor, self).__reduce_ex__(protocol)
 
 
-def smallest_active(feature_acts: torch.Tensor, k: int) -> torch.Tensor:
+@torch.no_grad()
+def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = False) -> torch.Tensor:
     """(B, 1): the smallest activation above 0 of each row, 0 where there is none.
 
     Args:
-        feature_acts: (B, d_sae), dense or sparse COO, not negative.
+        feature_acts: (B, d_sae), dense or sparse COO.
         k: as many entries as a row has at most; a :class:`SelectedActivations` has them all.
+        by_magnitude: whether activations may be negative; then it is the smallest absolute one.
     """
     if isinstance(feature_acts, SelectedActivations):
         acts = feature_acts._values().unflatten(0, (-1, k))
+        acts = acts.abs() if by_magnitude else acts
     else:
-        acts = feature_acts.detach().to_dense().topk(k, sorted=False).values
+        acts = feature_acts.to_dense()
+        acts = (acts.abs() if by_magnitude else acts).topk(k, sorted=False).values
     smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
     return smallest.masked_fill(smallest.isinf(), 0.0)
 
