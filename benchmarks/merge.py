@@ -7,17 +7,17 @@ cases, architectures or seeds. Of a run that two of them have finished, the firs
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.run import groups_of, load_results
+from sae_lens_auxk.compare.run import groups_of
+from sae_lens_auxk.results import Results, Run, read_results, write_results
 
 MAY_DIFFER = ("architecture", "preset", "aux_variant", "aux_loss_coefficient", "cases", "seeds")
 
 
-def merge(parts: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def merge(parts: list[Results], name: str) -> Results:
     """One results.json's content; a ValueError where the parts' data or training differ."""
     comparison = dict(parts[0]["comparison"])
     for field in comparison:
@@ -27,7 +27,7 @@ def merge(parts: list[dict[str, Any]], name: str) -> dict[str, Any]:
             comparison[field] = [e for i, e in enumerate(entries) if e not in entries[:i]]
         elif any(value != values[0] for value in values):
             raise ValueError(f"{field} is not the same in all parts: {values}")
-    runs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    runs: dict[tuple[Any, ...], Run] = {}
     for part in parts:
         for run in part["runs"]:
             key = run["architecture"], run["case"], run["k"], run["seed"]
@@ -54,10 +54,9 @@ def main() -> None:
     parser.add_argument("merged", type=Path)
     parser.add_argument("parts", type=Path, nargs="+")
     args = parser.parse_args()
-    results = merge([load_results(part) for part in args.parts], args.merged.name)
+    results = merge([read_results(part) for part in args.parts], args.merged.name)
     args.merged.mkdir(parents=True, exist_ok=True)
-    path = args.merged / "results.json"
-    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_results(args.merged, results)
     print(write_report(results, args.merged))
 
 

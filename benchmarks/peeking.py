@@ -27,7 +27,8 @@ from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, Syntheti
 from sae_lens.util import cosine_similarities
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
-from sae_lens_auxk.compare.peeking import JUNK, MIN_FIRINGS, _Data, measure_peeking
+from sae_lens_auxk.compare.peeking import MIN_FIRINGS, _Data, measure_peeking
+from sae_lens_auxk.results import JUNK, PEEKING
 
 N_FEATURES, D_IN, N_ROWS = 320, 128, 20_000
 N_PLANTED = 8
@@ -35,8 +36,7 @@ N_PLANTED = 8
 SPOILT = 6
 """Badly reconstructed features to each corrector."""
 KINDS = ("feature", "mean error", "error direction", "random", "duplicate")
-COLUMNS = ("firing_rate", "junk_share", "duplicate_share", "features_hurt", "rows_hurt",
-           "latents_hurt", "near_duplicate_share", "error_auc")  # fmt: skip
+COLUMNS = tuple(key for key in PEEKING if key != "n_latents")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.saved_sae import fold_scaling
 
 # In these modes SAELens scales the data, and folds the scale into the weights when a run ends.
 _OF_THE_DATA = ("expected_average_only_in", "covariance_whitening")
@@ -56,8 +57,8 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
     given, state = sae_lens_disk_loader(path, cfg.device, {"dtype": cfg.dtype})
     given = handle_config_defaulting(given)
     _require_architecture(cfg, given, path)
-    of_the_data = given.get("normalize_activations") in _OF_THE_DATA
-    if of_the_data:
+    mode = given.get("normalize_activations")
+    if mode in _OF_THE_DATA:
         given["normalize_activations"] = "none"
     _require_same(cfg, given, path)
     _share_threshold(cfg, given, state, path)
@@ -72,7 +73,8 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
         ) from error
     if hasattr(cfg, "rescale_acts_by_decoder_norm"):
         sae.cfg.rescale_acts_by_decoder_norm = given.get("rescale_acts_by_decoder_norm", False)
-    if of_the_data:
+    if mode in _OF_THE_DATA:
+        sae.cfg.normalize_activations = mode
         _fold_scale(sae, path)
     if hasattr(cfg, "rescale_acts_by_decoder_norm"):
         _rescale_as(sae, cfg, path)
@@ -126,17 +128,13 @@ def _share_threshold(
 
 
 def _fold_scale(sae: Any, path: str | Path) -> None:
-    """Fold the scale of a checkpoint's data into the weights, as SAELens does when a run ends."""
+    """Fold the scale of a checkpoint's data, which is in a file beside it, into the weights."""
     scaler = ActivationScaler()
     file = Path(path) / ACTIVATION_SCALER_CFG_FILENAME
     if file.is_file():
         scaler.load(file)
-    if scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    elif scaler.whitening is not None:
-        whitening = scaler.whitening
-        sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
-    else:
+    fold_scaling(sae, scaler)
+    if sae.cfg.normalize_activations != "none":
         raise ValueError(
             f"The SAE in {path} was trained on scaled activations, and the scale is not there: "
             f"{ACTIVATION_SCALER_CFG_FILENAME} is missing or empty."

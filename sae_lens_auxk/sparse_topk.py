@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from sae_lens_auxk.aux_training import AUX_LOSS_KEY, AuxStepInput, never_compiled
 from sae_lens_auxk.ops import use_sparse_step
-from sae_lens_auxk.ops.activations import SelectedActivations
+from sae_lens_auxk.ops.activations import activations
 from sae_lens_auxk.ops.columns import gather_columns, indices_of
 from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder
@@ -216,9 +216,8 @@ class SparseTopK(_Base):
         # Once more, for the gradient: a latent that did not fire has none.
         values = self._fire(encoder.before_norm(h, selected))
         shape = encoder.hidden_pre.shape
-        acts: torch.Tensor = SelectedActivations.of(selected.rows, selected.latents, h, shape)
-        if shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations:
-            acts = acts.to_dense()
+        dense = shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations
+        acts = activations(values, h, selected, encoder.decoder, shape, dense)
 
         levels = {
             width: self.run_time_activation_norm_fn_out(decoded)

@@ -85,7 +85,7 @@ def test_trains(architecture: str, variant: str, mode: str) -> None:
         output = trainer.step(torch.randn(64, 32, device="cuda", dtype=getattr(torch, dtype)))
     assert output.metrics["dead_latents"] >= 20
     assert all(p.isfinite().all() for p in sae.parameters())
-    if variant not in ("none", "straight_through", "reanimation"):
+    if variant not in ("none", "straight_through", "pursuit", "reanimation"):
         assert output.losses["aux_loss"] > 0
 
 
@@ -98,38 +98,47 @@ def test_a_step_does_not_wait_for_the_device(
 ) -> None:
     """All of SAELens's ``SAETrainer.step``, from the third on.
 
-    Torch says what waits by its own doing, not what waits in a library that it calls; that would
-    outlast what keeps the device busy.
+    Torch reports its own waits, but not those in a library that it calls. A step with such a wait
+    ends after the sleep that is queued before it, however long that is. So does a step on a busy
+    host, but not after a sleep that is long enough.
     """
-    sae: Any = build_sae(
-        architecture,
-        d_in=32,
-        d_sae=8192,
-        k=4,
-        aux_variant=variant,
-        aux_batch_fraction=fraction,
-        dead_threshold_tokens=dead_threshold_tokens,
-        dead_criterion="tokens",
-        randomize=False,
-    )
-    kill_latents(sae, 5000)
-    sae.to("cuda")
-    trainer = build_trainer(sae, device="cuda", autocast=True, lr=1e-3)
-    x = torch.randn(2048, 32, device="cuda")
-    for step in range(6):
-        torch.cuda.synchronize()
-        known = step > 1  # The first step knows no number of dead latents yet.
-        torch.cuda.set_sync_debug_mode("error" if known else "default")
-        busy = torch.cuda.Event()
-        torch.cuda._sleep(2 * 10**8 if known else 0)  # about a tenth of a second
-        busy.record()
-        try:
-            output = trainer.step(x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert not known or not busy.query()
-        assert output.feature_acts.is_sparse
-        trainer.n_training_steps += 1
+
+    def outruns_the_device(cycles: int) -> bool:
+        torch.manual_seed(0)
+        sae: Any = build_sae(
+            architecture,
+            d_in=32,
+            d_sae=8192,
+            k=4,
+            aux_variant=variant,
+            aux_batch_fraction=fraction,
+            dead_threshold_tokens=dead_threshold_tokens,
+            dead_criterion="tokens",
+            randomize=False,
+        )
+        kill_latents(sae, 5000)
+        sae.to("cuda")
+        trainer = build_trainer(sae, device="cuda", autocast=True, lr=1e-3)
+        x = torch.randn(2048, 32, device="cuda")
+        for step in range(6):
+            torch.cuda.synchronize()
+            known = step > 1  # The first step knows no number of dead latents yet.
+            torch.cuda.set_sync_debug_mode("error" if known else "default")
+            busy = torch.cuda.Event()
+            torch.cuda._sleep(cycles if known else 0)
+            busy.record()
+            try:
+                output = trainer.step(x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            if known and busy.query():
+                return False
+            assert output.feature_acts.is_sparse
+            trainer.n_training_steps += 1
+        return True
+
+    # From a tenth of a second to nearly two.
+    assert any(outruns_the_device(cycles) for cycles in (2 * 10**8, 8 * 10**8, 32 * 10**8))
 
 
 def test_the_count_ahead_is_a_bound() -> None:

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import ARCHITECTURES, TOPK_ARCHITECTURES, build_sae, step_input
+from tests.helpers import (
+    ARCHITECTURES,
+    TOPK_ARCHITECTURES,
+    build_sae,
+    gradients_of,
+    step_input,
+)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
@@ -88,3 +94,40 @@ def test_a_hook_free_step_is_sparse() -> None:
     """What the hooks' test is about would not be there otherwise."""
     for architecture in TOPK_ARCHITECTURES:
         assert build_sae(architecture)._can_be_sparse(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("use_sparse_activations", [False, True])
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_a_loss_on_the_activations_has_the_dense_steps_gradient(
+    architecture: str, rescaled: bool, use_sparse_activations: bool
+) -> None:
+    """An own penalty, and the reconstruction from changed activations."""
+    gradients = []
+    x = torch.randn(6, 8, dtype=torch.float64)
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        sae = build_sae(
+            architecture,
+            dtype="float64",
+            rescale_acts_by_decoder_norm=rescaled,
+            use_sparse_activations=use_sparse_activations and sparse,
+        )
+        if not sparse:
+            sae._can_be_sparse = lambda sae_in: False
+        output = sae.training_forward_pass(step_input(x))
+        assert output.feature_acts.is_sparse == (use_sparse_activations and sparse)
+        halved = sae.decode(output.feature_acts * 0.5)
+        penalty = output.feature_acts.sum() + (halved - x).square().sum()
+        gradients.append(gradients_of(output.loss + penalty, sae))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+@pytest.mark.parametrize("parameter", ["W_enc", "W_dec", "b_enc", "b_dec"])
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_a_second_derivative_is_refused(architecture: str, parameter: str) -> None:
+    sae = build_sae(architecture, aux_variant="auxk", dead_criterion="batch")
+    loss = sae.training_forward_pass(step_input(torch.randn(6, 8))).loss
+    with pytest.raises(RuntimeError, match="no second derivatives .* SAE_LENS_AUXK_OPS=dense"):
+        torch.autograd.grad(loss, getattr(sae, parameter), create_graph=True)

@@ -16,39 +16,44 @@ from sae_lens_auxk.cli.refuse import refuse
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.resolve import resolve
-from sae_lens_auxk.compare.run import load_results, run_comparison
+from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.results import read_results
 from sae_lens_auxk.validation import require_known
 
 INTERRUPTED = 130
 SMALL_STEP = 2**24
-"""Products in an encoder's forward pass: batch size times latents times width."""
+"""Multiplications in an encoder's forward pass: batch size times latents times width."""
 
 
 def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "compare")) -> int:
-    """Train variants side by side, measure and report; see ``--help``.
+    """Train variants side by side, measure them and write a report; see ``--help``.
 
-    ``program``: how it was called, for the command line that the results name.
+    Args:
+        args: the arguments after the command's name.
+        program: the words before them, for the command line in the results.
+
+    Returns:
+        The exit status.
     """
     command = shlex.join([*program, *args])
-    # A bar and a report say it all; SAELens would warn of what this command does on purpose,
-    # once a case.
+    # SAELens would warn once per case about what this command does on purpose.
     sae_lens_logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     try:
         options = _parse(args)
         if options.report_only is not None:
-            report = write_report(load_results(options.report_only), options.report_only)
+            report = write_report(read_results(options.report_only), options.report_only)
         else:
             comparison = resolve(options.comparison)
             _use_threads_that_pay(comparison)
             report = run_comparison(comparison, options.output, command)
-    # An OSError is what a model or data set that cannot be found comes as.
+    # A model or data set that cannot be found raises an OSError.
     except (ValueError, TypeError, OSError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(
-            "interrupted: the passes that were finished are kept, and reported; the same command "
-            f"goes on from there:\n  {command}",
+            "interrupted: the finished passes are kept and reported; the same command resumes "
+            f"from there:\n  {command}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -57,9 +62,10 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
 
 
 def _use_threads_that_pay(comparison: Resolved) -> None:
-    """One thread for steps so small that threads cost more time than they save.
+    """Use one thread if the steps are so small that more threads cost time.
 
-    On a busy machine, where they wait for each other, such a step takes ten times as long.
+    On a busy machine, where the threads wait for each other, a small step takes ten times as
+    long with more of them.
     """
     n_products = comparison.batch_size * comparison.d_sae * (comparison.d_in or 0)
     if comparison.device == "cpu" and 0 < n_products <= SMALL_STEP:
@@ -67,7 +73,11 @@ def _use_threads_that_pay(comparison: Resolved) -> None:
 
 
 def _parse(args: Sequence[str]) -> Namespace:
-    """``comparison``, ``output`` and ``report_only``; a ValueError for a flag there is not."""
+    """Parse ``comparison``, ``output`` and ``report_only``.
+
+    Raises:
+        ValueError: a flag is unknown, or the file of ``--config`` is not allowed.
+    """
     file_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config", type=Path)
     file = file_parser.parse_known_args(args)[0].config
@@ -78,31 +88,31 @@ def _parse(args: Sequence[str]) -> Namespace:
         description=(
             "Train auxiliary losses side by side on the same activations, measure them, and "
             "write a report. Without arguments: a small synthetic model, about a minute on 2 CPU "
-            "cores. The same command again goes on where it was stopped."
+            "cores. The same command resumes it if interrupted."
         ),
     )
     default = Comparison() if file is None else Comparison.from_file(file)
     parser.add_arguments(Comparison, dest="comparison", default=default)
     parser.add_argument(
-        "--config", type=Path, help="a YAML or TOML file of the same fields; flags win over it"
+        "--config", type=Path, help="a YAML file with the same fields; flags win over it"
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("comparison"),
-        help="the folder for results, report and SAEs (default: comparison)",
+        help="folder for the results, the report and the SAEs (default: comparison)",
     )
     parser.add_argument(
-        "--report-only",
+        "--report_only",
         type=Path,
         metavar="FOLDER",
-        help="train nothing: write the report of FOLDER again, from its results.json",
+        help="train nothing; write the report of FOLDER again from its results.json",
     )
     options, unknown = parser.parse_known_args(args)
     is_flag = {field.name: field.metadata.get("cmd", True) for field in fields(Comparison)}
     if unknown:
         known = [f"--{name}" for name in is_flag if is_flag[name]]
-        require_known(unknown, [*known, "--config", "--output", "--report-only"], "compare")
+        require_known(unknown, [*known, "--config", "--output", "--report_only"], "compare")
     # simple-parsing forgets the default of a field that is no flag.
     from_file = {name: getattr(default, name) for name in is_flag if not is_flag[name]}
     options.comparison = replace(options.comparison, **from_file)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.llm_sae_training_runner import (
     LanguageModelSAETrainingRunner,
@@ -15,9 +14,9 @@ from sae_lens.llm_sae_training_runner import (
 )
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
-from safetensors.torch import load_file
 
 from sae_lens_auxk.cli.refuse import refuse
+from sae_lens_auxk.saved_sae import silent_latents
 
 
 def train(args: Sequence[str]) -> int:
@@ -71,8 +70,7 @@ def summary(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> st
         f"silent latents      {silent} of {sae.cfg.d_sae} in {n_tokens} evaluated tokens",
     ]
     if cfg.output_path is not None:
-        log_sparsity = load_file(Path(cfg.output_path) / SPARSITY_FILENAME)["sparsity"]
-        n_silent = int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())
+        n_silent = silent_latents(Path(cfg.output_path))
         n_steps = ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
         n_steps %= cfg.feature_sampling_window
         n_train = (n_steps or cfg.feature_sampling_window) * cfg.train_batch_size_tokens

@@ -11,8 +11,6 @@ from sae_lens_auxk.hub import HubError, Upload, upload_sae
 def upload(args: Sequence[str]) -> int:
     """Publish an SAE, a training checkpoint or a comparison on the Hub; see ``--help``."""
     options = _parser().parse_args(args)
-    if options.card is not None and not options.dry_run:
-        return refuse("--card is for --dry_run: an upload puts the card into the repository.")
     try:
         done = upload_sae(
             options.folder,
@@ -26,17 +24,15 @@ def upload(args: Sequence[str]) -> int:
         return refuse(str(error))
     if options.dry_run:
         print(listing(options.repo, done))
-        if options.card is not None:
-            options.card.write_text(done.card, encoding="utf-8")
     else:
         for sae_id in done.unchanged:
-            print(f"{sae_id} was there already, the same")
+            print(f"{sae_id} was already there")
         print(f"published at {done.url}")
     return 0
 
 
 def listing(repo_id: str, planned: Upload) -> str:
-    """The files of an upload with their sizes in bytes, a line each."""
+    """The files of an upload and their sizes in bytes, one per line."""
     lines = [f"{size:15,d}  {path}" for path, size in planned.sizes.items()]
     total = sum(planned.sizes.values())
     return "\n".join([f"would go to {repo_id}:", *lines, f"{total:15,d}  bytes in all"])
@@ -54,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="a trained SAE (a run's output_path), a training checkpoint, or a comparison's folder",
     )
-    parser.add_argument("repo", help="user/repo on the Hub; created where there is none")
+    parser.add_argument("repo", help="user/repo on the Hub; created if it does not exist")
     parser.add_argument(
         "--sae_id",
         help="the SAE's name in the repository (default: the folder's name); for a comparison, "
@@ -68,8 +64,5 @@ def _parser() -> argparse.ArgumentParser:
         "--dry_run",
         action="store_true",
         help="show which files would go up; needs no token and no network",
-    )
-    parser.add_argument(
-        "--card", type=Path, help="with --dry_run: a file to write the model card to"
     )
     return parser

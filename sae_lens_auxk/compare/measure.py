@@ -1,4 +1,4 @@
-"""What a trained SAE is measured by; each metric is defined in docs/compare.md."""
+"""Measures a trained SAE. ``sae_lens_auxk.results`` defines the metrics."""
 
 from statistics import median
 from typing import Any
@@ -11,60 +11,60 @@ from sae_lens.util import cosine_similarities
 
 from sae_lens_auxk.compare.peeking import measure_peeking
 from sae_lens_auxk.compare.sources import Pass
-from sae_lens_auxk.compare.train import Record
+from sae_lens_auxk.compare.train import TrainingLog
+from sae_lens_auxk.results import DENSE, JUNK, Measured, Numbers, require_in_table
 
 LOG10_EDGES = [edge / 4 for edge in range(-24, 1)]
-"""Of the histogram of firing rates: from 1e-6 to 1, four bins a power of ten."""
-DENSE = 0.1
-"""A latent that fires on more than this share of samples is dense."""
-FOUND = 0.5
-"""A latent whose best cosine with a true feature is below this is junk."""
+"""Bin edges of the histogram of firing rates: from 1e-6 to 1, four bins per power of ten."""
 
 
 @torch.no_grad()
-def measure(sae: SAE[Any], data: Pass, x: torch.Tensor, record: Record) -> dict[str, Any]:
-    """All measurements of a finished run.
+def measure(sae: SAE[Any], data: Pass, x: torch.Tensor, log: TrainingLog) -> Measured:
+    """Measure a finished run.
 
     Args:
         sae: the inference model, as it was saved.
         data: the pass that the run belongs to.
         x: (N, d_in) held-out activations of that pass.
-        record: what was written down while it trained.
+        log: what was logged while the SAE was trained.
 
     Returns:
         The entries ``metrics``, ``density``, ``silent_latents`` and ``peeking`` of a run.
+
+    Raises:
+        ValueError: a metric has no row in the table.
     """
     sae.eval()
     batch_size = data.trainer_config.train_batch_size_samples
     metrics, rates = reconstruction(sae, x, batch_size)
     fires = rates > 0
-    metrics["dead_fraction"] = record.dead.float().mean().item()
+    metrics["dead_fraction"] = log.dead.float().mean().item()
     metrics["dense_latents"] = _share(rates > DENSE, fires)
     metrics |= data.metrics(sae)
     if data.true_features is not None:
         metrics |= coverage(sae.W_dec[fires], data.true_features)
-    metrics["ms_per_step"] = 1000 * median(record.step_seconds)
-    if record.step_bytes:
-        metrics["peak_memory_gib"] = max(record.step_bytes) / 2**30
-    revived = record.ever_dead & ~record.dead
+    metrics["ms_per_step"] = 1000 * median(log.step_seconds)
+    if log.step_bytes:
+        metrics["peak_memory_gib"] = max(log.step_bytes) / 2**30
+    revived = log.ever_dead & ~log.dead
+    peeking = measure_peeking(
+        sae,
+        x,
+        revived=revived,
+        never_died=~log.ever_dead,
+        true_features=data.true_features,
+    )
+    require_in_table(metrics, (key for group in peeking.values() for key in group))
     return {
         "metrics": metrics,
         "density": density_histogram(rates),
         "silent_latents": int((~fires).sum()),
-        "peeking": measure_peeking(
-            sae,
-            x,
-            revived=revived,
-            never_died=~record.ever_dead,
-            true_features=data.true_features,
-        ),
+        "peeking": peeking,
     }
 
 
-def reconstruction(
-    sae: SAE[Any], x: torch.Tensor, batch_size: int
-) -> tuple[dict[str, float | None], torch.Tensor]:
-    """Explained variance, L0 and MSE on ``x`` (N, d_in), and firing rates (d_sae,)."""
+def reconstruction(sae: SAE[Any], x: torch.Tensor, batch_size: int) -> tuple[Numbers, torch.Tensor]:
+    """Explained variance, L0 and MSE on ``x`` (N, d_in), and the firing rates (d_sae,)."""
     explained_variance, l0 = ExplainedVarianceCalculator(), L0Calculator()
     n_fired = torch.zeros(sae.cfg.d_sae, device=x.device)
     for batch in x.split(batch_size):
@@ -72,7 +72,7 @@ def reconstruction(
         explained_variance.add_batch(sae.decode(acts), batch)
         l0.add_batch(acts)
         n_fired += (acts != 0).sum(0)
-    metrics: dict[str, float | None] = {
+    metrics: Numbers = {
         "explained_variance": explained_variance.compute(),
         "l0": l0.compute(),
         "mse": explained_variance.sum_squared_residual / explained_variance.num_samples,
@@ -80,22 +80,22 @@ def reconstruction(
     return metrics, n_fired / x.shape[0]
 
 
-def coverage(decoder: torch.Tensor, true_features: torch.Tensor) -> dict[str, float | None]:
-    """How latents (n, d_in) that fire and true features (n_features, d_in) match.
+def coverage(decoder: torch.Tensor, true_features: torch.Tensor) -> Numbers:
+    """Match the decoder rows (n, d_in) of latents that fire with true features (n_features, d_in).
 
-    A latent's best match is the feature of the largest absolute cosine with its decoder row.
+    A latent's best match is the feature with the largest absolute cosine.
     """
     if decoder.shape[0] == 0:
         return {"features_covered": 0.0, "junk_share": None}
     cosine, match = cosine_similarities(decoder, true_features).abs().max(dim=1)
     return {
-        "features_covered": match[cosine > FOUND].unique().numel() / true_features.shape[0],
-        "junk_share": (cosine < FOUND).float().mean().item(),
+        "features_covered": match[cosine > JUNK].unique().numel() / true_features.shape[0],
+        "junk_share": (cosine < JUNK).float().mean().item(),
     }
 
 
 def density_histogram(rates: torch.Tensor) -> dict[str, list[float]]:
-    """Counts of log10 of the firing rates (d_sae,) of the latents that fire."""
+    """Histogram of log10 of the firing rates (d_sae,); latents that never fire are left out."""
     log10 = rates[rates > 0].log10().clamp(LOG10_EDGES[0], LOG10_EDGES[-1])
     edges = torch.tensor(LOG10_EDGES)
     counts = torch.histogram(log10.cpu(), edges).hist

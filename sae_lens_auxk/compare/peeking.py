@@ -1,13 +1,13 @@
 """Residual peeking: are latents that came back from the dead features or error correctors?
 
-A corrector's direction is an average of what other latents got wrong (SAELens #666). It is
-told from a feature by what it is made of and what its removal hurts; docs/peeking.md derives
-each measure, checks it on planted latents, and says where it fails.
+A corrector's direction is an average of what other latents got wrong (SAELens #666). What
+it is made of and what its removal hurts tell it from a feature. docs/peeking.md derives each
+measure, checks it on planted latents, and says where it fails.
 
 Notation: ``W_i`` is the decoder row of latent i at unit length and ``c_bi`` what the latent adds
 along it in row b, so that the reconstruction is ``sum_i c_bi W_i + b_dec``. ``e_b`` is the error
-with all latents, and ``e_b + c_bi W_i`` the error without latent i. No latent is re-encoded: in
-a TopK SAE none takes the place of the one that is left out.
+with all latents, and ``e_b + c_bi W_i`` the error without latent i. Nothing is encoded again: in
+a TopK SAE, no other latent takes the place of the one that is left out.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,18 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-JUNK = 0.5
-"""A latent whose best cosine with a true feature is below this is junk."""
-NEAR_DUPLICATE = 0.7
-"""Latents whose decoder rows have a cosine above this are near duplicates: two rows that have
-this cosine with each other have at least half of their energy in common."""
+from sae_lens_auxk.results import JUNK, NEAR_DUPLICATE, Numbers
+
 MIN_FIRINGS = 20
 """A latent that fires on fewer rows is not measured."""
 MIN_LATENTS = 5
 """A group with fewer latents gets no numbers."""
 NEIGHBOURS = 5
-"""Never-dead latents that each revived one is compared with."""
+"""Number of never-dead latents that each revived one is compared with."""
 MAX_LATENTS = 1000
-"""Of a larger group so many are drawn at random: a share then has a standard error of 1.6%."""
+"""This many latents are drawn from a larger group; a share then has a standard error of 1.6%."""
 ROWS_PER_CHUNK = 2048
 TINY = 1e-12
-
-Measures = dict[str, float | None]
 
 
 @torch.no_grad()
@@ -44,7 +39,7 @@ def measure_peeking(
     never_died: torch.Tensor,
     true_features: torch.Tensor | None = None,
     seed: int = 0,
-) -> dict[str, Measures]:
+) -> dict[str, Numbers]:
     """
     Compare latents that were dead and came back with latents that never died.
 
@@ -68,9 +63,9 @@ def measure_peeking(
             "never_died" they are None too where "revived" has too few to be matched with.
         firing_rate: median share of rows that a latent fires on.
         error_auc: probability that a row on which the latent fires is reconstructed worse than
-            one on which it does not; 0.5 means that it fires regardless of errors. How badly is
-            ``||e_b||^2 / ||x_b - mean||^2``, with the latent on. Weak, and turned round in TopK
-            SAEs: see docs/peeking.md.
+            one on which it does not; 0.5 means that it fires regardless of errors. The error is
+            ``||e_b||^2 / ||x_b - mean||^2``, with the latent on. The measure is weak, and in TopK
+            SAEs it points the other way: see docs/peeking.md.
         rows_hurt: effective share of rows (participation ratio) over which the part of the
             error without the latent that lies along its direction is spread; small for a rare
             feature, 1/3 for a direction without meaning (a Gaussian's).
@@ -120,8 +115,7 @@ class _Data:
     """The data and their errors in the SAE's own units, and what is measured on them.
 
     Attributes:
-        x: (N, d_in) rows as the SAE reconstructs them. SAELens's run-time normalisation is
-            applied here and so need not be undone on what the decoder gives.
+        x: (N, d_in) rows as the SAE reconstructs them, after SAELens's run-time normalisation.
         e: (N, d_in) ``e_b``.
         firings: (d_sae,) rows that each latent fires on.
         directions: (d_sae, d_in) ``W_i``.
@@ -144,7 +138,7 @@ class _Data:
             self.firings += (c > 0).sum(dim=0)
 
     def _chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Which rows, and their ``c`` (B, d_sae)."""
+        """Slices of the rows, each with its ``c`` (B, d_sae)."""
         for start in range(0, self.raw.shape[0], ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             acts = self.sae.encode(self.raw[rows])
@@ -230,10 +224,10 @@ def _draw(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return latents[order[:MAX_LATENTS]].sort().values
 
 
-def _summary(measured: dict[str, torch.Tensor | None], columns: torch.Tensor) -> Measures:
-    """Means over some of the measured latents, a latent as often as it is in ``columns``."""
+def _summary(measured: dict[str, torch.Tensor | None], columns: torch.Tensor) -> Numbers:
+    """Means over the latents in ``columns``; a latent counts as often as it is there."""
     n_latents = columns.unique().numel()
-    summary: Measures = {"n_latents": n_latents}
+    summary: Numbers = {"n_latents": n_latents}
     for name, values in measured.items():
         if values is None or n_latents < MIN_LATENTS:
             summary[name] = None

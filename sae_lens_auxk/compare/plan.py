@@ -1,6 +1,5 @@
-"""What is compared: the fields of a comparison, and the file that they may be read from."""
+"""The fields of a comparison, and the file that they can be read from."""
 
-import sys
 from dataclasses import asdict, dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -12,63 +11,58 @@ from simple_parsing import field
 
 from sae_lens_auxk.validation import require_known
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """
-    What is compared, on what, and for how long. None means a default that depends on the rest.
+    What to compare, on what data, and for how long. None means a default that depends on the rest.
 
     Args:
         preset (list[str] | None): Sets of cases, one or more: "saelens" (SAELens's own
-            architecture as it comes), "variants" (the seven aux variants at their published
-            coefficients), "biases" (auxk with each aux_bias). None: all three, unless cases or
-            aux_variant say what to compare.
-        aux_variant (list[str] | None): Further cases: these variants, each with each value of
+            architecture with its defaults), "variants" (the seven aux variants at their
+            published coefficients), "biases" (auxk with each aux_bias). None: all three, unless
+            cases or aux_variant say what to compare.
+        aux_variant (list[str] | None): Further cases: each of these variants with each value of
             aux_loss_coefficient.
         aux_loss_coefficient (list[float] | None): Coefficients for the variants in aux_variant.
             None: the published ones.
-        architecture (list[str]): Architectures of this package, one or more. The preset
-            "saelens" takes the one of SAELens that each extends.
-        k (list[int] | None): Active latents per sample, one or more, for the TopK family.
+        architecture (list[str]): One or more of this package's architectures. The preset
+            "saelens" takes the SAELens architecture that each of them extends.
+        k (list[int] | None): Active latents per sample, one or more values, for the TopK family.
             None: 8, for a language model 32.
         cases (list[dict]): In a configuration file only. Further cases, each a mapping of
             fields of the SAE's config, with "architecture" (this package's or SAELens's) and
             "name", both optional.
-        sae (dict): In a configuration file only. Fields of the SAE's config that all cases
-            have, where their architecture has them, and do not set themselves.
-        seeds (list[int]): One pass over the data for each: it seeds the initial weights, the
+        sae (dict): In a configuration file only. Fields of the SAE's config for all cases whose
+            architecture has them; a case can override them.
+        seeds (list[int]): One pass over the data for each. It seeds the initial weights, the
             samples, and a synthetic model that has no seed of its own.
-        d_sae (int | None): Latents. None: 256, for a language model 12288.
+        d_sae (int | None): Number of latents. None: 256, for a language model 12288.
         training_samples (int | None): Activations (tokens) that each SAE is trained on. None:
             80000, for a language model 20 million.
-        batch_size (int | None): Activations in a training step. None: 256, for a language
+        batch_size (int | None): Activations per training step. None: 256, for a language
             model 4096.
         lr (float | None): Learning rate. None: 2e-3, for a language model 3e-4.
-        dead_after (int | None): A latent that is silent for so many activations is dead, in
+        dead_after (int | None): A latent that is silent for this many activations is dead, in
             the measurements of every case and, unless a case says otherwise, for its auxiliary
-            loss. None: 10 million, or a twentieth of training_samples where that is less.
-        eval_samples (int | None): Held-out activations that are measured on. None: 10000, for
-            a language model 65536.
+            loss. None: 10 million or a twentieth of training_samples, whichever is less.
+        eval_samples (int | None): Held-out activations to measure on. None: 10000, for a
+            language model 65536.
         device (str): Where to train: "cpu", "cuda", "cuda:1".
         autocast (bool): Train in bfloat16 where autocast allows it.
-        n_features (int | None): True features of the synthetic model. None: 512.
-        d_in (int | None): Width of the synthetic model's activations. None: 64. (That of a
-            language model is read off it.)
+        n_features (int | None): Number of true features of the synthetic model. None: 512.
+        d_in (int | None): Width of the synthetic model's activations. None: 64. (The width of a
+            language model is read from the model.)
         synthetic_model (dict | str | None): In a configuration file, the other fields of
             SAELens's SyntheticModelConfig; or the folder or Hub name of a saved model. On the
-            command line a folder or name only.
-        model_name (str | None): A language model to take activations from, by name or folder.
+            command line, only a folder or name.
+        model_name (str | None): Name or folder of the language model to take activations from.
             None: a synthetic model.
         model_class_name (str): How to load it: "HookedTransformer" or "AutoModelForCausalLM".
-        dataset_path (str | None): Text for the language model, by name or folder.
-        hook_name (str | None): Where in the language model. None: the residual stream before
-            the middle block of a HookedTransformer.
-        context_size (int): Tokens in a prompt of the language model.
+        dataset_path (str | None): Name or folder of the text for the language model.
+        hook_name (str | None): Hook point in the language model. None: the residual stream
+            before the middle block of a HookedTransformer.
+        context_size (int): Tokens per prompt of the language model.
         language_model (dict): In a configuration file only. Further fields of SAELens's
             MultiSAETrainingRunnerConfig.
     """
@@ -100,43 +94,39 @@ class Comparison:
     language_model: dict[str, Any] = field(default_factory=dict[str, Any], cmd=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, plain enough for JSON."""
+        """All fields, in types that JSON has."""
         return asdict(self)
 
     @classmethod
     def from_file(cls, path: Path) -> "Comparison":
-        """Read a YAML (.yaml, .yml) or TOML (.toml) file of the fields.
+        """Read a YAML file (.yaml, .yml) of the fields.
 
         Raises:
-            ValueError: no such file, no such format, or an unknown field, with the nearest name.
+            ValueError: there is no such file, it is not YAML, or it has an unknown field; the
+                message suggests the nearest name.
         """
         shown = f"config={str(path)!r}"
         if not path.is_file():
             raise ValueError(f"{shown} is not allowed: there is no such file.")
+        if path.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"{shown} is not allowed: it must end in .yaml or .yml.")
         try:
-            match path.suffix:
-                case ".yaml" | ".yml":
-                    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-                case ".toml":
-                    values = tomllib.loads(path.read_text(encoding="utf-8"))
-                case suffix:
-                    allowed = f"it must end in .yaml, .yml or .toml, not {suffix!r}."
-                    raise ValueError(f"{shown} is not allowed: {allowed}")
-        except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
             raise ValueError(f"{shown} cannot be read: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{shown} is not allowed: it must hold fields and values")
+            raise ValueError(f"{shown} is not allowed: it must hold fields and values.")
         require_known(values, (f.name for f in fields(cls)), "a comparison")
         return cls(**values)
 
 
-# Fields here have no default, unlike in the base; pyright would rather have one.
+# pyright objects to fields without a default after fields with one, but all are keyword-only.
 # pyright: reportGeneralTypeIssues=false
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved(Comparison):
-    """A comparison that says all; made by ``resolve``."""
+    """A comparison with every default filled in, as ``resolve`` makes it."""
 
     preset: list[str] = field()
     k: list[int] = field()
@@ -149,11 +139,11 @@ class Resolved(Comparison):
 
     @property
     def dead_feature_window(self) -> int:
-        """``dead_after`` in SAELens's count: silent for more than so many steps."""
+        """``dead_after`` in steps, as SAELens counts: a latent silent for more steps is dead."""
         return ceil(self.dead_after / self.batch_size) - 1
 
     def synthetic_model_config(self, seed: int) -> SyntheticModelConfig | str:
-        """What SAELens makes or loads the synthetic model of a pass from."""
+        """SAELens's config, or the folder or name, of the synthetic model of a pass."""
         if isinstance(self.synthetic_model, str):
             return self.synthetic_model
         given: dict[str, Any] = {"seed": None, **(self.synthetic_model or {})}

@@ -1,12 +1,7 @@
-"""A whole comparison: one pass a seed, each kept when it is done, and the results of all.
+"""Runs a whole comparison: one pass per seed, and the results of all passes.
 
-A folder of results:
-
-    results.json               every number and the whole configuration
-    report.html, ...           see report.py
-    runs/seed-0/pass.json      the runs of a finished pass
-    runs/seed-0/<case>/        an SAE as SAELens saves one for inference, with its sparsity
-    runs/seed-0.partial/       the pass that is running, or was when it was killed
+A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.results`` describes the
+files.
 """
 
 import json
@@ -19,7 +14,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_lens.constants import SPARSITY_FILENAME
@@ -33,31 +28,53 @@ from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.sources import Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
+from sae_lens_auxk.results import (
+    PASS_FILENAME,
+    RESULTS_FILENAME,
+    RUNS_FOLDER,
+    VERSION,
+    Group,
+    MeanAndStd,
+    Measured,
+    Numbers,
+    Results,
+    Run,
+    pass_folder,
+    read_pass,
+    read_results,
+    write_pass,
+    write_results,
+)
 
-RESULTS_FILENAME = "results.json"
-PASS_FILENAME = "pass.json"
 EXTENDABLE = ("seeds",)
-"""Fields that may differ from those of the results that a folder has: a pass is one seed."""
+"""Fields that may change when a comparison is continued: each pass has one seed."""
+NOT_MEASURED: Measured = {
+    "metrics": {},
+    "density": None,
+    "silent_latents": None,
+    "peeking": None,
+}
 
 
 def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Path:
-    """Train what has not been trained yet, measure it, write results and report.
+    """Train the passes that are missing, measure them, write the results and the report.
+
+    If this is interrupted, the results and the report of the finished passes are still written.
 
     Args:
-        comparison: what is compared, resolved.
-        folder: where to; may hold results of the same comparison, which are kept.
-        command: the command line that asked for it, to be shown in the report.
+        comparison: what to compare.
+        folder: where to write. Results of the same comparison in it are kept.
+        command: the command line to show in the report.
 
     Returns:
-        The path of the report. It is written, of what is finished, also when this is
-        interrupted.
+        The path of the report.
 
     Raises:
         ValueError: the folder holds the results of another comparison.
     """
     results = _load_or_begin(comparison, folder, command)
-    _write_json(folder / RESULTS_FILENAME, results)
-    left = [seed for seed in comparison.seeds if not _pass_file(folder, seed).exists()]
+    write_results(folder, results)
+    left = [seed for seed in comparison.seeds if not _is_finished(folder, seed)]
     n_done = len(comparison.seeds) - len(left)
     n_samples = comparison.training_samples
     try:
@@ -74,20 +91,12 @@ def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Pat
                 for seed in left:
                     bar.set_postfix_str(f"seed {seed}")
                     _train_pass(comparison, source, seed, folder, bar)
-                    _write_json(folder / RESULTS_FILENAME, _collect(results, comparison, folder))
+                    write_results(folder, _collect(results, comparison, folder))
     finally:
         results = _collect(results, comparison, folder)
-        _write_json(folder / RESULTS_FILENAME, results)
+        write_results(folder, results)
         report = write_report(results, folder)
     return report
-
-
-def load_results(folder: Path) -> dict[str, Any]:
-    """``results.json`` of a folder; a ValueError if it has none."""
-    path = folder / RESULTS_FILENAME
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- a pass ----------------------------------------------------------------------------------
@@ -96,8 +105,8 @@ def load_results(folder: Path) -> dict[str, Any]:
 def _train_pass(
     comparison: Resolved, source: Source, seed: int, folder: Path, bar: "tqdm[Any]"
 ) -> None:
-    """Train and measure all cases with one seed; the folder gets its name when all is in it."""
-    final = _pass_file(folder, seed).parent
+    """Train and measure all cases with one seed. The folder gets its name once it is complete."""
+    final = pass_folder(folder, seed)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -118,39 +127,39 @@ def _train_pass(
         sae.save_inference_model(partial / slug)
         sparsity = trainer.trainers[slug].log_feature_sparsity
         save_file({"sparsity": sparsity}, partial / slug / SPARSITY_FILENAME)
-    records = trainer.records
-    del trainer, saes  # with the optimizers: measuring needs room too
+    logs = trainer.logs
+    del trainer, saes  # frees the optimizers' memory for the measurements
 
     x = data.held_out().to(comparison.device)
 
-    def run(slug: str) -> dict[str, Any]:
-        record = records[slug]
-        measured: dict[str, Any] = {}
-        if record.error is None:
+    def run(slug: str) -> Run:
+        log = logs[slug]
+        measured = NOT_MEASURED
+        if log.error is None:
             try:
                 sae = SAE.load_from_disk(partial / slug, device=comparison.device)
-                measured = measure(sae, data, x, record)
-            # One that cannot be measured is no reason to lose the others.
+                measured = measure(sae, data, x, log)
+            # An error in one case must not cost the others, whatever it is.
             except Exception as error:
-                record.error = f"{type(error).__name__}: {error}"
+                log.error = f"{type(error).__name__}: {error}"
         return {
-            **_run(cases[slug], seed, "finished" if record.error is None else "failed"),
-            "error": record.error,
+            **_run(cases[slug], seed, "finished" if log.error is None else "failed"),
+            "error": log.error,
             "sae_config": configs[slug].to_dict(),
             "folder": (final / slug).relative_to(folder).as_posix(),
-            "training_samples": (record.history["samples"] or [0])[-1],
-            "history": record.history,
+            "training_samples": (log.history["samples"] or [0])[-1],
+            "history": log.history,
             **measured,
         }
 
     with ThreadPoolExecutor(data.measured_at_once) as pool:
         runs = list(pool.map(run, cases))
-    _write_json(partial / PASS_FILENAME, runs)
+    write_pass(partial, runs)
     partial.rename(final)
 
 
-def _run(case: Case, seed: int, status: str) -> dict[str, Any]:
-    """The entry of a run in results.json, with nothing measured yet."""
+def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinished"]) -> Run:
+    """The entry of a run that has not been measured."""
     return {
         "name": f"{case.title}, seed {seed}",
         "case": case.name,
@@ -163,32 +172,29 @@ def _run(case: Case, seed: int, status: str) -> dict[str, Any]:
         "folder": None,
         "training_samples": 0,
         "history": {},
-        "metrics": {},
-        "density": None,
-        "silent_latents": None,
-        "peeking": None,
+        **NOT_MEASURED,
     }
 
 
-def _pass_file(folder: Path, seed: int) -> Path:
-    return folder / "runs" / f"seed-{seed}" / PASS_FILENAME
+def _is_finished(folder: Path, seed: int) -> bool:
+    return (pass_folder(folder, seed) / PASS_FILENAME).exists()
 
 
 # --- results ---------------------------------------------------------------------------------
 
 
-def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> dict[str, Any]:
+def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
     if (folder / RESULTS_FILENAME).exists():
-        results = load_results(folder)
-        # One that has come to nothing yet, over a misspelt data set say, binds nobody.
-        if any(folder.glob(f"runs/seed-*[0-9]/{PASS_FILENAME}")):
+        results = read_results(folder)
+        # Without a finished pass there is nothing to lose, so the configuration may change.
+        if any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else than a comparison: give another --output.")
+        raise ValueError(f"{folder} holds something else, not a comparison: give another --output.")
     folder.mkdir(parents=True, exist_ok=True)
     return {
-        "version": 1,
+        "version": VERSION,
         "name": folder.resolve().name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "finished": False,
@@ -203,8 +209,8 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> dict[str
 
 
 def _require_same(new: Mapping[str, Any], old: Mapping[str, Any], folder: Path) -> None:
-    """A ValueError that names the fields in which a comparison differs from a folder's."""
-    new = json.loads(json.dumps(new))  # as it looks when it has been a file
+    """Raise a ValueError that names the fields in which two comparisons differ."""
+    new = json.loads(json.dumps(new))  # JSON has no tuples
     differences = [
         f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
         for name in sorted({*new, *old} - set(EXTENDABLE))
@@ -213,18 +219,17 @@ def _require_same(new: Mapping[str, Any], old: Mapping[str, Any], folder: Path) 
     if differences:
         raise ValueError(
             f"{folder} holds another comparison: {'; '.join(differences)}. "
-            "Give another --output, or the same configuration to go on with it."
+            "Give another --output, or the same configuration to continue it."
         )
 
 
-def _collect(results: dict[str, Any], comparison: Resolved, folder: Path) -> dict[str, Any]:
-    """The results with all passes that are finished."""
-    runs: list[dict[str, Any]] = []
+def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
+    """The results with the runs of all finished passes."""
+    runs: list[Run] = []
     finished = True
     for seed in comparison.seeds:
-        path = _pass_file(folder, seed)
-        if path.exists():
-            runs += json.loads(path.read_text(encoding="utf-8"))
+        if _is_finished(folder, seed):
+            runs += read_pass(pass_folder(folder, seed))
         else:
             finished = False
             runs += [_run(case, seed, "unfinished") for case in cases_of(comparison)]
@@ -237,13 +242,13 @@ def _collect(results: dict[str, Any], comparison: Resolved, folder: Path) -> dic
     }
 
 
-def groups_of(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Mean and standard deviation over seeds of the finished runs, a group a case.
+def groups_of(runs: list[Run]) -> Iterator[Group]:
+    """Mean and standard deviation over the seeds of each case's finished runs.
 
-    A number that some of the runs do not have is averaged over the others; the standard
-    deviation is that of a sample, so None for a single run.
+    A number that some runs do not have is averaged over the others. The standard deviation is
+    that of a sample, so it is None for a single run.
     """
-    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    grouped: dict[tuple[str, str, float | None], list[Run]] = {}
     for run in runs:
         if run["status"] == "finished":
             key = (run["case"], run["architecture"], run["k"])
@@ -263,9 +268,9 @@ def groups_of(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _mean_and_std(rows: list[dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
-    means: dict[str, float | None] = {}
-    stds: dict[str, float | None] = {}
+def _mean_and_std(rows: list[Numbers]) -> MeanAndStd:
+    means: Numbers = {}
+    stds: Numbers = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [value for row in rows if (value := row.get(name)) is not None]
         means[name] = mean(values) if values else None
@@ -273,26 +278,8 @@ def _mean_and_std(rows: list[dict[str, float | None]]) -> dict[str, dict[str, fl
     return {"mean": means, "std": stds}
 
 
-def _write_json(path: Path, content: Any) -> None:
-    """Write as JSON, NaN and infinity as null; a crash leaves the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not (abs(value) < float("inf")):
-        return None
-    return value
-
-
 def _machine(device: str) -> str:
-    """What the times were taken on, without a name or address of it."""
+    """The hardware that the times were taken on, without the machine's name or address."""
     cpu = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {cpu}"

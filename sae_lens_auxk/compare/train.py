@@ -16,30 +16,37 @@ from sae_lens.training.types import MultiHookDataProvider
 from typing_extensions import override
 
 from sae_lens_auxk.dead_latents import count_tokens
+from sae_lens_auxk.saved_sae import fold_scaling
 
 N_POINTS = 100
-"""Points of a history, and steps whose time and memory are taken."""
+"""Number of points in a history, and of steps whose time and memory are taken."""
 
 
 def build_sae(config: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    """A fresh SAE; those of one shape and one seed start from the same weights."""
+    """Build a new SAE. SAEs with the same shape and seed start from the same weights."""
     torch.manual_seed(seed)
     sae_class, _ = get_sae_training_class(config.architecture())
     return sae_class(config).to(config.device)
 
 
 @dataclass
-class Record:
-    """What is written down while one SAE trains.
+class TrainingLog:
+    """What is logged while one SAE is trained.
 
-    ``tokens_since_fired`` and ``ever_dead`` are (d_sae,); ``history`` has a list a quantity, as
-    long as ``samples``; ``step_seconds`` and ``step_bytes`` are of the steps at these points.
+    Attributes:
+        dead_after: number of silent samples after which a latent is dead.
+        tokens_since_fired: (d_sae,) int64.
+        ever_dead: (d_sae,) bool, latents that were dead at some time.
+        history: one list for each quantity, all of the same length.
+        step_seconds: durations of the steps at the points of the history.
+        step_bytes: CUDA memory of the same steps; empty on other devices.
+        error: why the training failed, if it did.
     """
 
     dead_after: int
     tokens_since_fired: torch.Tensor
     ever_dead: torch.Tensor
-    history: dict[str, list[float | None]] = field(
+    history: dict[str, list[Any]] = field(
         default_factory=lambda: {
             name: []
             for name in ("samples", "dead_fraction", "explained_variance", "l0", "aux_loss")
@@ -50,7 +57,8 @@ class Record:
     error: str | None = None
 
     @classmethod
-    def of(cls, sae: TrainingSAE[Any], dead_after: int) -> "Record":
+    def of(cls, sae: TrainingSAE[Any], dead_after: int) -> "TrainingLog":
+        """An empty log for this SAE."""
         zeros = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
         return cls(dead_after, zeros, zeros.bool())
 
@@ -60,19 +68,23 @@ class Record:
         return self.tokens_since_fired >= self.dead_after
 
     def count(self, fired: torch.Tensor, n_samples: int) -> None:
-        """Count a batch: ``fired`` (d_sae,) bool, in ``n_samples`` rows."""
+        """Count a batch of ``n_samples`` rows; ``fired`` (d_sae,) bool says which latents fired."""
         count_tokens(self.tokens_since_fired, fired, n_samples)
         self.ever_dead |= self.dead
 
     @torch.no_grad()
     def write_point(self, output: TrainStepOutput, n_samples: int) -> None:
-        """Add a point to the history; a loss that is no number is a FloatingPointError."""
+        """Add a point to the history.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite.
+        """
         if not torch.isfinite(output.loss):
             raise FloatingPointError(f"the loss is {output.loss.item()} at sample {n_samples}")
         x = output.sae_in.float()
         residual = (x - output.sae_out.float()).pow(2).sum()
         variance = (x - x.mean(0)).pow(2).sum()
-        # The first is this package's, the second the loss of SAELens's TopK family.
+        # The first name is this package's, the second that of SAELens's TopK family.
         aux_loss = output.losses.get("aux_loss")
         if aux_loss is None:
             aux_loss = output.losses.get("auxiliary_reconstruction_loss")
@@ -90,11 +102,11 @@ class Record:
 
 
 class LockstepTrainer(MultiSAETrainer):
-    """SAELens's trainer of several SAEs, with a record of each, and room for one to fail.
+    """SAELens's trainer of several SAEs, with a log for each, that survives a failing SAE.
 
-    SAELens's loop has no place to look at a step from, and ends for all when one SAE raises:
-    hence a loop of our own around its public steps. An SAE that fails is left out from there
-    on; its record has the error.
+    SAELens's loop has no hook for looking at a step, and it stops for all SAEs when one of them
+    raises. So this class has its own loop around SAELens's public steps. An SAE that fails is
+    left out of the rest of the training, and its log has the error.
     """
 
     def __init__(
@@ -113,60 +125,60 @@ class LockstepTrainer(MultiSAETrainer):
             data_provider=data_provider,
         )
         self.hook_name = hook_name
-        self.records = {name: Record.of(sae, dead_after) for name, sae in saes.items()}
+        self.logs = {name: TrainingLog.of(sae, dead_after) for name, sae in saes.items()}
         self._on_samples = on_samples
 
     @override
     def fit(self) -> dict[str, TrainingSAE[Any]]:
-        """Train to the end; the SAEs that got there, scaling folded in."""
+        """Train to the end. Return the SAEs that did not fail, with any scaling folded in."""
         total = self.cfg.total_training_samples
         n_steps = ceil(total / self.cfg.train_batch_size_samples)
         every = ceil(n_steps / N_POINTS)
         self._estimate_scaling_factors()
         while self.n_training_samples < total and self.trainers:
-            self._maybe_log_sparsity()  # which starts SAELens's count of firing rates anew
+            self._maybe_log_sparsity()  # this also restarts SAELens's count of firing rates
             batch = next(self.data_provider)[self.hook_name]
             self.n_training_samples += batch.shape[0]
             self.n_training_steps += 1
             is_point = self.n_training_steps % every == 0 or self.n_training_steps == n_steps
             for name, trainer in list(self.trainers.items()):
                 try:
-                    self._step(trainer, self.records[name], batch, is_point)
-                # Whatever went wrong in one SAE is no reason to lose the others.
+                    self._step(trainer, self.logs[name], batch, is_point)
+                # An error in one SAE must not cost the others, whatever it is.
                 except Exception as error:
-                    self.records[name].error = f"{type(error).__name__}: {error}"
+                    self.logs[name].error = f"{type(error).__name__}: {error}"
                     del self.trainers[name], self.saes[name]
             self._on_samples(batch.shape[0])
         for name, trainer in self.trainers.items():
-            _fold_scaling(self.saes[name], trainer)
+            fold_scaling(self.saes[name], trainer.activation_scaler)
             trainer.set_final_sae_metadata()
         return self.saes
 
     def _step(
-        self, trainer: SAETrainer[Any, Any], record: Record, batch: torch.Tensor, is_point: bool
+        self, trainer: SAETrainer[Any, Any], log: TrainingLog, batch: torch.Tensor, is_point: bool
     ) -> None:
         if is_point:
-            with _Cost(trainer, record):
+            with _Cost(trainer, log):
                 output = trainer.step(batch)
         else:
             output = trainer.step(batch)
         trainer.n_training_steps += 1
-        # SAELens has looked for the latents that fired; its count of steps is 0 for them.
-        record.count(trainer.n_forward_passes_since_fired == 0, batch.shape[0])
+        # SAELens has just found the latents that fired: its count of steps is 0 for them.
+        log.count(trainer.n_forward_passes_since_fired == 0, batch.shape[0])
         if is_point:
-            record.write_point(output, self.n_training_samples)
+            log.write_point(output, self.n_training_samples)
 
 
 class _Cost:
     """Takes the time of a step and, on CUDA, the memory that it needs.
 
-    The memory is the SAE's own (weights, buffers, Adam's state) and what the step allocates on
-    top at its peak: what else lies on the device, the other SAEs, does not count.
+    The memory is that of the SAE itself (weights, buffers, Adam's state) plus the peak of what
+    the step allocates. Other memory in use on the device, such as other SAEs, does not count.
     """
 
-    def __init__(self, trainer: SAETrainer[Any, Any], record: Record):
+    def __init__(self, trainer: SAETrainer[Any, Any], log: TrainingLog):
         self._trainer = trainer
-        self._record = record
+        self._log = log
         self._device = trainer.sae.device
         self._start = 0.0
         self._bytes_before = 0
@@ -181,29 +193,14 @@ class _Cost:
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._record.step_seconds.append(time.perf_counter() - self._start)
+        self._log.step_seconds.append(time.perf_counter() - self._start)
         if self._device.type == "cuda":
             on_top = torch.cuda.max_memory_allocated(self._device) - self._bytes_before
-            self._record.step_bytes.append(on_top + _own_bytes(self._trainer))
+            self._log.step_bytes.append(on_top + _own_bytes(self._trainer))
 
 
 def _own_bytes(trainer: SAETrainer[Any, Any]) -> int:
-    """Bytes of an SAE's weights and buffers and of its optimizer's state."""
+    """Bytes of an SAE's weights, its buffers and its optimizer's state."""
     state = (value for values in trainer.optimizer.state.values() for value in values.values())
     tensors = [*trainer.sae.parameters(), *trainer.sae.buffers(), *state]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-
-
-def _fold_scaling(sae: TrainingSAE[Any], trainer: SAETrainer[Any, Any]) -> None:
-    """Put an estimated scaling of the activations into the weights, as SAELens's loop does."""
-    scaler = trainer.activation_scaler
-    if scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        scaler.scaling_factor = None
-    if scaler.whitening is not None:
-        sae.fold_activation_whitening(
-            mean=scaler.whitening.mean,
-            whitening_matrix=scaler.whitening.matrix,
-            unwhitening_matrix=scaler.whitening.inverse_matrix,
-        )
-        scaler.whitening = None

@@ -1,7 +1,7 @@
 """The model card: what was trained, how well, how to load it and how to train it again.
 
-A card belongs to whoever owns the repository. What stands here is one part of it between two
-marker comments, one part for each SAE or comparison; nothing else in a card is changed.
+A card belongs to the owner of the repository. This module writes one part of it for each SAE or
+comparison, between two marker comments, and changes nothing else.
 """
 
 import json
@@ -14,18 +14,19 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from safetensors.torch import load_file
 
 from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.hub.sae_folder import read_json, sae_id_of
+from sae_lens_auxk.results import METRICS, Group, Numbers, Results
+from sae_lens_auxk.saved_sae import silent_latents
 
 TAGS = ("saelens", "sparse-autoencoder", "mechanistic-interpretability")
 
-# Where and how a run was watched is not part of what was trained.
+# Where a run wrote to and how it was watched does not change what was trained.
 _NOT_REPRODUCED = {
     *("sae", "logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
     *("n_checkpoints", "checkpoint_path", "save_final_checkpoint", "resume_from_checkpoint"),
@@ -33,31 +34,11 @@ _NOT_REPRODUCED = {
     *("sae_lens_version", "sae_lens_training_version"),
 }
 
-# Metrics of results.json in the order of the table, with the digits that they deserve.
-_METRICS = {
-    "explained_variance": ("explained variance", ".3f"),
-    "l0": ("L0", ".1f"),
-    "dead_fraction": ("dead", ".1%"),
-    "dense_latents": ("dense", ".1%"),
-    "ce_loss_recovered": ("CE loss recovered", ".3f"),
-    "f1": ("F1", ".3f"),
-    "mcc": ("MCC", ".3f"),
-    "uniqueness": ("uniqueness", ".3f"),
-    "features_covered": ("features covered", ".1%"),
-    "junk_share": ("junk", ".1%"),
-    "ms_per_step": ("ms a step", ".1f"),
-}
-
-_MEANINGS = {
-    "dense_latents": "dense: alive latents that fire on more than 10% of the samples.",
-    "junk_share": "junk: alive latents whose best cosine with a true feature is below 0.5.",
-}
-
 
 def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
-    """The card with ``part`` as its part of that name: replaced, or added at the end.
+    """Replace the card's part of that name by ``part``, or add it at the end.
 
-    The front matter gets ``library_name`` and tags where it lacks them.
+    The front matter gets ``library_name`` and tags if it lacks them.
 
     Raises:
         HubError: the card's front matter or its markers cannot be read.
@@ -87,12 +68,19 @@ def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
     front_matter = card[: len(card) - len(model_card.text)]
     model_card.text = text
-    # Dumped anew only where it changed: YAML comments do not survive that.
+    # Front matter that has not changed is kept as text, because dumping it loses YAML comments.
     return front_matter + text if data.to_dict() == before_merge else str(model_card)
 
 
 def sae_part(repo_id: str, sae_id: str, folder: Path, samples: int | None) -> str:
-    """The part of one SAE: ``folder`` as it is published, ``samples`` of a checkpoint."""
+    """The card's part for one SAE.
+
+    Args:
+        repo_id: the repository.
+        sae_id: the SAE's name in it.
+        folder: the local folder of the SAE as it is published.
+        samples: what a checkpoint had been trained on; None for a finished SAE.
+    """
     runner_cfg = _optional_json(folder / RUNNER_CFG_FILENAME)
     sections = [
         f"## {sae_id}",
@@ -109,11 +97,19 @@ def sae_part(repo_id: str, sae_id: str, folder: Path, samples: int | None) -> st
 def comparison_part(
     repo_id: str,
     saes: dict[str, Path],
-    results: dict[str, Any],
+    results: Results,
     prefix: str,
     reports: Sequence[str],
 ) -> str:
-    """The part of a comparison: its groups and figures, and a section for each SAE."""
+    """The card's part for a comparison: its groups, its figures, and a section for each SAE.
+
+    Args:
+        repo_id: the repository.
+        saes: the local folders of the SAEs as they are published, by SAE id.
+        results: the content of results.json.
+        prefix: what each SAE id begins with.
+        reports: paths of the comparison's report in the repository.
+    """
     runs = results["runs"]
     n_finished = sum(run["status"] == "finished" for run in runs)
     data, groups = results.get("data", {}), results.get("groups", [])
@@ -124,7 +120,7 @@ def comparison_part(
         f"{data.get('description') or data.get('kind', 'the same activations')}. "
         "Mean ± standard deviation over the seeds of each group.",
         _groups_table(groups),
-        *(text for metric, text in _MEANINGS.items() if metric in _present(groups)),
+        _definitions(groups),
         *(
             f"![{Path(path).stem.replace('_', ' ')}]({path})"
             for path in reports
@@ -147,10 +143,9 @@ def comparison_part(
     finished = {prefix + sae_id_of(run): run for run in runs if run["status"] == "finished"}
     for sae_id, folder in saes.items():
         run = finished[sae_id]
-        figures = _figures(run.get("metrics") or {})
         sections += [
             f"#### {sae_id}",
-            f"{run['name']}: " + ", ".join(f"{label} {value}" for label, value in figures),
+            f"{run['name']}: {_figures(run['metrics'])}",
             _folded("What it is", _description(folder, run.get("training_samples"))),
         ]
     return "\n\n".join(section for section in sections if section)
@@ -192,20 +187,15 @@ def _description(folder: Path, samples: int | None) -> str:
 
 def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     l0, n_dead = metadata.get("l0"), metadata.get("num_dead_features")
-    measured = {
+    return {
         "L0 at the end of training": None if l0 is None else f"{l0:.1f}",
         "latents silent for more than `dead_feature_window` steps": n_dead,
+        "latents silent since the last `feature_sampling_window` began": silent_latents(folder),
     }
-    if (folder / SPARSITY_FILENAME).is_file():
-        log_sparsity = load_file(folder / SPARSITY_FILENAME)["sparsity"]
-        # SAELens adds 1e-10 to a firing rate before it takes the logarithm.
-        n_silent = int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())
-        measured["latents silent since the last `feature_sampling_window` began"] = n_silent
-    return measured
 
 
 def _resolved(name: str, aux: dict[str, Any]) -> str:
-    """What a None among the fields stands for."""
+    """What a field with the value None means."""
     loss = AUX_LOSSES.get(aux.get("aux_variant", ""))
     if aux[name] is not None or loss is None:
         return ""
@@ -219,7 +209,7 @@ def _resolved(name: str, aux: dict[str, Any]) -> str:
 def _load(repo_id: str, sae_id: str, folder: Path) -> str:
     dtype = read_json(folder / SAE_CFG_FILENAME).get("dtype", "float32")
     arguments = f'"{repo_id}", "{sae_id}"'
-    # from_pretrained converts to float32 unless it is told another.
+    # Without a dtype, from_pretrained converts to float32.
     if dtype.removeprefix("torch.") != "float32":
         arguments += f', dtype="{dtype.removeprefix("torch.")}"'
     return (
@@ -269,36 +259,37 @@ def _changed(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _groups_table(groups: list[dict[str, Any]]) -> str:
+def _groups_table(groups: list[Group]) -> str:
     metrics = _present(groups)
     rows = [
         (
             *(_text(group.get(key)) for key in ("case", "architecture", "k", "n_seeds")),
-            *(_mean_std(metric, group) for metric in metrics),
+            *(METRICS[m].show(group["mean"].get(m), group["std"].get(m)) for m in metrics),
         )
         for group in groups
     ]
-    return _table(("case", "architecture", "k", "seeds", *(_METRICS[m][0] for m in metrics)), rows)
+    return _table(
+        ("case", "architecture", "k", "seeds", *(METRICS[m].label for m in metrics)), rows
+    )
 
 
-def _present(groups: list[dict[str, Any]]) -> list[str]:
-    return [m for m in _METRICS if any(group["mean"].get(m) is not None for group in groups)]
+def _definitions(groups: list[Group]) -> str:
+    lines = [f"- {METRICS[m].label}: {METRICS[m].definition}" for m in _present(groups)]
+    return _folded("What the columns mean", "\n".join(lines)) if lines else ""
 
 
-def _mean_std(metric: str, group: dict[str, Any]) -> str:
-    mean, std = group["mean"].get(metric), (group.get("std") or {}).get(metric)
-    if mean is None:
-        return "–"
-    spec = _METRICS[metric][1]
-    return f"{mean:{spec}}" if std is None else f"{mean:{spec}} ± {std:{spec}}"
+def _present(groups: list[Group]) -> list[str]:
+    return [m for m in METRICS if any(group["mean"].get(m) is not None for group in groups)]
 
 
-def _figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (label, f"{metrics[name]:{spec}}")
-        for name, (label, spec) in _METRICS.items()
+def _figures(metrics: Numbers) -> str:
+    """``EV 0.912, L0 32.0``, and so on."""
+    shown = [
+        f"{metric.label} {metric.show(metrics[name])}"
+        for name, metric in METRICS.items()
         if metrics.get(name) is not None
     ]
+    return ", ".join(shown)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

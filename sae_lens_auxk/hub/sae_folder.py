@@ -1,4 +1,4 @@
-"""What a local folder holds that can be published, in the format that SAELens itself opens."""
+"""Finds what can be published in a local folder, in the format that SAELens itself opens."""
 
 import json
 import re
@@ -23,6 +23,15 @@ from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.hub.errors import HubError
+from sae_lens_auxk.results import (
+    REPORT_FILES,
+    RESULTS_FILENAME,
+    RUNS_FOLDER,
+    Results,
+    Run,
+    read_results,
+)
+from sae_lens_auxk.saved_sae import fold_scaling
 
 SAE_FILES = (
     SAE_CFG_FILENAME,
@@ -31,46 +40,50 @@ SAE_FILES = (
     RUNNER_CFG_FILENAME,
     RUNNER_CONFIG_FILENAME,  # SAELens's synthetic runs name it so
 )
-RESULTS_FILENAME = "results.json"
-_REPORT_FILES = (RESULTS_FILENAME, "report.html", "report.md", "figures/*.png")
 
 _ID_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=-]*"
 
 
 @dataclass(frozen=True)
-class Source:
-    """One SAE or one comparison, as it lies in a local folder.
+class Publishable:
+    """One SAE or one comparison in a local folder.
 
-    ``saes`` and ``reports`` go from what they are called in the repository (an SAE id, a
-    file's path) to the local folder or file; ``results`` is a comparison's results.json.
+    Attributes:
+        saes: local folders, by SAE id in the repository.
+        reports: local files, by path in the repository.
+        results: a comparison's results.json.
+        prefix: the folder in the repository that a comparison goes to, with a slash at its end.
     """
 
     saes: dict[str, Path]
     reports: dict[str, Path] = field(default_factory=dict)
-    results: dict[str, Any] | None = None
+    results: Results | None = None
     prefix: str = ""
 
 
-def find_saes(folder: Path, sae_id: str | None = None) -> Source:
-    """Look at a folder of an SAE, of a training checkpoint or of a comparison.
+def find_saes(folder: Path, sae_id: str | None = None) -> Publishable:
+    """Look at the folder of an SAE, a training checkpoint or a comparison.
 
-    ``sae_id`` names the SAE in the repository (default: the folder's name), or the folder in
-    the repository that a comparison goes to (default: the top).
+    Args:
+        folder: the local folder.
+        sae_id: the SAE's name in the repository (default: the folder's name). For a comparison,
+            the folder in the repository that it goes to (default: the top).
 
     Raises:
-        HubError: no such folder, nothing in it that could be published, or a bad ``sae_id``.
+        HubError: there is no such folder, it holds nothing that can be published, or the
+            ``sae_id`` is not allowed.
     """
     if not folder.is_dir():
-        raise HubError(f"{folder} is no folder.")
+        raise HubError(f"{folder} is not a folder.")
     if sae_id is not None and not re.fullmatch(f"{_ID_PART}(/{_ID_PART})*", sae_id):
         raise HubError(
-            f"sae_id {sae_id!r} is not allowed: it must be made of letters, digits and _ . = - , "
-            "in parts divided by /."
+            f"sae_id {sae_id!r} is not allowed: it must consist of letters, digits and _ . = - , "
+            "in parts separated by /."
         )
     if (folder / SAE_CFG_FILENAME).is_file():
         if not (folder / SAE_WEIGHTS_FILENAME).is_file():
             raise HubError(f"{folder} has {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
-        return Source({sae_id or _as_id(folder.resolve().name): folder})
+        return Publishable({sae_id or _as_id(folder.resolve().name): folder})
     if (folder / RESULTS_FILENAME).is_file():
         return _comparison(folder, sae_id)
     message = f"{folder} holds no SAE: it has neither {SAE_CFG_FILENAME} nor {RESULTS_FILENAME}."
@@ -79,11 +92,12 @@ def find_saes(folder: Path, sae_id: str | None = None) -> Source:
     raise HubError(message)
 
 
-def _comparison(folder: Path, prefix: str | None) -> Source:
+def _comparison(folder: Path, prefix: str | None) -> Publishable:
     path = folder / RESULTS_FILENAME
-    results = read_json(path)
-    if results.get("version") != 1 or not isinstance(results.get("runs"), list):
-        raise HubError(f"{path} is not the results of a comparison, version 1.")
+    try:
+        results = read_results(folder)
+    except ValueError as error:
+        raise HubError(str(error)) from error
     prefix = f"{prefix}/" if prefix else ""
     saes: dict[str, Path] = {}
     for run in results["runs"]:
@@ -92,7 +106,7 @@ def _comparison(folder: Path, prefix: str | None) -> Source:
         relative = PurePosixPath(run.get("folder") or "")
         local = folder / relative
         if relative.is_absolute() or ".." in relative.parts:
-            raise HubError(f"{path}: run {run['name']!r} has its folder outside: {relative}.")
+            raise HubError(f"{path}: run {run['name']!r} has a folder outside: {relative}.")
         if relative == PurePosixPath() or not (local / SAE_CFG_FILENAME).is_file():
             raise HubError(f"{path}: run {run['name']!r} is finished, but {local} holds no SAE.")
         sae_id = prefix + sae_id_of(run)
@@ -103,17 +117,16 @@ def _comparison(folder: Path, prefix: str | None) -> Source:
         raise HubError(f"{path} has no finished run yet.")
     reports = {
         prefix + file.relative_to(folder).as_posix(): file
-        for pattern in _REPORT_FILES
+        for pattern in REPORT_FILES
         for file in sorted(folder.glob(pattern))
     }
-    return Source(saes, reports, results, prefix)
+    return Publishable(saes, reports, results, prefix)
 
 
-def sae_id_of(run: dict[str, Any]) -> str:
-    """The SAE id of a comparison's run: its folder, without the ``runs/`` before it."""
-    return "/".join(
-        map(_as_id, PurePosixPath(run["folder"].removeprefix("runs/").strip("/")).parts)
-    )
+def sae_id_of(run: Run) -> str:
+    """The SAE id of a comparison's finished run: its folder, without the leading ``runs/``."""
+    below = (run["folder"] or "").removeprefix(f"{RUNS_FOLDER}/").strip("/")
+    return "/".join(map(_as_id, PurePosixPath(below).parts))
 
 
 def _as_id(name: str) -> str:
@@ -121,13 +134,14 @@ def _as_id(name: str) -> str:
 
 
 def inference_folder(folder: Path, workspace: Path) -> Path:
-    """The folder itself where SAELens opens it as it is, else its SAE converted in ``workspace``.
+    """A folder that SAELens opens: this one, or ``workspace`` with a converted checkpoint.
 
-    A training checkpoint becomes what the end of its training would have saved: estimated
+    A training checkpoint becomes what a training that ends there would save: estimated
     activation scaling and whitening are folded into the weights.
 
     Raises:
-        HubError: SAELens cannot open it without a plugin, and it cannot be converted.
+        HubError: SAELens cannot open the SAE without a plugin, or the checkpoint cannot be
+            converted.
     """
     # Every training config of SAELens has this field, and no inference config does.
     if "decoder_init_norm" in read_json(folder / SAE_CFG_FILENAME):
@@ -144,9 +158,9 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are for whoever uses the SAE
+            warnings.simplefilter("ignore")  # they are meant for users of the SAE
             SAE.load_from_disk(folder)
-    except Exception as error:  # any of them means that nobody else can open it either
+    except Exception as error:  # whatever it is, nobody else could open the SAE either
         raise HubError(f"SAELens cannot open the SAE in {folder}: {error}") from error
     return folder
 
@@ -157,12 +171,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
         scaler = ActivationScaler()
         if (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
             scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
-        if scaler.scaling_factor is not None:
-            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        if scaler.whitening is not None:
-            sae.fold_activation_whitening(
-                scaler.whitening.mean, scaler.whitening.matrix, scaler.whitening.inverse_matrix
-            )
+        fold_scaling(sae, scaler)
         sae.save_inference_model(target)
     except Exception as error:  # an unknown architecture, other weights, a half-written file
         raise HubError(
@@ -175,7 +184,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
 
 
 def samples_trained(folder: Path) -> int | None:
-    """How far a checkpoint's training was, in samples (tokens); None for a trained SAE.
+    """Samples (tokens) that a checkpoint had been trained on; None if it is not a checkpoint.
 
     Raises:
         HubError: the checkpoint is damaged.
@@ -185,29 +194,29 @@ def samples_trained(folder: Path) -> int | None:
         return None
     try:
         return torch.load(path, map_location="cpu", mmap=True)["n_training_samples"]
-    except Exception as error:  # torch has many for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
         raise HubError(f"{path} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file.
+    """Read a JSON object from a file.
 
     Raises:
-        HubError: it cannot be read, or is no object.
+        HubError: the file cannot be read, or does not hold an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise HubError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise HubError(f"{path} is no JSON object.")
+        raise HubError(f"{path} does not hold a JSON object.")
     return content
 
 
 def require_no_token(path: Path) -> None:
-    """Raise a HubError if a JSON file holds what looks like a token of the Hub."""
+    """Raise a HubError if a JSON file holds something that looks like a Hub token."""
     # SAELens writes all of model_from_pretrained_kwargs into its configs.
     if path.suffix == ".json" and (
         found := re.search(r"\bhf_[A-Za-z0-9]{20,}", path.read_text(encoding="utf-8"))
     ):
-        raise HubError(f"{path} holds what looks like a Hub token: take out {found[0][:6]}...")
+        raise HubError(f"{path} holds what looks like a Hub token: remove {found[0][:6]}...")

@@ -1,4 +1,4 @@
-"""Publish a trained SAE, or a whole comparison, as ``SAE.from_pretrained`` opens it."""
+"""Publishes a trained SAE, or a whole comparison, for ``SAE.from_pretrained``."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
 from sae_lens_auxk.hub.sae_folder import (
     SAE_FILES,
-    Source,
+    Publishable,
     find_saes,
     inference_folder,
     require_no_token,
@@ -31,12 +31,12 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes up, or went up.
+    """What an upload sends, or has sent.
 
     Attributes:
-        sizes: every file's path in the repository and its size in bytes.
+        sizes: sizes in bytes, by path in the repository.
         card: the model card.
-        unchanged: the SAE ids that were complete on the Hub already.
+        unchanged: ids of the SAEs that were already complete on the Hub.
         url: the repository's address; None in a dry run.
     """
 
@@ -48,7 +48,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class _Remote:
-    """The repository as it was at one commit; ``commit`` is None where there is none yet."""
+    """The repository at one commit; ``commit`` is None if there is no repository yet."""
 
     commit: str | None
     files: dict[str, RepoFile]
@@ -66,22 +66,22 @@ def upload_sae(
 ) -> Upload:
     """Publish the SAE, training checkpoint or comparison in ``folder`` on the Hugging Face Hub.
 
-    Each SAE is one commit, so it is there whole or not at all. What is there already in the
-    same bytes is not sent again: the same call completes what was interrupted.
+    Each SAE is one commit, so it is there whole or not at all. Files that are already there are
+    not sent again, so the same call completes an interrupted upload.
 
     Args:
-        folder: what ``LanguageModelSAETrainingRunner`` wrote to its output_path, what
+        folder: the output_path of a ``LanguageModelSAETrainingRunner``, what
             ``save_inference_model`` wrote, a training checkpoint (its inference model is
             published), or a comparison's folder with results.json.
-        repo_id: ``user/repo``; it is created where there is none.
+        repo_id: ``user/repo``; created if it does not exist.
         sae_id: the SAE's name in the repository (default: the folder's name). For a
             comparison, the folder that it goes to (default: the top).
-        private: create the repository as a private one; an existing one must be private.
-        overwrite: replace SAEs and reports of the same name that are different.
-        dry_run: only look at the folder. Needs no token, and asks the Hub nothing.
+        private: create a private repository; an existing one must be private.
+        overwrite: replace SAEs and reports that have the same name but differ.
+        dry_run: only look at the folder. This needs no token and no network.
 
     Raises:
-        HubError: something is not allowed, or went wrong, with what to do about it. Local
+        HubError: something is not allowed or went wrong; the message says what to do. Local
             errors, a missing token and name conflicts are raised before anything is sent.
     """
     require_repo_id(repo_id)
@@ -133,7 +133,7 @@ def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
     except RepositoryNotFoundError:
         return _Remote(None, {}, None)
     if private and not info.private:
-        raise HubError(f"{repo_id} is there already and is public: make it private first.")
+        raise HubError(f"{repo_id} already exists and is public: make it private first.")
     commit = info.sha
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
@@ -144,7 +144,7 @@ def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
     return _Remote(commit, files, card)
 
 
-def _card(repo_id: str, source: Source, saes: dict[str, Path], existing: str | None) -> str:
+def _card(repo_id: str, source: Publishable, saes: dict[str, Path], existing: str | None) -> str:
     if source.results is not None:
         part = comparison_part(repo_id, saes, source.results, source.prefix, list(source.reports))
         return with_part(existing, f"comparison {source.prefix}".strip("/ "), part, repo_id)
@@ -155,7 +155,7 @@ def _card(repo_id: str, source: Source, saes: dict[str, Path], existing: str | N
 
 @dataclass(frozen=True)
 class _Change:
-    """What makes one SAE on the Hub what it is here: all of it in one commit."""
+    """The commit that makes one SAE on the Hub equal to the local one."""
 
     sae_id: str
     additions: dict[str, Path]
@@ -165,7 +165,7 @@ class _Change:
 
 def _change(sae_id: str, files: Mapping[str, Path], remote: Mapping[str, RepoFile]) -> _Change:
     additions = _missing(files, remote)
-    # A file of the SAE that was there before does not belong to this one.
+    # A file left over from an earlier SAE does not belong to this one.
     names = (f"{sae_id}/{file}" for file in SAE_FILES)
     deletions = [name for name in names if name in remote and name not in files]
     replaces = bool(deletions) or any(path in remote for path in additions)
@@ -173,7 +173,7 @@ def _change(sae_id: str, files: Mapping[str, Path], remote: Mapping[str, RepoFil
 
 
 def _missing(files: Mapping[str, Path], remote: Mapping[str, RepoFile]) -> dict[str, Path]:
-    """The files that the Hub does not have in the same bytes."""
+    """The files that the Hub does not have, or has with other content."""
     return {
         path: local
         for path, local in files.items()
@@ -193,8 +193,8 @@ def _same(local: Path, remote: RepoFile) -> bool:
 def _refuse_to_overwrite(repo_id: str, taken: Iterable[str]) -> None:
     if names := ", ".join(taken):
         raise HubError(
-            f"{repo_id} has this already, and it is another: {names}. Choose another sae_id, or "
-            "replace it: --overwrite."
+            f"{repo_id} already has another version of {names}. Choose another sae_id, or "
+            "replace it with --overwrite."
         )
 
 
@@ -221,12 +221,12 @@ def _send(
         if change is not None:
             operations += [CommitOperationDelete(path) for path in change.deletions]
             operations += [CommitOperationAdd(p, local) for p, local in change.additions.items()]
-        # The card goes with the last SAE: it never names one that is not there yet.
+        # The card goes with the last SAE, so it never names an SAE that is not there yet.
         if change is None or change is pending[-1]:
             operations += last
         if operations:
             message = f"Upload {change.sae_id}" if change else "Update the card and the reports"
-            # The parent makes the Hub refuse a commit on top of anything that was not seen here.
+            # With a parent, the Hub refuses the commit if somebody else has pushed meanwhile.
             commit = api.create_commit(
                 repo_id, operations, commit_message=message, parent_commit=commit
             ).oid

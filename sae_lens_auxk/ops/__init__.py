@@ -1,4 +1,4 @@
-"""What a sparse training step is made of: selections, and products with a few rows.
+"""The operations of a sparse training step: selections, and products with a few rows.
 
 Each operation is plain torch, which serves every device and is the reference. On CUDA some of
 them use a Triton kernel where that was measured to be faster (docs/performance.md).

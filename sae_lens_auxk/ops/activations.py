@@ -6,13 +6,17 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import override
 
+from sae_lens_auxk.ops.decoder import Decoder
+from sae_lens_auxk.ops.gradient import first_derivative_only
+from sae_lens_auxk.ops.selected import Pairs
+
 _T = TypeVar("_T", bound=torch.Tensor)
 
 _OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
 
 
 class SelectedActivations(torch.Tensor):
-    """A sparse COO tensor (B, d_sae) whose ``sum(0)``, or ``sum(-2)``, is dense, without a wait.
+    """A sparse COO tensor (B, d_sae) whose ``sum(0)`` or ``sum(-2)`` is dense, and does not wait.
 
     SAELens's trainer asks at every step which latents fired, and how often:
     ``acts.bool().float().sum(0)``. Torch's own answer is sparse, and to find out how many entries
@@ -24,13 +28,13 @@ class SelectedActivations(torch.Tensor):
     def of(
         rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor, shape: torch.Size
     ) -> "SelectedActivations":
-        """From (N,) rows, latents and values, without a graph; no pair is there twice."""
+        """From (N,) rows, latents and values, without a graph; no pair may be there twice."""
         acts = torch.sparse_coo_tensor(
             torch.stack([rows, latents]), values, shape, check_invariants=False
         )
         return _as(SelectedActivations, acts)
 
-    # What torch makes of this tensor is an ordinary one, but for the methods here.
+    # Torch's operations return ordinary tensors; only the methods here return this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @override
@@ -63,6 +67,68 @@ class SelectedActivations(torch.Tensor):
         return _as(torch.Tensor, self).__reduce_ex__(protocol)
 
 
+def activations(
+    pre: torch.Tensor,
+    h: torch.Tensor,
+    selected: Pairs,
+    decoder: Decoder,
+    shape: torch.Size,
+    dense: bool,
+) -> torch.Tensor:
+    """``shape``, (B, d_sae): selected activations, with their graph; 0 elsewhere.
+
+    Args:
+        pre: (N,) activations before the decoder norm, with their graph.
+        h: (N,) the same times the norm, without one.
+        selected: (N,) pairs, each once.
+        decoder: where the norms are.
+        shape: of the result.
+        dense: whether the result is dense; else it is a :class:`SelectedActivations`.
+    """
+    return _Activations.apply(pre, decoder.handle, h, selected, decoder, shape, dense)  # type: ignore[no-any-return]
+
+
+class _Activations(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre: torch.Tensor,
+        handle: torch.Tensor,  # noqa: ARG004
+        h: torch.Tensor,
+        selected: Pairs,
+        decoder: Decoder,
+        shape: torch.Size,
+        dense: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(pre)
+        ctx.selected, ctx.decoder = selected, decoder
+        acts = SelectedActivations.of(selected.rows, selected.latents, h, shape)
+        return acts.to_dense() if dense else acts
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (pre,) = ctx.saved_tensors
+        selected, decoder = ctx.selected, ctx.decoder
+        grad = _at_pairs(grad_outputs[0], selected).to(pre.dtype)
+        if decoder.norm is not None:
+            decoder.add_norm_gradient(selected.sum_by_latent(grad * pre))
+        return grad * decoder.norm_at(selected, pre), None, None, None, None, None, None
+
+
+def _at_pairs(x: torch.Tensor, selected: Pairs) -> torch.Tensor:
+    """(N,): the entries of ``x`` (B, d_sae), dense or sparse COO, at the pairs."""
+    if not x.is_sparse:
+        return x[selected.rows, selected.latents]
+    x = x.coalesce()
+    keys = x.indices()[0] * selected.d_sae + x.indices()[1]
+    wanted = selected.rows * selected.d_sae + selected.latents
+    place = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+    if len(keys) == 0:
+        return x.values().new_zeros(len(wanted))
+    return x.values()[place].where(keys[place] == wanted, 0)
+
+
 @torch.no_grad()
 def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = False) -> torch.Tensor:
     """(B, 1): the smallest activation above 0 of each row, 0 where there is none.
@@ -73,7 +139,7 @@ def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = Fal
         by_magnitude: whether activations may be negative; then it is the smallest absolute one.
     """
     if isinstance(feature_acts, SelectedActivations):
-        acts = feature_acts._values().unflatten(0, (-1, k))
+        acts = feature_acts.detach()._values().unflatten(0, (-1, k))
         acts = acts.abs() if by_magnitude else acts
     else:
         acts = feature_acts.to_dense()

@@ -1,4 +1,4 @@
-"""Which columns, reading them of the pre-activations, and scaling those of a matrix."""
+"""Columns of the pre-activations and of a weight matrix: finding, reading, scaling them."""
 
 import torch
 
@@ -6,10 +6,10 @@ from sae_lens_auxk.ops import kernels
 
 
 def indices_of(mask: torch.Tensor, bound: int) -> torch.Tensor:
-    """(n,) int64: where ``mask`` is True, and 0s up to ``bound`` rounded up.
+    """(n,) int64: the indices where ``mask`` is True, then 0s; n is ``bound``, rounded up.
 
-    ``nonzero()`` would wait for the device, as its result's shape depends on it. A product in
-    bfloat16 over a number of columns that 64 does not divide is up to 5 times slower.
+    ``nonzero()`` would wait for the device, as the shape of its result depends on the values. n
+    is a multiple of 64, as a product in bfloat16 is otherwise up to 5 times slower.
     """
     return mask.nonzero_static(size=-bound // 64 * -64, fill_value=0).squeeze(1)
 
@@ -76,12 +76,12 @@ def scaled_product(
 
     Args:
         x: (B, d).
-        W: (d, n), contiguous, or the transposed of what is.
+        W: (d, n), contiguous, or the transpose of a contiguous matrix.
         scale: (n,), or None for 1.
         bias: (n,), or None for 0.
     """
     dtype = x.dtype
-    # A CPU takes longer to get memory for another W than to multiply the product in place.
+    # On a CPU allocating another W takes longer than multiplying the product in place.
     afterwards = W.device.type == "cpu" and W.dtype == dtype
     if scale is None or afterwards:
         weights = W.to(dtype)

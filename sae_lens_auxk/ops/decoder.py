@@ -6,26 +6,26 @@ from typing import Any
 import torch
 
 from sae_lens_auxk.ops.columns import row_norms, scaled_cast, scaled_product
-from sae_lens_auxk.ops.gradient import LatentGradient, handle
+from sae_lens_auxk.ops.gradient import LatentGradient, first_derivative_only, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
 class Decoder:
-    """W_dec in one training step; all that is made here adds to one gradient buffer.
+    """W_dec in one training step. Every use of it adds to one gradient buffer.
 
     Attributes:
         W: (d_sae, d_in) W_dec, without a graph.
         norm: (d_sae,) the norms of its rows, without a graph, where pre-activations are
             multiplied by them, or None.
         gradient: the buffer.
-        handle: what makes a use of W_dec part of the graph.
+        handle: what stands for W_dec in the graph.
     """
 
     def __init__(self, W_dec: torch.Tensor, rescaled: bool, autocast: torch.dtype | None):
         self.W = W_dec.detach()
         self.norm = self.W.norm(dim=-1) if rescaled else None
         self.gradient = LatentGradient(W_dec)
-        # Not an attribute of the gradient: the graph holds that, and would hold itself.
+        # Not an attribute of the gradient, which the graph holds: it would hold itself.
         self.handle = handle(W_dec, self.gradient)
         self._autocast = autocast
 
@@ -50,7 +50,7 @@ class Decoder:
     ) -> torch.Tensor:
         """(B, d_in): the sums of ``acts`` times rows of W_dec, with the graph of both.
 
-        The rows are of length 1 where there are norms, and that is part of the graph.
+        Where there are norms, the rows are divided by them, which is part of the graph.
 
         Args:
             acts: (B, n), 0 where a column stands for no latent.
@@ -61,7 +61,7 @@ class Decoder:
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
         """``pre`` of selected entries times the norms of their latents, with the graph of both.
 
-        Without ``selected`` there is one entry a latent, (d_sae,).
+        Without ``selected`` there is one entry for each latent, (d_sae,).
         """
         if self.norm is None:
             return pre
@@ -86,10 +86,15 @@ class Decoder:
         return row_norms(rows).view(-1, *like.shape[1:])
 
     def add_norm_gradient(self, grad: torch.Tensor) -> None:
-        """Add what the gradient of the norms (d_sae,) does to W_dec."""
+        """Add the gradient of W_dec that follows from that of its norms (d_sae,)."""
+        assert self.norm is not None
+        self.gradient.add_along(grad / self._norm_or_inf)
+
+    @cached_property
+    def _norm_or_inf(self) -> torch.Tensor:
         assert self.norm is not None
         # A row of zeros has no direction in which its norm could grow.
-        self.gradient.add_along((grad / self.norm).where(self.norm > 0, 0))
+        return self.norm.where(self.norm > 0, torch.inf)
 
     def _matrix(self, selected: Selected) -> torch.Tensor:
         W = selected.matrix(self.W)
@@ -117,6 +122,7 @@ class _WeightedSums(torch.autograd.Function):
         return selected.weighted_sums(values, W)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         values, W = ctx.saved_tensors
         decoder, selected = ctx.decoder, ctx.selected
@@ -145,6 +151,7 @@ class _OfColumns(torch.autograd.Function):
         return matmul_to(acts, rows, decoder.W.dtype)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         acts, rows = ctx.saved_tensors
         decoder, latents = ctx.decoder, ctx.latents
@@ -174,6 +181,7 @@ class _TimesNorm(torch.autograd.Function):
         return pre * norm
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         pre, norm = ctx.saved_tensors

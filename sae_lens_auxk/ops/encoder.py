@@ -13,21 +13,21 @@ import torch
 
 from sae_lens_auxk.ops.columns import beyond, gather_columns, scaled_product, shortfall
 from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, handle
+from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, first_derivative_only, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
 
 
 class Encoder:
     """The pre-activations of one batch, and parts of them with gradients.
 
-    All gradients of W_enc go to one buffer. ``x`` counts as a constant, so that what is selected
-    only has to say how much of it goes to each latent.
+    All gradients of W_enc go to one buffer. ``x`` is a constant: for each latent, the gradient is
+    a weighted sum of its rows.
 
     Attributes:
         hidden_pre: (B, d_sae) ``h``, without a graph.
         x: (B, d_in) the centred input, in the parameters' precision.
         gradient: the buffer.
-        handle: what makes a use of W_enc part of the graph.
+        handle: what stands for W_enc in the graph.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Encoder:
             x: (B, d_in), without a graph.
             W_enc: (d_in, d_sae).
             b_enc: (d_sae,).
-            b_dec: (d_in,) to take off ``x``, or None.
+            b_dec: (d_in,) to subtract from ``x``, or None.
             decoder: where it has norms, ``h`` is multiplied by them.
-            autocast: what autocast computes in, or None where it is off.
+            autocast: the precision of autocast, or None where it is off.
         """
         self.W, self.decoder, self.autocast = W_enc.detach(), decoder, autocast
         self.gradient = LatentGradient(W_enc, transpose=True)
@@ -62,7 +62,7 @@ class Encoder:
         return self.x.to(self.autocast or self.x.dtype)
 
     def at_rows(self, rows: torch.Tensor) -> "Encoder":
-        """The same for some rows (m,) of the batch, adding to the same buffer."""
+        """The encoder of some rows (m,) of the batch. It adds to the same buffer."""
         part = copy(self)
         part.__dict__.pop("x_autocast", None)
         part.x = self.x.index_select(0, rows)
@@ -112,7 +112,7 @@ class Encoder:
 
 
 class _Bias(torch.autograd.Function):
-    """b_enc, and b_dec by the way that it takes to ``h``."""
+    """b_enc; its backward also gives b_dec the gradient that comes through ``h``."""
 
     @staticmethod
     def forward(
@@ -123,6 +123,7 @@ class _Bias(torch.autograd.Function):
         return b_enc.view_as(b_enc)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         (W,) = ctx.saved_tensors
@@ -143,6 +144,7 @@ class _AtSelected(torch.autograd.Function):
         return pre.view_as(pre)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         encoder, selected = ctx.encoder, ctx.selected
@@ -167,6 +169,7 @@ class _AtColumns(torch.autograd.Function):
         return h.view_as(h)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         encoder, latents = ctx.encoder, ctx.latents
@@ -198,11 +201,12 @@ class _Shortfall(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         below, latents, n_latents = ctx.saved_tensors
         encoder = ctx.encoder
-        # A row's gradient is the same for all latents, so that it can go with x, which is small.
+        # A row has one gradient for all latents, so it can be multiplied with x, which is small.
         x = (_with_ones(encoder.x) * -grad.unsqueeze(1)).to(below.dtype)
         sums = matmul_to(below.T, x, encoder.W.dtype)
         bias = _add_sums(encoder, sums, latents, n_latents)
@@ -225,13 +229,13 @@ def _add_sums(
     latents: torch.Tensor | None,
     n_latents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add what a gradient of columns of ``h`` does to W_enc and the norms.
+    """Add the gradients of W_enc and of the norms that follow from one of columns of ``h``.
 
     Args:
         encoder: the encoder.
         sums: (n, d_in + 8), for each column the sum of its gradient times :func:`_with_ones`.
         latents: (n,) int64, which columns; None for all.
-        n_latents: () int64, how many of them count, where it is not all.
+        n_latents: () int64, how many of them count; None for all.
 
     Returns:
         (d_sae,) the gradient of the bias.
@@ -240,12 +244,12 @@ def _add_sums(
     rows, grad_bias = sums[:, :d_in], sums[:, d_in]
     norm = encoder.decoder.norm
     if n_latents is not None:
-        # A loss may give a column that counts for nothing any gradient, NaN for -inf.
+        # A column that does not count may get any gradient from a loss: NaN, as it is -inf.
         grad_bias = grad_bias.masked_fill(beyond(sums, n_latents), 0)
     grad_bias = at_latents(grad_bias, latents, len(encoder.bias))
     if norm is not None:
-        # The norm is the same for a whole column, so that it can come after the product; and its
-        # own gradient, the sum of a column's gradient times what it multiplies, is linear in x.
+        # A column has one norm, so it can be multiplied after the product. The norm's own gradient
+        # is the sum of the column's gradient times what the norm multiplies: linear in x.
         products = encoder.gradient.add_scaled(rows, norm, latents, n_latents)
         encoder.decoder.add_norm_gradient(products + grad_bias * encoder.bias)
         return grad_bias * norm
@@ -268,6 +272,7 @@ class _Sums(torch.autograd.Function):
             return x @ encoder.W + len(encoder.x) * bias
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grad_outputs
         (x,) = ctx.saved_tensors

@@ -2,12 +2,14 @@
 
 Autograd would make a full-size gradient for each use of a matrix, here one for the main loss
 and one or two for the auxiliary loss, and add them up: as many passes over (d_sae, d) in
-memory. :class:`LatentGradient` is what all uses add to instead, each only the rows that it
-touches. A use takes the :func:`handle` of the matrix as an input, which makes it part of the
-graph, and returns no gradient for it; when autograd has run all of them it comes to the handle,
-and the buffer becomes the parameter's gradient.
+memory. Instead, all uses add to one :class:`LatentGradient`, each only the rows that it touches.
+A use takes the :func:`handle` of the matrix as an input, which makes it part of the graph, and
+returns no gradient for it. When autograd has run all uses it runs the handle, and the buffer
+becomes the parameter's gradient.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,8 +17,30 @@ import torch
 from sae_lens_auxk.ops import kernels
 from sae_lens_auxk.ops.columns import beyond
 
-# Rows of a matrix whose transposed a CPU writes at once.
+# How many rows a CPU transposes at once.
 ROWS_AT_ONCE = 128
+
+
+_Backward = Callable[..., tuple[Any, ...]]
+
+
+def first_derivative_only(backward: _Backward) -> _Backward:
+    """Make a backward pass that is to be differentiated itself an error.
+
+    Torch's ``once_differentiable`` does the same where a gradient comes in as a tensor; a
+    :func:`handle` gets none.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the sparse training step has no second derivatives (create_graph=True); "
+                "SAE_LENS_AUXK_OPS=dense in the environment brings a step that has"
+            )
+        return backward(ctx, *grad_outputs)
+
+    return checked
 
 
 class LatentGradient:
@@ -46,8 +70,8 @@ class LatentGradient:
         Args:
             values: (N,), in the order of the latents.
             x: (B, d).
-            rows: (N,) int64, likewise.
-            latents: (N,), which these are, ascending.
+            rows: (N,) int64, in the same order.
+            latents: (N,) each pair's latent, ascending.
             starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         """
         self._begin()
@@ -56,8 +80,8 @@ class LatentGradient:
             return
         dtype, bags, used = self.W.dtype, starts[:-1], None
         if self._rows is not None and x.device.type == "cpu":
-            # To get memory for another W takes a CPU longer than all else here. (CUDA would have
-            # to wait for the number of latents.)
+            # On a CPU allocating another W takes longer than all else here. (With CUDA this would
+            # wait for the device, to learn the number of latents.)
             used = (bags < starts[1:]).nonzero().squeeze(1)
             bags = bags[used]
         sums = torch.nn.functional.embedding_bag(
@@ -134,7 +158,7 @@ class LatentGradient:
         """What this backward pass has added, in the layout of ``W``; None for nothing."""
         self._begin()
         total, along = self._rows, self._along
-        # Let go: autograd keeps a gradient that nobody else holds instead of copying it.
+        # Autograd would copy a gradient that something else still holds.
         self._rows = self._along = None
         if along is not None:
             total = _add_multiples(along, self.W, total)
@@ -144,7 +168,7 @@ class LatentGradient:
 
 
 def at_latents(values: torch.Tensor, latents: torch.Tensor | None, d_sae: int) -> torch.Tensor:
-    """(d_sae,): ``values`` (n,) added up at their latents (n,); None: they are all, in order."""
+    """(d_sae,): ``values`` (n,) added up at their latents (n,); None: one for each."""
     if latents is None:
         return values
     return values.new_zeros(d_sae).index_add_(0, latents, values)
@@ -178,6 +202,7 @@ class _Handle(torch.autograd.Function):
         return W.new_empty(0)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:  # noqa: ARG004
         return ctx.gradient.take(), None
 
@@ -188,7 +213,7 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
         return k.transposed(x)
     if x.device.type != "cpu":
         return x.T.contiguous()
-    # A core's cache does not hold the lines that a column of all of x is in.
+    # A column of all of x lies in more cache lines than a core's cache holds.
     out = x.new_empty(x.shape[::-1])
     for first in range(0, len(x), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)

@@ -10,8 +10,8 @@ product, and for each latent a weighted sum of rows of (B, d). There are two for
   of them, but ten and more times as fast, which pays where n is small.
 
 ``values`` have one entry for each selected one, float32 or float64, in any shape. No function
-here has a gradient; :mod:`sae_lens_auxk.ops.encoder` and :mod:`~sae_lens_auxk.ops.decoder` are
-made of them.
+here has a gradient; :mod:`sae_lens_auxk.ops.encoder` and :mod:`~sae_lens_auxk.ops.decoder` add
+them.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Pairs:
         bags: (N,) int64, ascending.
         offsets: (n_bags,) int64, where each bag's pairs start.
         d_sae: the number of latents to choose from.
-        per_bag: how many pairs each bag has, where it is the same for all.
+        per_bag: how many pairs each bag has, or None where bags differ.
     """
 
     rows: torch.Tensor
@@ -79,8 +79,8 @@ class Pairs:
 
     @cached_property
     def by_latent(self) -> ByLatent:
-        """The pairs in another order."""
-        # A sort of 32-bit keys takes half the passes of one of 64.
+        """The pairs in the order of their latents."""
+        # A sort of 32-bit keys takes half as many passes as one of 64-bit keys.
         latents, order = self.latents.int().sort(stable=True)
         bounds = torch.arange(self.d_sae + 1, device=latents.device, dtype=torch.int32)
         return ByLatent(order, latents, torch.searchsorted(latents, bounds))
@@ -98,11 +98,11 @@ class Pairs:
     @property
     def in_autocast(self) -> bool:
         """Whether products are best given their matrices in autocast's precision."""
-        # To read a few rows of W twice in float32 is faster than to convert all of it first.
+        # Reading a few rows of W twice in float32 is faster than converting all of it first.
         return self._kernels is not None and self.latents.numel() >= 2 * self.d_sae
 
     def matrix(self, W: torch.Tensor) -> torch.Tensor:
-        """What the products need of ``W`` (d_sae, d)."""
+        """The rows of ``W`` (d_sae, d) that the products read from."""
         return W
 
     def weighted_sums(self, values: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
@@ -126,8 +126,8 @@ class Pairs:
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
         if x.device.type != "cpu":
             return dots(x.contiguous(), W, self.latents, self.offsets, self.bags, 0, -1)
-        # The other way round, with the latents as bags of rows: a core's cache has room for much of
-        # x, not of W. On a CPU this takes half the time.
+        # With the latents as bags of rows, as a core's cache holds much of x but little of W: on a
+        # CPU this takes half the time.
         order, latents, starts = self.by_latent
         products = dots(W, x, self._bags_by_latent, starts[:-1], latents.long(), 0, -1)
         return torch.empty_like(products).scatter_(0, order, products)
@@ -168,7 +168,7 @@ class InColumns:
     """Entries of a dense (B, n), k in each row.
 
     Attributes:
-        columns: (n,) int64, the latents of the n columns. They may repeat where the entries of
+        columns: (n,) int64, the latents of the n columns. They may repeat if the entries of
             the repetitions are 0.
         positions: (B, k) int64, which columns; None for all n, in order.
         d_sae: the number of latents to choose from.

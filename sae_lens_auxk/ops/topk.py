@@ -3,7 +3,7 @@
 ``torch.topk`` reads a row several times. The k largest entries of a row lie in the k groups
 with the largest maxima: where an entry is in none of them, there are k group maxima, each an
 entry of its own, that are not smaller. So one pass finds the group maxima, and ``torch.topk``
-is left with as many maxima and candidates as there are groups.
+reads only these and the entries of k groups.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from sae_lens_auxk.ops import kernels
 
 MIN_ENTRIES = 8_192
-# The kernel takes a row a program: for a single long row torch's is faster.
+# The kernel runs one program for each row: for a single long row torch is faster.
 MIN_ROWS_FOR_KERNEL = 2
 
 
@@ -24,10 +24,10 @@ def top_k(
         x: (B, n), contiguous.
         k: at most n.
         among: (n,) bool, the columns to choose from; None for all. Where there are fewer than
-            k of them, the values beyond are -inf.
+            k of them, the remaining values are -inf.
 
     Returns:
-        (B, k) values and (B, k) indices, as from ``x.topk(k, sorted=False)`` but for the
+        (B, k) values and (B, k) indices, as from ``x.topk(k, sorted=False)`` except for the
         choice among equal entries.
     """
     size = group_size(x.shape[1], k)
@@ -62,7 +62,7 @@ def _kernels(x: torch.Tensor, n_candidates: int):
 
 
 def top_k_of_batch(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same over the whole of ``x``: ``n`` values and indices into ``x.flatten()``."""
+    """Values of the ``n`` largest entries of all of ``x``, and indices into ``x.flatten()``."""
     values, indices = top_k(x.reshape(1, -1), n)
     return values[0], indices[0]
 

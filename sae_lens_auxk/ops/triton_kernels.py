@@ -17,7 +17,7 @@ _Launch = TypeVar("_Launch", bound=Callable[..., Any])
 
 
 def _on_its_device(launch: _Launch) -> _Launch:
-    """Launch where the first argument is: Triton takes the current device, whatever that is."""
+    """Launch on the device of the first argument: Triton would take the current device."""
 
     @wraps(launch)
     def on_device(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ def _on_its_device(launch: _Launch) -> _Launch:
     return on_device  # type: ignore[return-value]
 
 
-# Rows for one program where a row is little work, or all of them need the same indices.
+# How many rows one program takes, where a row is little work or all need the same indices.
 ROWS = 8
 
 
@@ -42,7 +42,7 @@ def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> 
     groups = max(1, 8192 // size)
     n_rows, n_groups = out.shape
     if among is None:
-        # Rows do not matter, so that one of a few groups does not leave a program half empty.
+        # Without a mask all rows can be one, so that short rows do not leave programs half empty.
         n_rows, n_groups = 1, out.numel()
     _group_max[(triton.cdiv(n_groups, groups), n_rows)](
         x,
@@ -78,7 +78,7 @@ def _group_max(
     tl.store(out_ptr + row * n_groups + group, tl.max(x, axis=1), mask=group < n_groups)
 
 
-# What one program of `largest` can hold.
+# How many numbers one program of `largest` can hold.
 MAX_CANDIDATES = 16_384
 
 
@@ -92,13 +92,13 @@ def largest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, k) values and int64 indices of the ``k`` largest entries of each row, in no order.
 
-    One program a row: it finds the k-th largest by bisection over the bits of the numbers, all
-    of which it holds, and writes what is larger, and then as many equal ones as there is room.
+    One program for each row holds all of its numbers. It finds the k-th largest by bisection over
+    their bits, and writes the larger ones, and then equal ones up to k.
 
     Args:
         x: (B, n) float32, bfloat16 or float16, contiguous.
         k: at most the number of candidates.
-        among: (n,) bool, what counts; all else is -inf.
+        among: (n,) bool, the columns that count; the others are -inf.
         groups: (B, g) int64, the groups of ``size`` neighbours that are the candidates. None:
             all of the row. There are at most MAX_CANDIDATES.
         size: see ``groups``.
@@ -153,7 +153,7 @@ def _largest(
     x = tl.load(x_ptr + row * n + index, mask=inside, other=0.0)
     if MASKED:
         x = tl.where(tl.load(among_ptr + index, mask=inside, other=0) != 0, x, float("-inf"))
-    # The bits of a float as a number that is ordered as the float is, and positive.
+    # The bits of a float as a positive number with the same order.
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if BITS == 16:  # all that bfloat16 has
@@ -179,7 +179,7 @@ def _largest(
     tl.store(indices_ptr + row * k + place, index.to(tl.int64), mask=chosen)
 
 
-# Pairs of one latent that a program adds up. Some latents are in most rows, others in none.
+# How many pairs of a latent one program adds up. Some latents are in most rows, others in none.
 PAIRS_AT_ONCE = 64
 
 
@@ -194,14 +194,14 @@ def outer_sums(
 ) -> torch.Tensor:
     """(d_sae, d): for each latent the sum of ``values * x[rows]`` over its pairs, in float32.
 
-    A program for each latent takes its first pairs, and a second kernel, with a program for as many
-    pairs wherever they belong to, adds what one with more has left, in any order. Where torch is
-    told to be deterministic (``torch.use_deterministic_algorithms``), the first does it all.
+    A program for each latent adds up its first pairs. A second kernel, with a program for every so
+    many of all pairs, adds the rest of the latents that have more, in no fixed order. Where torch
+    must be deterministic (``torch.use_deterministic_algorithms``), the first kernel does it all.
 
     Args:
         values: (N,) in the order of the latents.
-        rows: (N,) int64, likewise.
-        latents: (N,), which these are.
+        rows: (N,) int64, in the same order.
+        latents: (N,) each pair's latent.
         starts: (d_sae + 1,) int64, where each latent's pairs start, and N.
         x: (B, d), contiguous.
         out: (d_sae, d) to add to, in place; None for a new one.
@@ -251,7 +251,7 @@ def _outer_sums(
     total = _outer_sum(values_ptr, rows_ptr, x_ptr, start, end, d, WIDTH)
     column = tl.arange(0, WIDTH)
     if ADD:
-        # A row that nothing is added to is not even read.
+        # A row that nothing is added to is not read.
         inside = column < tl.where(end > start, d, 0)
         total += tl.load(out_ptr + latent * d + column, mask=inside, other=0.0)
         tl.store(out_ptr + latent * d + column, total, mask=inside)
@@ -649,7 +649,7 @@ def _add_scaled(
         inside = counts[:, None] & (column < d)[None, :]
         offsets = i[:, None] * rows_stride + column[None, :] * rows_step
         rows = tl.load(rows_ptr + offsets, mask=inside, other=0.0)
-        # The other way round, as neighbouring latents are neighbours in W_enc.
+        # Transposed, as neighbouring latents are neighbours in W_enc.
         W = tl.load(
             W_ptr + column[:, None] * W_step + latent[None, :] * W_stride,
             mask=counts[None, :] & (column < d)[:, None],

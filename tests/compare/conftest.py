@@ -2,20 +2,8 @@
 
 from typing import Any
 
-import pytest
-import torch
-
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.resolve import resolve
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Steps this small are slower on more threads, much slower where tests run side by side."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def tiny(**fields: Any) -> Resolved:

@@ -84,7 +84,7 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--k", "0"], "k=0 is not allowed"),
         (["--k", "x"], "invalid int value"),
         (["--config", "nowhere.yaml"], "there is no such file"),
-        (["--report-only", "nowhere"], "nowhere holds no comparison"),
+        (["--report_only", "nowhere"], "nowhere holds no comparison"),
     ],
 )
 def test_refusals_are_one_line_and_status_2(
@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_to_go_on(
 def test_a_report_alone_trains_nothing(
     asked_for: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "results.json").write_text('{"runs": []}')
+    (tmp_path / "results.json").write_text('{"version": 1, "runs": []}')
     reported: list[Any] = []
 
     def write(results: Any, folder: Path) -> Path:
@@ -120,8 +120,8 @@ def test_a_report_alone_trains_nothing(
         return folder
 
     monkeypatch.setattr(command, "write_report", write)
-    assert cli.main(["compare", "--report-only", str(tmp_path)]) == 0
-    assert reported == [({"runs": []}, tmp_path)]
+    assert cli.main(["compare", "--report_only", str(tmp_path)]) == 0
+    assert reported == [({"version": 1, "runs": []}, tmp_path)]
     assert asked_for == []
 
 

@@ -10,8 +10,9 @@ from sae_lens import SAE
 from sae_lens_auxk.compare import run, sources
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.resolve import resolve
-from sae_lens_auxk.compare.run import load_results, run_comparison
+from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.compare.sources import LanguageModel, SamePrompts
+from sae_lens_auxk.results import read_results
 from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
 
 
@@ -48,7 +49,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
 
 def test_runs_and_measures(comparison: Resolved, tmp_path: Path) -> None:
     run_comparison(comparison, tmp_path / "out")
-    results = load_results(tmp_path / "out")
+    results = read_results(tmp_path / "out")
     assert results["data"]["hook_name"] == "blocks.1.hook_resid_pre"
     assert results["data"]["d_in"] == D_MODEL
     assert [entry["case"] for entry in results["runs"]] == ["SAELens topk", "none", "auxk"]

@@ -2,19 +2,99 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sae_lens.saes.sae import SAE
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.synthetic import eval_sae_on_synthetic_data
 
 from sae_lens_auxk.compare.cases import cases_of
-from sae_lens_auxk.compare.measure import coverage, density_histogram, reconstruction
+from sae_lens_auxk.compare.measure import coverage, density_histogram, measure, reconstruction
 from sae_lens_auxk.compare.sources import HELD_OUT_SEED, SyntheticPass, source_of
-from sae_lens_auxk.compare.train import build_sae
+from sae_lens_auxk.compare.train import TrainingLog, build_sae
 from tests.compare.conftest import tiny
 from tests.helpers import build_sae as random_sae
+
+
+class ByHand:
+    """Eight latents, each with an axis of its own, and 200 samples on which one of them fires.
+
+    A sample is 2 along an axis and is reconstructed as 1. At the end of training, latents 2 and 7
+    are dead, and 0 and 1 were dead before. Latent 2 fires again on the held-out samples, and 7
+    does not.
+    """
+
+    def __init__(self) -> None:
+        firings = torch.tensor([50, 25, 30, 40, 40, 10, 5, 0])
+        self.sae = StandardSAE(StandardSAEConfig(d_in=8, d_sae=8))
+        self.sae.W_enc.data = torch.eye(8)
+        self.sae.W_dec.data = torch.eye(8) / 2
+        self.x = 2 * torch.eye(8).repeat_interleave(firings, dim=0)
+        features = torch.eye(8)[[0, 1, 2, 3, 7]]
+        features[3, 4] = 1.0  # between latents 3 and 4, at a cosine of 0.71 with both
+        self.log = TrainingLog(
+            dead_after=100,
+            tokens_since_fired=torch.tensor([0, 99, 100, 0, 0, 0, 0, 250]),
+            ever_dead=torch.tensor([True, True, True, False, False, False, False, True]),
+            step_seconds=[0.004, 0.002, 0.030],
+            step_bytes=[2**30, 3 * 2**29],
+        )
+        self.data: Any = SimpleNamespace(
+            trainer_config=SimpleNamespace(train_batch_size_samples=64),
+            true_features=features,
+            metrics=lambda _: {"f1": 0.25},
+        )
+
+    def measure(self) -> Any:
+        return measure(self.sae, self.data, self.x, self.log)
+
+
+def test_every_number_of_a_run_by_hand() -> None:
+    measured = ByHand().measure()
+    assert measured["metrics"] == pytest.approx(
+        {
+            # The mean sample is (50, 25, 30, 40, 40, 10, 5, 0) / 100, whose square is 0.735.
+            "explained_variance": 1 - 1 / (4 - 0.735),
+            "l0": 1.0,
+            "mse": 1.0,
+            "dead_fraction": 2 / 8,
+            "dense_latents": 5 / 7,  # on more than 20 samples, of the seven that fire
+            "f1": 0.25,
+            "features_covered": 4 / 5,  # the last one is that of a silent latent
+            "junk_share": 2 / 7,
+            "ms_per_step": 4.0,
+            "peak_memory_gib": 1.5,
+        },
+        rel=1e-6,
+    )
+    edges, counts = measured["density"]["log10_edges"], measured["density"]["counts"]
+    filled = {edge: n for edge, n in zip(edges[:-1], counts, strict=True) if n}
+    assert filled == {-1.75: 1, -1.5: 1, -1.0: 2, -0.75: 3}
+    assert measured["silent_latents"] == 1
+    # 0 and 1 came back, 2 did not; 3 and 4 are the others that fire often enough.
+    groups = measured["peeking"]
+    assert {name: group["n_latents"] for name, group in groups.items()} == {
+        "revived": 2,
+        "never_died": 2,
+    }
+
+
+def test_memory_and_truth_are_left_out_where_there_are_none() -> None:
+    by_hand = ByHand()
+    by_hand.log.step_bytes = []
+    by_hand.data.true_features = None
+    missing = {"peak_memory_gib", "features_covered", "junk_share"}
+    assert not missing & set(by_hand.measure()["metrics"])
+
+
+def test_a_metric_without_a_row_in_the_table_is_refused() -> None:
+    by_hand = ByHand()
+    by_hand.data.metrics = lambda _: {"novelty": 1.0}
+    with pytest.raises(ValueError, match="'novelty' is not in the table: add a row to METRICS"):
+        by_hand.measure()
 
 
 def test_coverage_by_hand() -> None:

@@ -1,6 +1,5 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk.compare import run
-from sae_lens_auxk.compare.run import groups_of, load_results, run_comparison
+from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
+from sae_lens_auxk.results import read_results
 from tests.compare.conftest import tiny
 
 RUN_KEYS = {
@@ -60,7 +60,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     comparison = tiny(preset=["saelens"], seeds=[0, 1])
     report = run_comparison(comparison, tmp_path, "the command")
     assert report.read_text() == "True"
-    results = load_results(tmp_path)
+    results = read_results(tmp_path)
     assert results["finished"]
     assert results["command"] == "the command"
     assert type(comparison)(**results["comparison"]) == comparison
@@ -86,14 +86,14 @@ def test_what_is_written(tmp_path: Path) -> None:
         assert (tmp_path / entry["folder"] / "sparsity.safetensors").exists()
     assert [group["case"] for group in results["groups"]] == ["SAELens topk", "none", "auxk"]
     assert {group["n_seeds"] for group in results["groups"]} == {2}
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial*"))
 
 
 def test_cases_see_the_same_weights_and_data_whatever_is_beside_them(tmp_path: Path) -> None:
     run_comparison(tiny(aux_variant=["auxk"]), tmp_path / "alone")
     run_comparison(tiny(preset=["saelens", "variants"]), tmp_path / "beside")
     alone, beside = (
-        next(r for r in load_results(tmp_path / name)["runs"] if r["case"] == "auxk")
+        next(r for r in read_results(tmp_path / name)["runs"] if r["case"] == "auxk")
         for name in ("alone", "beside")
     )
     for entry in (alone, beside):
@@ -105,11 +105,11 @@ def test_the_same_command_again_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_comparison(tiny(), tmp_path)
-    first = load_results(tmp_path)
+    first = read_results(tmp_path)
     passes = count_passes(monkeypatch)
     run_comparison(tiny(), tmp_path)
     assert passes == []
-    assert load_results(tmp_path) == first
+    assert read_results(tmp_path) == first
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -134,7 +134,7 @@ def test_interrupted_and_gone_on_with(
         patch.setattr(LockstepTrainer, "fit", interrupted)
         with pytest.raises(error):
             run_comparison(comparison, folder)
-    results = load_results(folder)
+    results = read_results(folder)
     assert not results["finished"]
     statuses = ["finished", "finished", "unfinished", "unfinished"]
     assert [entry["status"] for entry in results["runs"]] == statuses
@@ -145,7 +145,7 @@ def test_interrupted_and_gone_on_with(
     run_comparison(comparison, folder)
     assert passes == [2]
     assert (folder / "report.html").read_text() == "True"
-    runs = [load_results(tmp_path / name)["runs"] for name in ("whole", "interrupted")]
+    runs = [read_results(tmp_path / name)["runs"] for name in ("whole", "interrupted")]
     for entry in runs[0] + runs[1]:
         del entry["metrics"]["ms_per_step"]
     assert runs[0] == runs[1]
@@ -158,7 +158,7 @@ def test_more_seeds_go_on_with_the_same_results(
     passes = count_passes(monkeypatch)
     run_comparison(tiny(seeds=[0, 1]), tmp_path)
     assert passes == [2]
-    assert {group["n_seeds"] for group in load_results(tmp_path)["groups"]} == {2}
+    assert {group["n_seeds"] for group in read_results(tmp_path)["groups"]} == {2}
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_comparison_that_came_to_nothing_may_be_corrected(
         with pytest.raises(FileNotFoundError):
             run_comparison(tiny(), tmp_path)
     run_comparison(tiny(lr=0.1), tmp_path)
-    assert load_results(tmp_path)["comparison"]["lr"] == 0.1
+    assert read_results(tmp_path)["comparison"]["lr"] == 0.1
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_failed_case_is_reported_beside_the_others(
 
     monkeypatch.setattr(run, "build_sae", broken)
     run_comparison(tiny(), tmp_path)
-    results = load_results(tmp_path)
+    results = read_results(tmp_path)
     none, auxk = results["runs"]
     assert (none["status"], auxk["status"]) == ("finished", "failed")
     assert "loss is nan" in auxk["error"]
@@ -231,8 +231,3 @@ def test_groups_by_hand() -> None:
     assert group["peeking"]["revived"] == {"mean": {"n_latents": 1}, "std": {"n_latents": 1}}
     (single,) = groups_of([entry(0, 0.5)])
     assert single["std"]["explained_variance"] is None
-
-
-def test_no_nan_is_written(tmp_path: Path) -> None:
-    run._write_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0, (2,)]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0, [2]]}

@@ -1,16 +1,19 @@
 """Lockstep training: the same as alone, with one definition of dead, and room for failures."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
+from sae_lens_auxk.compare import train
 from sae_lens_auxk.compare.cases import cases_of
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.sources import source_of
-from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
+from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from tests.compare.conftest import tiny
 
 
@@ -54,7 +57,7 @@ def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
 
     single.step = watched
     trainer.fit()
-    (record,) = trainer.records.values()
+    (log,) = trainer.logs.values()
     silent = torch.zeros(24, dtype=torch.long)
     ever_dead = torch.zeros(24, dtype=torch.bool)
     dead_fractions: list[float] = []
@@ -62,22 +65,22 @@ def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
         silent = torch.where(row, 0, silent + 32)
         ever_dead |= silent >= 128
         dead_fractions.append((silent >= 128).float().mean().item())
-    assert torch.equal(record.tokens_since_fired, silent)
-    assert torch.equal(record.ever_dead, ever_dead)
+    assert torch.equal(log.tokens_since_fired, silent)
+    assert torch.equal(log.ever_dead, ever_dead)
     assert 0 < int(ever_dead.sum()) < 24, "the test would see nothing"
-    assert record.history["samples"] == [32 * n for n in range(1, 101)]
-    assert record.history["dead_fraction"] == dead_fractions
-    assert len(record.step_seconds) == 100
-    assert all(l0 == 2 for l0 in record.history["l0"])
-    assert any(loss != 0 for loss in record.history["aux_loss"])
+    assert log.history["samples"] == [32 * n for n in range(1, 101)]
+    assert log.history["dead_fraction"] == dead_fractions
+    assert len(log.step_seconds) == 100
+    assert all(l0 == 2 for l0 in log.history["l0"])
+    assert any(loss != 0 for loss in log.history["aux_loss"])
 
 
 def test_a_long_run_has_about_a_hundred_points() -> None:
     comparison = tiny(aux_variant=["none"], training_samples=32 * 250)
     trainer = trainer_of(comparison)
     trainer.fit()
-    (record,) = trainer.records.values()
-    samples = record.history["samples"]
+    (log,) = trainer.logs.values()
+    samples = log.history["samples"]
     assert 80 <= len(samples) <= 101
     assert samples[-1] == 32 * 250
 
@@ -100,8 +103,8 @@ def test_one_that_fails_leaves_the_others_alone(how: str) -> None:
     saes = trainer.fit()
     assert list(saes) == ["none"]
     assert torch.equal(saes["none"].W_dec, expected)
-    assert trainer.records["none"].error is None
-    error = trainer.records["auxk"].error
+    assert trainer.logs["none"].error is None
+    error = trainer.logs["auxk"].error
     assert error is not None
     assert ("no room" if how == "raises" else "loss is nan") in error
 
@@ -117,13 +120,63 @@ def test_when_all_fail_it_stops() -> None:
     assert trainer.n_training_steps == 1
 
 
-def test_scaling_is_folded_in_as_saelens_does() -> None:
-    comparison = tiny(
-        aux_variant=["auxk"],
-        sae={"normalize_activations": "expected_average_only_in"},
+def test_a_point_of_the_history_by_hand() -> None:
+    log = TrainingLog(
+        dead_after=4,
+        tokens_since_fired=torch.tensor([0, 4, 5, 3]),
+        ever_dead=torch.zeros(4, dtype=torch.bool),
     )
-    sae = trainer_of(comparison).fit()["auxk"]
-    assert sae.cfg.normalize_activations == "none"
+    # The samples are 1 and -1 in the first place around their mean (2, 2): a variance of 2.
+    x = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+    acts = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, -3.0, 0.0]])
+    output = TrainStepOutput(
+        sae_in=x,
+        sae_out=x + torch.tensor([0.0, 0.5]),  # an error of 0.5
+        feature_acts=acts,
+        hidden_pre=acts,
+        loss=torch.tensor(1.0),
+        losses={"auxiliary_reconstruction_loss": torch.tensor(0.125)},
+    )
+    log.write_point(output, 64)
+    assert log.history == {
+        "samples": [64],
+        "dead_fraction": [0.5],
+        "explained_variance": [0.75],
+        "l0": [1.5],
+        "aux_loss": [0.125],
+    }
+
+
+@pytest.mark.parametrize("normalization", ["expected_average_only_in", "covariance_whitening"])
+def test_scaling_is_folded_into_the_saved_sae(
+    normalization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saved SAE does with raw activations what the trained one did with scaled ones."""
+    before: list[Any] = []
+    fold_scaling = train.fold_scaling
+
+    def watched(sae: Any, scaler: Any) -> None:
+        before.extend([copy.deepcopy(sae), copy.deepcopy(scaler)])
+        fold_scaling(sae, scaler)
+
+    monkeypatch.setattr(train, "fold_scaling", watched)
+    comparison = tiny(aux_variant=["auxk"], sae={"normalize_activations": normalization})
+    trainer = trainer_of(comparison)
+    trainer.fit()["auxk"].save_inference_model(tmp_path)
+    saved = SAE.load_from_disk(tmp_path)
+    assert saved.cfg.normalize_activations == "none"
+    scaler = trainer.trainers["auxk"].activation_scaler
+    assert scaler.scaling_factor is None
+    assert scaler.whitening is None
+
+    unfolded, scaler = before
+    x = 3 + torch.randn(500, 12)
+    with torch.no_grad():
+        expected = scaler.unscale(unfolded.decode(unfolded.encode(scaler.scale(x))))
+        got = saved.decode(saved.encode(x))
+        unscaled = unfolded.decode(unfolded.encode(x))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert (got - unscaled).abs().max() > 0.1, "the test would see nothing"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -132,5 +185,5 @@ def test_memory_of_a_case_is_its_own() -> None:
     alone.fit()
     beside = trainer_of(tiny(device="cuda", preset=["variants", "saelens"]))
     beside.fit()
-    one, other = (max(t.records["auxk"].step_bytes) for t in (alone, beside))
+    one, other = (max(t.logs["auxk"].step_bytes) for t in (alone, beside))
     assert one == pytest.approx(other, rel=0.1)

@@ -205,7 +205,7 @@ def test_a_comparison(client: Hub, tmp_path: Path) -> None:
     assert "![pareto](cmp/figures/pareto.png)" in text
     assert "sae-lens-auxk compare --output three" in text
     for seed, name in enumerate(ids):
-        assert f"#### {name}\n\nauxk, seed {seed}: explained variance 0.9{seed}0, L0 3.0" in text
+        assert f"#### {name}\n\nauxk, seed {seed}: EV 0.9{seed}0, L0 3.0" in text
         back = SAE.load_from_disk(download_sae(REPO, name, tmp_path / f"back{seed}"))
         assert same(back, SAE.load_from_disk(made / f"runs/seed-{seed}/auxk-k3"))
 
@@ -276,7 +276,7 @@ def test_an_existing_sae_is_not_overwritten(client: Hub, folder: Path, tmp_path:
     build_sae("auxk-jumprelu").save_inference_model(other)
     save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
     client.log = []
-    with pytest.raises(HubError, match=r"has this already, and it is another: a\."):
+    with pytest.raises(HubError, match=r"already has another version of a\."):
         upload_sae(other, REPO, "a")
     assert client.writes() == []
     assert client.files(REPO) == before
@@ -296,7 +296,7 @@ def test_what_is_left_of_another_sae_goes_away(client: Hub, folder: Path) -> Non
     save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
     upload_sae(folder, REPO, "a")
     (folder / "sparsity.safetensors").unlink()
-    with pytest.raises(HubError, match=r"another: a\."):
+    with pytest.raises(HubError, match=r"already has another version of a\."):
         upload_sae(folder, REPO, "a")
     assert upload_sae(folder, REPO, "a", overwrite=True).unchanged == []
     assert "a/sparsity.safetensors" not in client.files(REPO)
@@ -308,7 +308,7 @@ def test_other_weights_of_the_same_size_are_another_sae(
     upload_sae(folder, REPO, "a")
     build_sae("auxk-topk").save_inference_model(tmp_path / "other")
     assert (tmp_path / "other/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
-    with pytest.raises(HubError, match=r"another: a\."):
+    with pytest.raises(HubError, match=r"already has another version of a\."):
         upload_sae(tmp_path / "other", REPO, "a")
 
 
@@ -316,7 +316,7 @@ def test_reports_of_another_comparison_are_not_overwritten(client: Hub, tmp_path
     made = comparison(tmp_path / "three", n_seeds=1)
     upload_sae(made, REPO)
     (made / "report.html").write_text("<html/>of old")  # as long as the other
-    with pytest.raises(HubError, match=r"another: report\.html\."):
+    with pytest.raises(HubError, match=r"already has another version of report\.html\."):
         upload_sae(made, REPO)
     upload_sae(made, REPO, overwrite=True)
     assert client.files(REPO)["report.html"] == b"<html/>of old"
@@ -341,23 +341,20 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
 def test_a_dry_run_asks_the_hub_nothing(
     client: Hub,
     folder: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    path = tmp_path / "card.md"
-    args = ["upload", str(folder), REPO, "--sae_id", "x", "--dry_run", "--card", str(path)]
-    assert cli.main(args) == 0
+    assert cli.main(["upload", str(folder), REPO, "--sae_id", "x", "--dry_run"]) == 0
+    planned = upload_sae(folder, REPO, "x", dry_run=True)
     assert client.log == []
     out = capsys.readouterr().out
     n_bytes = (folder / "sae_weights.safetensors").stat().st_size
     assert f"{n_bytes:,d}  x/sae_weights.safetensors" in out
     assert "README.md" in out
-    text = path.read_text(encoding="utf-8")
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     upload_sae(folder, REPO, "x")
-    assert card(client) == text
+    assert card(client) == planned.card
 
 
 @pytest.mark.parametrize(
@@ -402,12 +399,11 @@ def test_no_hub_to_reach(client: Hub, folder: Path, monkeypatch: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere", REPO], "nowhere is no folder"),
+        (["nowhere", REPO], "nowhere is not a folder"),
         ([".", REPO], "holds no SAE: it has neither cfg.json nor results.json. Folders in it"),
         (["small", "saes"], "'saes' is not allowed: it must be user/name"),
         (["small", "me/.."], "'me/..' is not allowed"),
         (["small", REPO, "--sae_id", "../x"], "sae_id '../x' is not allowed"),
-        (["small", REPO, "--card", "x.md"], "--card is for --dry_run"),
         (["noweights", REPO], "has cfg.json but no sae_weights.safetensors"),
         (["broken", REPO], "results.json is not the results of a comparison"),
         (["secret", REPO], "holds what looks like a Hub token"),
@@ -435,7 +431,7 @@ def test_bad_arguments(
 
 def test_private_does_not_go_to_a_public_repository(client: Hub, folder: Path) -> None:
     upload_sae(folder, REPO, "a")
-    with pytest.raises(HubError, match="there already and is public"):
+    with pytest.raises(HubError, match="already exists and is public"):
         upload_sae(folder, REPO, "b", private=True)
     assert list_saes(REPO) == ["a"]
 

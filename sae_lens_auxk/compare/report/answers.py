@@ -1,24 +1,21 @@
 """What a report says in sentences: which case is best at what, and what went wrong."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sae_lens_auxk.compare.report.vocabulary import (
-    METRICS,
-    PEEKING,
-    Metric,
     compared,
     label,
     number,
     one_of_several_k,
 )
+from sae_lens_auxk.results import METRICS, PEEKING, Metric, Results
 
 Entry = tuple[str, float, float | None]
-"""A group and its number in words, the number, its spread."""
+"""A group and its number as text, the number, and its spread."""
 
 
-def answer(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(question, answer) lines. Cases whose spreads overlap are level: ``|a - b| <= s_a + s_b``."""
+def answer(results: Results) -> list[tuple[str, str]]:
+    """Questions and answers. Cases whose spreads overlap are level: ``|a - b| <= s_a + s_b``."""
     if not results["groups"]:
         return [("No answer yet", "no run has finished.")]
     lines = [
@@ -34,9 +31,7 @@ def answer(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*lines, ("Residual peeking", _peeking(results))]
 
 
-def _best_first(
-    results: Mapping[str, Any], key: str, metric: Metric, latents: str = ""
-) -> list[Entry]:
+def _best_first(results: Results, key: str, metric: Metric, latents: str = "") -> list[Entry]:
     entries: list[Entry] = []
     for group in compared(results):
         value, spread = number(group, key, latents)
@@ -47,7 +42,7 @@ def _best_first(
         if latents and never[0] is not None:
             said += f"; never died {metric.show(*never)}"
         entries.append((f"{label(group, results)} ({said})", value, spread))
-    return sorted(entries, key=lambda entry: entry[1], reverse=metric.best is max)
+    return sorted(entries, key=lambda entry: entry[1], reverse=metric.better == "up")
 
 
 def _ranking(entries: Sequence[Entry], metric: Metric) -> str:
@@ -57,11 +52,12 @@ def _ranking(entries: Sequence[Entry], metric: Metric) -> str:
     if level:
         text += f", level with {_list(level)}"
     if len(others) > len(level):
-        text += f"; {'most' if metric.best is min else 'worst'} {entries[-1][0]}"
+        last = "most" if metric.better == "down" else "worst"
+        text += f"; {last} {entries[-1][0]}"
     return text + "."
 
 
-def _peeking(results: Mapping[str, Any]) -> str:
+def _peeking(results: Results) -> str:
     for key, what in (
         ("junk_share", "revived latents that match no true feature"),
         ("rows_hurt", "share of rows that removing a revived latent hurts (noise: 0.333)"),
@@ -91,8 +87,8 @@ def _list(entries: Sequence[Entry]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if texts[1:] else texts)
 
 
-def footnote(results: Mapping[str, Any]) -> str:
-    """What the numbers are means of, and at which k the answer compares."""
+def footnote(results: Results) -> str:
+    """What the numbers are means of, and the k at which cases are compared."""
     seeds = sorted({group["n_seeds"] for group in results["groups"]})
     parts: list[str] = []
     if seeds == [1]:
@@ -106,8 +102,8 @@ def footnote(results: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def troubles(results: Mapping[str, Any]) -> list[str]:
-    """Runs that failed, each with its error, and those that are not finished."""
+def troubles(results: Results) -> list[str]:
+    """The runs that failed, each with its error, and the runs that are not finished."""
     failed = [
         f"Failed: {run['name']}: {run.get('error') or 'no error was written down'}"
         for run in results["runs"]

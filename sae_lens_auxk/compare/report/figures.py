@@ -1,13 +1,11 @@
 """The data of a report's figures, not yet drawn."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from sae_lens_auxk.compare.report.vocabulary import (
-    PEEKING,
-    Group,
     colours,
     compared,
     label,
@@ -16,9 +14,12 @@ from sae_lens_auxk.compare.report.vocabulary import (
     one_of_several_k,
     with_revived,
 )
+from sae_lens_auxk.results import PEEKING, Group, Results, Run
 
 MAX_POINTS = 300
 MAX_COLUMNS = 4
+NO_PANEL = ("n_latents", "firing_rate")
+"""These say which latents a group has. They do not tell a feature from an error corrector."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ class Figure:
 
     @property
     def height(self) -> int:
-        """In pixels: enough for the names beside the axes, or in the legend beside the plot."""
+        """Height in pixels, with room for the names beside the axes or in the legend."""
         if names := self.panels[0].categories:
             return self.n_rows * (90 + 22 * max(len(names), 3))
         return max(400, 130 + 24 * len(self.panels[0].series))
 
 
-def figures_of(results: Mapping[str, Any]) -> list[Figure]:
-    """The figures that there are data for."""
+def figures_of(results: Results) -> list[Figure]:
+    """The figures for which there are data."""
     k = one_of_several_k(results)
     at_k = f" At k {k}." if k else ""
     made = (
@@ -114,7 +115,7 @@ def figures_of(results: Mapping[str, Any]) -> list[Figure]:
 
 def _line(
     group: Group,
-    results: Mapping[str, Any],
+    results: Results,
     x: Sequence[float | None],
     y: Sequence[float | None],
     **more: Any,
@@ -125,22 +126,22 @@ def _line(
     return Series(label(group, results), colours(results)[group["case"]], x, y, style, **more)
 
 
-def _finished(results: Mapping[str, Any], group: Group) -> list[Mapping[str, Any]]:
-    key = ("case", "architecture", "k")
+def _finished(results: Results, group: Group) -> list[Run]:
+    key = (group["case"], group["architecture"], group["k"])
     return [
         run
         for run in results["runs"]
-        if run["status"] == "finished" and all(run[part] == group[part] for part in key)
+        if run["status"] == "finished" and (run["case"], run["architecture"], run["k"]) == key
     ]
 
 
-def _pareto(results: Mapping[str, Any]) -> Iterator[Series]:
+def _pareto(results: Results) -> Iterator[Series]:
     lines: dict[str, list[Group]] = {}
     for group in results["groups"]:
         if number(group, "l0")[0] is not None:
             lines.setdefault(label(group, results), []).append(group)
     for groups in lines.values():
-        groups.sort(key=lambda group: group["mean"]["l0"])
+        groups.sort(key=lambda group: group["mean"]["l0"] or 0.0)
         x, x_error = zip(*(number(group, "l0") for group in groups), strict=True)
         y, y_error = zip(*(number(group, "explained_variance") for group in groups), strict=True)
         yield _line(
@@ -155,7 +156,7 @@ def _pareto(results: Mapping[str, Any]) -> Iterator[Series]:
         )
 
 
-def _dead(results: Mapping[str, Any]) -> Iterator[Series]:
+def _dead(results: Results) -> Iterator[Series]:
     for group in compared(results):
         runs = [run["history"] for run in _finished(results, group)]
         values: dict[float, list[float]] = {}
@@ -179,7 +180,7 @@ def _dead(results: Mapping[str, Any]) -> Iterator[Series]:
         yield _line(group, results, x, y, band=band)
 
 
-def _density(results: Mapping[str, Any]) -> Iterator[Series]:
+def _density(results: Results) -> Iterator[Series]:
     for group in compared(results):
         runs = _finished(results, group)
         edges, *others = (run["density"]["log10_edges"] for run in runs)
@@ -194,11 +195,13 @@ def _density(results: Mapping[str, Any]) -> Iterator[Series]:
         yield _line(group, results, edges, y, steps=True, hover=hover)
 
 
-def _peeking(results: Mapping[str, Any]) -> Iterator[Panel]:
+def _peeking(results: Results) -> Iterator[Panel]:
     colour = colours(results)
     groups = with_revived(compared(results))
     names = [label(group, results) for group in groups]
     for key, metric in measured(groups, PEEKING, "revived").items():
+        if key in NO_PANEL:
+            continue
         factor, unit = (100, ", %") if metric.percent else (1, "")
         series = [
             Series(

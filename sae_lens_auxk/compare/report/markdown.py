@@ -1,18 +1,18 @@
 """report.md."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
 from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.tables import Table, main_table, peeking_table
+from sae_lens_auxk.results import Results
 
 
-def markdown_of(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
+def markdown_of(results: Results, drawn: Sequence[Figure]) -> str:
     tables = [main_table(results), peeking_table(results)]
-    parts = [f"# {_plain(results['name'])}", _plain(results["data"].get("description", ""))]
-    parts += ["\n".join(f"- **{head}**: {_plain(text)}" for head, text in answer(results))]
-    parts += ["\n".join(f"- {_plain(trouble)}" for trouble in troubles(results))]
+    parts = [f"# {_escaped(results['name'])}", _escaped(results["data"].get("description", ""))]
+    parts += ["\n".join(f"- **{head}**: {_escaped(text)}" for head, text in answer(results))]
+    parts += ["\n".join(f"- {_escaped(trouble)}" for trouble in troubles(results))]
     parts += [_table(table) for table in tables if table.rows]
     parts += [footnote(results)]
     parts += [f"![{figure.title}](figures/{figure.name}.png)" for figure in drawn]
@@ -21,11 +21,11 @@ def markdown_of(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
 
 def _table(table: Table) -> str:
     lines = [table.columns, ["---"] * len(table.columns)]
-    lines += [[_plain(cell.text).replace("|", "\\|") for cell in row] for row in table.rows]
+    lines += [[_escaped(cell.text).replace("|", "\\|") for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     text = " ".join(text.split())
     for character in "\\`*_<[":

@@ -1,9 +1,8 @@
 """report.html: one file that loads nothing."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from plotly.offline import get_plotlyjs
 
@@ -11,8 +10,9 @@ from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
 from sae_lens_auxk.compare.report.drawing import plotly_figure
 from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.tables import TEXT_COLUMNS, Table, main_table, peeking_table
+from sae_lens_auxk.results import Results
 
-# Forbids the browser to load anything: what the page needs is in the page.
+# Forbids the browser to load anything, because the page holds all that it needs.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
@@ -47,7 +47,7 @@ pre { font-size: 12px; background: #f6f6f6; padding: 8px; overflow-x: auto; }
 details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 """
 
-# Sorts by data-value where a cell has one; empty cells stay at the end either way.
+# Sorts by data-value. Empty cells stay at the end in both directions.
 SORT = """
 document.querySelectorAll("table.sortable").forEach(table => {
   const body = table.tBodies[0];
@@ -71,7 +71,7 @@ document.querySelectorAll("table.sortable").forEach(table => {
 """
 
 
-def page_of(results: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
+def page_of(results: Results, drawn: Sequence[Figure]) -> str:
     name = escape(results["name"])
     lines = "".join(
         f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in answer(results)
@@ -140,8 +140,8 @@ def _small_spread(text: str) -> str:
     return f"{number}<small>{plus_minus}{spread}</small>" if plus_minus else text
 
 
-def _configs(results: Mapping[str, Any]) -> str:
-    """The command, and behind a click the whole comparison and each case's SAE config."""
+def _configs(results: Results) -> str:
+    """The command, and folded away the whole comparison and each case's SAE config."""
     packages = ", ".join(f"{name} {number}" for name, number in results["packages"].items())
     folded = {"the comparison": results["comparison"], "the data": results["data"]}
     for run in results["runs"]:

@@ -2,27 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sae_lens_auxk.compare.report.vocabulary import (
-    METRICS,
-    PEEKING,
-    Group,
-    Metric,
     colours,
     label,
     measured,
     number,
     with_revived,
 )
+from sae_lens_auxk.results import METRICS, PEEKING, Group, Metric, Results
 
 TEXT_COLUMNS = 2
-"""So many columns at the left hold text, the others numbers."""
+"""Number of columns at the left that hold text; the others hold numbers."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Something shown; a number is sorted by ``value``, and a case has its ``colour``."""
+    """A text. Numbers are sorted by ``value``, and a case has its ``colour``."""
 
     text: str
     value: float | None = None
@@ -31,14 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as there are columns."""
+    """A table; each row has one cell per column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
 
-def main_table(results: Mapping[str, Any]) -> Table:
-    """A row a group, a column a metric that any group has."""
+def main_table(results: Results) -> Table:
+    """One row per group, and one column for each metric that a group has."""
     colour = colours(results)
     metrics = measured(results["groups"], METRICS)
     rows = [
@@ -55,12 +51,11 @@ def main_table(results: Mapping[str, Any]) -> Table:
     return Table(["case", "architecture", "k", "seeds", *labels], rows)
 
 
-def peeking_table(results: Mapping[str, Any]) -> Table:
-    """Two rows a group that has revived latents: those, and those that never died."""
+def peeking_table(results: Results) -> Table:
+    """Two rows for each group with revived latents: these, and the latents that never died."""
     colour = colours(results)
     groups = with_revived(results["groups"])
-    metrics = {"n_latents": Metric("latents", 0), "firing_rate": Metric("firing rate", 4)}
-    metrics |= measured(groups, PEEKING, "revived")
+    metrics = measured(groups, PEEKING, "revived")
     rows = [
         [
             Cell(label(group, results, with_k=True), colour=colour[group["case"]]),

@@ -1,71 +1,18 @@
-"""What all parts of a report share: metrics, which groups are compared, their names and colours.
+"""What all parts of a report share: which groups are compared, their names and colours.
 
-A group is an entry of ``groups`` in results.json. A spread is the sample standard deviation over
-seeds; with one seed there is none, and none is shown.
+A spread is the sample standard deviation over seeds. With one seed there is none, and none is
+shown.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median_low
-from typing import Any
 
-Group = Mapping[str, Any]
+from sae_lens_auxk.results import Group, Metric, Results
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#8c6d1f")
 """Okabe and Ito's colours, which colour-blind people tell apart, with grey and brown for their
 black and yellow: yellow is hard to see on white. More cases get them darkened, then lightened."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a number is called and written; ``best`` is min, max or None where neither is."""
-
-    label: str
-    digits: int
-    percent: bool = False
-    best: Any = None
-
-    def show(self, value: float | None, spread: float | None = None) -> str:
-        """``0.123 ± 0.004``, or a dash for None."""
-        if value is None:
-            return "–"
-        factor, unit = (100, "%") if self.percent else (1, "")
-        text = f"{factor * value:.{self.digits}f}"
-        if spread is not None:
-            text += f" ± {factor * spread:.{self.digits}f}"
-        return text + unit
-
-
-METRICS = {
-    "dead_fraction": Metric("dead", 1, percent=True, best=min),
-    "explained_variance": Metric("EV", 3, best=max),
-    "l0": Metric("L0", 1),
-    "ce_loss_recovered": Metric("CE recovered", 3, best=max),
-    "f1": Metric("F1", 3, best=max),
-    "mcc": Metric("MCC", 3),
-    "precision": Metric("precision", 3),
-    "recall": Metric("recall", 3),
-    "uniqueness": Metric("unique", 3),
-    "features_covered": Metric("covered", 1, percent=True),
-    "junk_share": Metric("junk", 1, percent=True),
-    "dense_latents": Metric("dense", 1, percent=True),
-    "mse": Metric("MSE", 3),
-    "ms_per_step": Metric("ms/step", 1),
-    "peak_memory_gib": Metric("GiB", 2),
-}
-"""The columns of the main table, those first that answer "which one"."""
-
-PEEKING = {
-    "junk_share": Metric("junk", 1, percent=True, best=min),
-    "duplicate_share": Metric("duplicates", 1, percent=True),
-    "features_hurt": Metric("features hurt", 2),
-    "rows_hurt": Metric("rows hurt", 3, best=min),
-    "latents_hurt": Metric("latents hurt", 2),
-    "near_duplicate_share": Metric("near duplicates", 1, percent=True),
-    "error_auc": Metric("error AUC", 3),
-}
-"""``sae_lens_auxk.compare.peeking``'s measures, of which docs/peeking.md is about."""
 
 
 def number(group: Group, key: str, latents: str = "") -> tuple[float | None, float | None]:
@@ -77,7 +24,7 @@ def number(group: Group, key: str, latents: str = "") -> tuple[float | None, flo
 def measured(
     groups: Sequence[Group], metrics: Mapping[str, Metric], latents: str = ""
 ) -> dict[str, Metric]:
-    """Those of the metrics that any of the groups has."""
+    """The metrics that at least one group has."""
     return {
         key: metric
         for key, metric in metrics.items()
@@ -90,27 +37,27 @@ def with_revived(groups: Iterable[Group]) -> list[Group]:
     return [group for group in groups if number(group, "n_latents", "revived")[0]]
 
 
-def reference_k(groups: Iterable[Group]) -> int | None:
-    """The k that most groups have, of several the middle one. Cases are compared at one k."""
+def reference_k(groups: Iterable[Group]) -> float | None:
+    """The k at which cases are compared: that of most groups, or the middle one of several."""
     counts = Counter(group["k"] for group in groups if group["k"] is not None)
     most = max(counts.values(), default=0)
     return median_low(k for k, count in counts.items() if count == most) if counts else None
 
 
-def compared(results: Mapping[str, Any]) -> list[Group]:
+def compared(results: Results) -> list[Group]:
     """The groups at the reference k, and those whose architecture has no k."""
     k = reference_k(results["groups"])
     return [group for group in results["groups"] if group["k"] in (k, None)]
 
 
-def one_of_several_k(results: Mapping[str, Any]) -> int | None:
-    """The reference k, if there are others that are left out of a comparison."""
+def one_of_several_k(results: Results) -> float | None:
+    """The reference k, if a comparison leaves out groups with another k."""
     several = len({group["k"] for group in results["groups"]} - {None}) > 1
     return reference_k(results["groups"]) if several else None
 
 
-def label(group: Group, results: Mapping[str, Any], with_k: bool = False) -> str:
-    """The case, with the architecture where the case has several, and k if asked for."""
+def label(group: Group, results: Results, with_k: bool = False) -> str:
+    """The case, with its architecture if the case has several, and k if asked for."""
     several = {g["architecture"] for g in results["groups"] if g["case"] == group["case"]}
     parts = [group["case"]]
     if len(several) > 1:
@@ -120,7 +67,7 @@ def label(group: Group, results: Mapping[str, Any], with_k: bool = False) -> str
     return ", ".join(parts)
 
 
-def colours(results: Mapping[str, Any]) -> dict[str, str]:
+def colours(results: Results) -> dict[str, str]:
     """A colour for each case, in the order of the runs, so that it never depends on a result."""
     cases = dict.fromkeys(run["case"] for run in results["runs"])
     return {

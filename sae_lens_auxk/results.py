@@ -1,0 +1,400 @@
+"""The results of a comparison: their files, their format, and the table of metrics.
+
+A comparison's folder:
+
+    results.json               every number and the whole configuration
+    report.html, report.md     what came out, and figures/*.png
+    runs/seed-0/pass.json      the runs of a finished pass
+    runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity
+    runs/seed-0.partial/       a pass that is running or was interrupted
+
+A new metric needs two things: the code that computes it, and a row of ``METRICS`` (for a whole
+SAE) or ``PEEKING`` (for a group of latents). Reports and model cards take their columns,
+number formats and definitions from these rows.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
+
+RESULTS_FILENAME = "results.json"
+PASS_FILENAME = "pass.json"
+PAGE_FILENAME = "report.html"
+MARKDOWN_FILENAME = "report.md"
+FIGURES_FOLDER = "figures"
+RUNS_FOLDER = "runs"
+REPORT_FILES = (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME, f"{FIGURES_FOLDER}/*.png")
+"""Patterns of the files that tell the whole story without the SAEs."""
+
+VERSION = 1
+"""Of the format of results.json."""
+
+Numbers = dict[str, float | None]
+"""Numbers by metric. None where a number could not be measured."""
+
+
+# --- the table of metrics --------------------------------------------------------------------
+
+DENSE = 0.1
+"""A latent that fires on a larger share of the samples is dense."""
+JUNK = 0.5
+"""A latent whose best cosine with a true feature is smaller is junk."""
+NEAR_DUPLICATE = 0.7
+"""Two latents whose decoder rows have a larger cosine are near duplicates: at this cosine, two
+rows have half of their energy in common."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is named, written and read.
+
+    Attributes:
+        label: the head of its column.
+        digits: decimal places, of the percentage if ``percent``.
+        definition: one sentence, with the source if it is not our own.
+        percent: write the number, a share between 0 and 1, as a percentage.
+        better: which direction is better; None if neither is.
+    """
+
+    label: str
+    digits: int
+    definition: str
+    percent: bool = False
+    better: Literal["up", "down"] | None = None
+
+    def show(self, value: float | None, spread: float | None = None) -> str:
+        """``0.123 ± 0.004``, or a dash for None.
+
+        Example:
+            >>> METRICS["dead_fraction"].show(0.25, 0.011), METRICS["l0"].show(None)
+            ('25.0 ± 1.1%', '–')
+        """
+        if value is None:
+            return "–"
+        factor, unit = (100, "%") if self.percent else (1, "")
+        text = f"{factor * value:.{self.digits}f}"
+        if spread is not None:
+            text += f" ± {factor * spread:.{self.digits}f}"
+        return text + unit
+
+
+METRICS = {
+    "dead_fraction": Metric(
+        "dead",
+        1,
+        "Share of the latents that were silent for dead_after or more training samples when "
+        "training ended.",
+        percent=True,
+        better="down",
+    ),
+    "explained_variance": Metric(
+        "EV",
+        3,
+        "Explained variance, 1 - E|x - x_hat|^2 / (E|x|^2 - |E x|^2), over all samples "
+        "(SAELens's ExplainedVarianceCalculator).",
+        better="up",
+    ),
+    "l0": Metric("L0", 1, "Mean number of active latents per sample (SAELens's L0Calculator)."),
+    "ce_loss_recovered": Metric(
+        "CE recovered",
+        3,
+        "(CE_zero - CE_sae) / (CE_zero - CE_plain), where CE is the language model's loss with "
+        "the activations replaced by zero, replaced by the reconstruction, or left alone, on the "
+        "same prompts for every case (ce_loss_score of SAELens's run_evals).",
+        better="up",
+    ),
+    "f1": Metric(
+        "F1",
+        3,
+        "Mean F1 score over all latents, each taken as a detector of the true feature nearest to "
+        "its decoder row; 0 for a latent that never fires (SAELens's "
+        "ClassificationMetricsCalculator; Chanin and Garriga-Alonso 2026).",
+        better="up",
+    ),
+    "mcc": Metric(
+        "MCC",
+        3,
+        "Mean absolute cosine over the best one-to-one matching of latents and true features "
+        "(SAELens's mean_correlation_coefficient; O'Neill et al. 2024).",
+        better="up",
+    ),
+    "precision": Metric("precision", 3, "Mean precision of the detectors of F1.", better="up"),
+    "recall": Metric("recall", 3, "Mean recall of the detectors of F1.", better="up"),
+    "uniqueness": Metric(
+        "unique",
+        3,
+        "Number of different true features that are nearest to a latent, divided by the number "
+        "of latents (SAELens's feature_uniqueness).",
+        better="up",
+    ),
+    "features_covered": Metric(
+        "covered",
+        1,
+        "Share of the true features that are nearest to a latent that fires, with an absolute "
+        f"cosine above {JUNK}; at most d_sae / n_features.",
+        percent=True,
+        better="up",
+    ),
+    "junk_share": Metric(
+        "junk",
+        1,
+        "Share of the latents that fire whose best absolute cosine with a true feature is below "
+        f"{JUNK}.",
+        percent=True,
+        better="down",
+    ),
+    "dense_latents": Metric(
+        "dense",
+        1,
+        f"Share of the latents that fire that do so on more than {DENSE:.0%} of the samples.",
+        percent=True,
+    ),
+    "mse": Metric(
+        "MSE",
+        3,
+        "E|x - x_hat|^2, summed over d_in and averaged over samples (SAELens's training loss).",
+        better="down",
+    ),
+    "ms_per_step": Metric(
+        "ms/step",
+        1,
+        "Median time in milliseconds of a training step, from forward pass to optimizer, over "
+        "the roughly 100 steps of the history; the device is synchronised before and after.",
+        better="down",
+    ),
+    "peak_memory_gib": Metric(
+        "GiB",
+        2,
+        "CUDA memory in GiB: the SAE's weights, buffers and Adam state, plus the most that one "
+        "step allocated on top of what was allocated before it.",
+        better="down",
+    ),
+}
+"""Metrics of a whole SAE, the entry ``metrics`` of a run, in the order of the columns."""
+
+PEEKING = {
+    "n_latents": Metric("latents", 0, "Number of different latents that the group has."),
+    "firing_rate": Metric(
+        "firing rate", 4, "Median share of the samples on which a latent of the group fires."
+    ),
+    "junk_share": Metric(
+        "junk",
+        1,
+        f"Share of the group whose best cosine with a true feature is below {JUNK}; the cosine "
+        "is signed.",
+        percent=True,
+        better="down",
+    ),
+    "duplicate_share": Metric(
+        "duplicates",
+        1,
+        "Share of the group that is not junk, but whose true feature another alive latent has "
+        "with a larger cosine.",
+        percent=True,
+        better="down",
+    ),
+    "features_hurt": Metric(
+        "features hurt",
+        2,
+        "Effective number of true features that are recovered less well without the latent.",
+        better="down",
+    ),
+    "rows_hurt": Metric(
+        "rows hurt",
+        3,
+        "Effective share of the samples over which the error along the latent's direction is "
+        "spread when the latent is removed; 1/3 for a random direction.",
+        better="down",
+    ),
+    "latents_hurt": Metric(
+        "latents hurt",
+        2,
+        "Effective number of alive latents whose directions lose when the latent is removed, "
+        "itself included.",
+        better="down",
+    ),
+    "near_duplicate_share": Metric(
+        "near duplicates",
+        1,
+        "Share of the group whose decoder row has a cosine above "
+        f"{NEAR_DUPLICATE} with that of another alive latent.",
+        percent=True,
+        better="down",
+    ),
+    "error_auc": Metric(
+        "error AUC",
+        3,
+        "Probability that a sample on which the latent fires is reconstructed worse than one on "
+        "which it does not.",
+    ),
+}
+"""Means over a group of latents, the entry ``peeking`` of a run; see docs/peeking.md."""
+
+
+def require_in_table(metrics: Iterable[str], peeking: Iterable[str] = ()) -> None:
+    """Check that every metric has its row.
+
+    Args:
+        metrics: keys that ``METRICS`` must have.
+        peeking: keys that ``PEEKING`` must have.
+
+    Raises:
+        ValueError: a key has no row; the message names the key and the table.
+    """
+    for keys, table, name in ((metrics, METRICS, "METRICS"), (peeking, PEEKING, "PEEKING")):
+        for key in keys:
+            if key not in table:
+                raise ValueError(
+                    f"metric {key!r} is not in the table: add a row to {name} in "
+                    "sae_lens_auxk/results.py."
+                )
+
+
+# --- the format ------------------------------------------------------------------------------
+
+
+class Measured(TypedDict):
+    """The measurements of a run; unless it is finished, ``metrics`` is empty and the rest None.
+
+    ``density`` is a histogram, ``log10_edges`` and ``counts``, of the firing rates.
+    ``silent_latents`` is a number of latents. ``peeking`` has the numbers of the ``revived`` and
+    of the ``never_died`` latents.
+    """
+
+    metrics: Numbers
+    density: Any
+    silent_latents: Any
+    peeking: dict[str, Numbers] | None
+
+
+class Run(Measured):
+    """One SAE: an entry of ``runs`` in results.json.
+
+    ``folder`` is relative to that of the results. The lists in ``history`` are equally long.
+    """
+
+    name: str
+    case: str
+    architecture: str
+    k: float | None
+    seed: int
+    status: Literal["finished", "failed", "unfinished"]
+    error: str | None
+    sae_config: dict[str, Any]
+    folder: str | None
+    training_samples: int
+    history: dict[str, list[Any]]
+
+
+class MeanAndStd(TypedDict):
+    """Means and sample standard deviations over seeds; the latter is None for a single seed."""
+
+    mean: Numbers
+    std: Numbers
+
+
+class Group(MeanAndStd):
+    """The finished runs of one case at one k: an entry of ``groups`` in results.json."""
+
+    case: str
+    architecture: str
+    k: float | None
+    n_seeds: int
+    peeking: dict[str, MeanAndStd]
+
+
+class Results(TypedDict):
+    """The content of results.json."""
+
+    version: int
+    name: str
+    created: str
+    finished: bool
+    machine: str
+    packages: dict[str, str]
+    comparison: dict[str, Any]
+    command: str
+    data: dict[str, Any]
+    runs: list[Run]
+    groups: list[Group]
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def pass_folder(folder: Path, seed: int) -> Path:
+    """The folder of the pass with this seed, in the folder of a comparison."""
+    return folder / RUNS_FOLDER / f"seed-{seed}"
+
+
+def read_results(folder: Path) -> Results:
+    """Read results.json.
+
+    Raises:
+        ValueError: the folder has no results.json, or it cannot be read, or it is not the
+            results of a comparison in this version.
+    """
+    path = folder / RESULTS_FILENAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    values = content if isinstance(content, dict) else {}
+    if values.get("version") != VERSION or not isinstance(values.get("runs"), list):
+        raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
+    return cast(Results, content)
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write results.json.
+
+    Raises:
+        ValueError: a run has a metric that is not in the table.
+    """
+    _require_rows_of(results["runs"])
+    write_json(folder / RESULTS_FILENAME, results)
+
+
+def read_pass(folder: Path) -> list[Run]:
+    """The runs of a finished pass."""
+    return json.loads((folder / PASS_FILENAME).read_text(encoding="utf-8"))
+
+
+def write_pass(folder: Path, runs: list[Run]) -> None:
+    """Write the runs of a finished pass; raises what :func:`write_results` raises."""
+    _require_rows_of(runs)
+    write_json(folder / PASS_FILENAME, runs)
+
+
+def _require_rows_of(runs: Iterable[Run]) -> None:
+    for run in runs:
+        groups = (run["peeking"] or {}).values()
+        require_in_table(run["metrics"], (key for group in groups for key in group))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, with null for NaN and infinity, which JSON does not have."""
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file, then rename it to ``path``; a crash never leaves half a file."""
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value

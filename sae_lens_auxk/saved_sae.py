@@ -1,0 +1,40 @@
+"""What SAELens's own runners do with a trained SAE's files, for code that runs without them."""
+
+from pathlib import Path
+from typing import Any
+
+from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file
+
+
+def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
+    """Fold an estimated scaling or whitening of the activations into the weights.
+
+    Afterwards the SAE takes and returns activations in the language model's units. The scaler
+    is emptied, so that nothing scales twice.
+    """
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        scaler.scaling_factor = None
+    if scaler.whitening is not None:
+        sae.fold_activation_whitening(
+            mean=scaler.whitening.mean,
+            whitening_matrix=scaler.whitening.matrix,
+            unwhitening_matrix=scaler.whitening.inverse_matrix,
+        )
+        scaler.whitening = None
+
+
+def silent_latents(folder: Path) -> int | None:
+    """Latents that never fired since the last ``feature_sampling_window`` of training began.
+
+    None if there is no file of firing rates in the folder.
+    """
+    path = folder / SPARSITY_FILENAME
+    if not path.is_file():
+        return None
+    log_sparsity = load_file(path)["sparsity"]
+    # SAELens adds 1e-10 to a firing rate before it takes the logarithm.
+    return int((log_sparsity <= log_sparsity.new_tensor(1e-10).log10()).sum())

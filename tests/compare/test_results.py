@@ -1,0 +1,131 @@
+"""The files of a comparison, and the table of metrics that everything else follows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.markdown import markdown_of
+from sae_lens_auxk.compare.report.page import page_of
+from sae_lens_auxk.compare.run import groups_of
+from sae_lens_auxk.hub.model_card import comparison_part
+from sae_lens_auxk.results import (
+    METRICS,
+    PEEKING,
+    Metric,
+    read_results,
+    replace_file,
+    write_json,
+    write_pass,
+    write_results,
+)
+from tests.compare.fake_results import fake_results
+from tests.helpers import build_sae
+
+COMMITTED = sorted(
+    path.parent for path in (Path(__file__).parents[2] / "docs" / "results").rglob("results.json")
+)
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_results_give_the_report_beside_them(folder: Path, tmp_path: Path) -> None:
+    results = read_results(folder)
+    report = markdown_of(results, figures_of(results))
+    assert report == (folder / "report.md").read_text(encoding="utf-8")
+    write_results(tmp_path, results)
+    assert read_results(tmp_path) == results
+
+
+def test_a_row_in_the_table_is_all_that_a_metric_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(
+        METRICS, "novelty", Metric("new", 1, "How new it is.", percent=True, better="up")
+    )
+    monkeypatch.setitem(PEEKING, "spikes", Metric("spikes", 2, "How spiky they are."))
+    results: Any = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))
+    for run in results["runs"]:
+        run["metrics"]["novelty"] = 0.375
+        for group in run["peeking"].values():
+            group["spikes"] = 1.25
+        run["folder"] = "runs/seed-0/auxk"
+    results["groups"] = list(groups_of(results["runs"]))
+    write_results(tmp_path, results)
+    write_pass(tmp_path, results["runs"])
+
+    report = markdown_of(results, figures_of(results))
+    assert "| new |" in report
+    assert "| 37.5% |" in report
+    assert "| spikes |" in report
+    assert "| 1.25 |" in report
+    (peeking,) = (figure for figure in figures_of(results) if figure.name == "peeking")
+    assert "spikes" in [panel.title for panel in peeking.panels]
+    assert "new</button>" in page_of(results, [])
+
+    build_sae("auxk-topk").save_inference_model(tmp_path / "sae")
+    card = comparison_part("me/saes", {"seed-0/auxk": tmp_path / "sae"}, results, "", [])
+    assert "| 37.5% |" in card
+    assert "- new: How new it is." in card
+    assert "new 37.5%" in card
+
+
+@pytest.mark.parametrize(("entry", "table"), [("metrics", "METRICS"), ("peeking", "PEEKING")])
+def test_a_metric_that_is_not_in_the_table_is_not_written(
+    entry: str, table: str, tmp_path: Path
+) -> None:
+    results: Any = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))
+    run = results["runs"][0]
+    numbers = run["metrics"] if entry == "metrics" else run["peeking"]["never_died"]
+    numbers["novelty"] = 1.0
+    message = f"'novelty' is not in the table: add a row to {table}"
+    with pytest.raises(ValueError, match=message):
+        write_results(tmp_path, results)
+    with pytest.raises(ValueError, match=message):
+        write_pass(tmp_path, results["runs"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_definition_is_a_sentence() -> None:
+    for metric in (*METRICS.values(), *PEEKING.values()):
+        assert metric.definition.endswith(".")
+        assert "\n" not in metric.definition
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "holds no comparison: there is no results.json in it"),
+        ("{", "results.json cannot be read"),
+        ("[]", "is not the results of a comparison, version 1"),
+        ('{"version": 2, "runs": []}', "is not the results of a comparison, version 1"),
+        ('{"version": 1}', "is not the results of a comparison, version 1"),
+    ],
+)
+def test_files_that_are_not_results(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path)
+
+
+def test_no_nan_is_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0, (2,)]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0, [2]]}
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    path.write_text("old")
+
+    def crash(beside: Path) -> None:
+        beside.write_text("half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, crash)
+    assert path.read_text() == "old"
+    replace_file(path, lambda beside: beside.write_text("new"))
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
