@@ -1,14 +1,16 @@
 """Auxiliary losses against dead latents, as SAELens training architectures.
 
-Importing the package registers six architectures with SAELens: ``auxk-topk``,
-``auxk-batchtopk``, ``auxk-matryoshka-batchtopk``, ``auxk-jumprelu``, ``auxk-standard`` and
-``auxk-gated``. Which auxiliary loss one trains with is said by the fields of
-:class:`AuxConfig`; what they save for inference is plain SAELens.
+Importing the package registers seven architectures with SAELens: ``auxk-topk``,
+``auxk-batchtopk``, ``auxk-matryoshka-batchtopk``, ``auxk-abstopk`` (where SAELens has ``abstopk``,
+from 6.53 on), ``auxk-jumprelu``, ``auxk-standard`` and ``auxk-gated``. Which auxiliary loss one
+trains with is said by the fields of :class:`AuxConfig`; what they save for inference is plain
+SAELens.
 """
 
 from importlib.metadata import version
 
 from sae_lens_auxk.architectures import (
+    ARCHITECTURES,
     AuxKBatchTopKTrainingSAE,
     AuxKBatchTopKTrainingSAEConfig,
     AuxKGatedTrainingSAE,
@@ -25,6 +27,7 @@ from sae_lens_auxk.architectures import (
 )
 from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
+from sae_lens_auxk.fine_tuning import fine_tune_in_every_runner
 from sae_lens_auxk.run_length import fit_in_every_trainer
 from sae_lens_auxk.runner import runner_config
 
@@ -49,5 +52,14 @@ __all__ = [
     "runner_config",
 ]
 
+if "auxk-abstopk" in ARCHITECTURES:
+    from sae_lens_auxk.abstopk import (
+        AuxKAbsTopKTrainingSAE,
+        AuxKAbsTopKTrainingSAEConfig,
+    )
+
+    __all__ += ["AuxKAbsTopKTrainingSAE", "AuxKAbsTopKTrainingSAEConfig"]
+
 register_architectures()
 fit_in_every_trainer()
+fine_tune_in_every_runner()

@@ -1,7 +1,8 @@
-"""The six architectures: SAELens's training SAEs joined with the auxiliary loss.
+"""The architectures: SAELens's training SAEs joined with the auxiliary loss.
 
 Only what an architecture says about itself stands here: its name, what it is for inference,
-and what a pre-activation must exceed to fire.
+and what a pre-activation must exceed to fire. AbsTopK has a file of its own
+(:mod:`sae_lens_auxk.abstopk`), since SAELens before 6.53 has none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs
 from sae_lens_auxk.aux_training import AuxStepInput, AuxTraining
 from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
-from sae_lens_auxk.ops.activations import SelectedActivations
+from sae_lens_auxk.ops.activations import smallest_active
 from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
 
 # SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
@@ -79,12 +80,7 @@ class AuxKTopKTrainingSAE(SparseTopK, AuxTraining, TopKTrainingSAE):  # type: ig
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
-        if isinstance(feature_acts, SelectedActivations):
-            acts = feature_acts.detach()._values().unflatten(0, (-1, int(self.cfg.k)))
-        else:
-            acts = feature_acts.detach().to_dense().topk(int(self.cfg.k), sorted=False).values
-        smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
-        return smallest.masked_fill(smallest.isinf(), 0.0)
+        return smallest_active(feature_acts, int(self.cfg.k))
 
 
 @dataclass
@@ -268,6 +264,19 @@ ARCHITECTURES: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig], 
         (AuxKGatedTrainingSAE, AuxKGatedTrainingSAEConfig, _GatedFromCheckpoint),
     )
 }
+
+if "abstopk" in SAE_TRAINING_CLASS_REGISTRY:  # SAELens 6.53 and later
+    from sae_lens_auxk.abstopk import (
+        AbsTopKFromCheckpoint,
+        AuxKAbsTopKTrainingSAE,
+        AuxKAbsTopKTrainingSAEConfig,
+    )
+
+    ARCHITECTURES["auxk-abstopk"] = (
+        AuxKAbsTopKTrainingSAE,
+        AuxKAbsTopKTrainingSAEConfig,
+        AbsTopKFromCheckpoint,
+    )
 
 
 def register_architectures() -> None:

@@ -11,7 +11,7 @@ What belongs to one step travels in arguments. SAELens hands the step's input th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -33,6 +33,7 @@ else:
     _Base = object
 
 AUX_LOSS_KEY = "aux_loss"
+SAELENS_AUX_LOSS_KEY = "auxiliary_reconstruction_loss"
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -66,14 +67,18 @@ class AuxTraining(_Base):
     - ``tokens_since_fired`` (d_sae,): see :mod:`sae_lens_auxk.dead_latents`.
     - ``training_steps`` (): training steps taken, for the schedule of a resumed run.
 
-    ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient,
-    and the metrics ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used``
-    (dead latents that the loss may use in a row), ``revived_latents`` (dead before the batch,
-    active in it) and ``nonfinite_rows``.
+    ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient (for
+    the TopK family under SAELens's key ``"auxiliary_reconstruction_loss"`` too), and the metrics
+    ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used`` (dead latents that the
+    loss may use in a row), ``revived_latents`` (dead before the batch, active in it) and
+    ``nonfinite_rows``.
     """
 
     tokens_since_fired: torch.Tensor
     training_steps: torch.Tensor
+
+    by_magnitude: ClassVar[bool] = False
+    """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -120,6 +125,10 @@ class AuxTraining(_Base):
 
         output.loss = output.loss * usable.some
         output.metrics["nonfinite_rows"] = usable.n_bad
+        if isinstance(self, TopKTrainingSAE):
+            # For the log only, where it overlays the curve of SAELens's own TopK family. The total
+            # is summed up by now, so it does not count a second time.
+            output.losses[SAELENS_AUX_LOSS_KEY] = output.losses[AUX_LOSS_KEY]
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
                 setattr(output, name, _unflatten(getattr(output, name), leading))
@@ -154,7 +163,7 @@ class AuxTraining(_Base):
 
         assert isinstance(step_input, AuxStepInput)
         rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
-        access = DenseAccess(hidden_pre, self.W_dec, rescaled)
+        access = DenseAccess(hidden_pre, self.W_dec, rescaled, self.by_magnitude)
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(step_input, feature_acts, access, sae_out)
         step_input.metrics.update(metrics)
         return losses
@@ -162,7 +171,7 @@ class AuxTraining(_Base):
     # --- what an architecture says about itself ----------------------------------------------
 
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """What ``h`` must exceed for a latent to fire, broadcastable to (B, d_sae)."""
+        """What ``h``, or ``|h|``, must exceed to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
     def _levels(
@@ -241,7 +250,7 @@ class AuxTraining(_Base):
         self, step_input: AuxStepInput, feature_acts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; the dead latents (d_sae,), and how many were revived."""
-        fired = fired_in_batch(feature_acts) & step_input.usable.some
+        fired = fired_in_batch(feature_acts, self.by_magnitude) & step_input.usable.some
         n_tokens = step_input.usable.n
         if (ranks := _ranks()) is not None:
             fired, n_tokens = over_ranks(fired, n_tokens, ranks)

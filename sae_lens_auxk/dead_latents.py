@@ -22,16 +22,21 @@ def threshold_for(training_samples: int) -> int:
     return max(1, min(DEFAULT_THRESHOLD, training_samples // 20))
 
 
-def fired_in_batch(feature_acts: torch.Tensor) -> torch.Tensor:
+def fired_in_batch(feature_acts: torch.Tensor, by_magnitude: bool = False) -> torch.Tensor:
     """(d_sae,) bool: which latents are active in at least one row.
 
-    ``feature_acts`` is (B, d_sae), dense or sparse COO, and not negative.
+    Args:
+        feature_acts: (B, d_sae), dense or sparse COO.
+        by_magnitude: whether activations may be negative.
     """
     if feature_acts.is_sparse:
-        latents, values = feature_acts._indices()[-1], feature_acts._values().detach()
+        latents, values = feature_acts._indices()[-1], feature_acts._values().detach().abs()
         return values.new_zeros(feature_acts.shape[-1]).index_add_(0, latents, values) > 0
-    # Activations are never negative. On CPU this is four times as fast as (acts > 0).any().
-    return feature_acts.detach().amax(dim=0) > 0
+    acts = feature_acts.detach()
+    # On CPU amax is four times as fast as (acts > 0).any(), and with amin three times as fast as
+    # abs().amax().
+    fired = acts.amax(dim=0) > 0
+    return fired | (acts.amin(dim=0) < 0) if by_magnitude else fired
 
 
 @torch.no_grad()

@@ -64,14 +64,22 @@ class Columns(Protocol):
 
 
 class LatentAccess(Protocol):
-    """One step's ``h`` (B, d_sae) and ``W_i``; everything with its graph."""
+    """One step's ``h`` (B, d_sae) and ``W_i``; everything with its graph.
+
+    Where ``by_magnitude``, latents fire in both directions (AbsTopK): how near a latent is to
+    firing is said by ``|h|``, and how well it matches by ``|W_i . x_b|``. What decodes keeps its
+    sign.
+    """
+
+    @property
+    def by_magnitude(self) -> bool: ...
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         """(B, n): the columns of ``h`` at ``latents`` (n,), each once, or all of them."""
         ...
 
     def sums(self) -> torch.Tensor:
-        """(d_sae,): the sum of each column of ``h``."""
+        """(d_sae,): the sum of each column of ``h``; of ``|h|`` where ``by_magnitude``."""
         ...
 
     def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
@@ -84,7 +92,7 @@ class LatentAccess(Protocol):
         ...
 
     def largest(self, k: int, among: torch.Tensor | None, bound: int) -> Activations:
-        """The ``k`` largest ``h`` of each row.
+        """The ``k`` largest ``h`` of each row; where ``by_magnitude``, those of largest ``|h|``.
 
         Args:
             k: how many; where fewer can be chosen, all of these.
@@ -96,6 +104,8 @@ class LatentAccess(Protocol):
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         """The latent of each row with the largest ``W_i . x_b / |W_i|``, where it is among some.
 
+        The largest ``|W_i . x_b| / |W_i|`` where ``by_magnitude``.
+
         Args:
             x: (B, d_in).
             among: (d_sae,) bool, the latents. A row that another latent matches better gets none.
@@ -104,7 +114,7 @@ class LatentAccess(Protocol):
         ...
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
-        """(B,): the sums of ``relu(threshold - h)`` over some latents.
+        """(B,): the sums of ``relu(threshold - h)`` over some latents; of ``|h|`` as above.
 
         Args:
             threshold: broadcastable to (B, d_sae).
@@ -126,17 +136,20 @@ class DenseAccess:
         h: (B, d_sae), with its graph.
         W_dec: (d_sae, d_in).
         rescaled: whether ``W_i`` is a row of W_dec divided by its norm.
+        by_magnitude: see :class:`LatentAccess`.
     """
 
     h: torch.Tensor
     W_dec: torch.Tensor
     rescaled: bool
+    by_magnitude: bool
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.h if latents is None else self.h.index_select(1, latents)
 
     def sums(self) -> torch.Tensor:
-        return self.h.sum(dim=0, dtype=torch.promote_types(self.h.dtype, torch.float32))
+        h = self._nearness(self.h)
+        return h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
 
     def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
         latents = indices_of(among, bound)
@@ -149,12 +162,13 @@ class DenseAccess:
         else:
             latents = among.nonzero().squeeze(1)
             h, rows = self.columns(latents), self.W_dec.index_select(0, latents)
-        return DenseActivations.of(h, _largest(h, k), rows, self.rescaled)
+        return DenseActivations.of(h, _largest(self._nearness(h), k), rows, self.rescaled)
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         with torch.no_grad():
             rows = self.W_dec[level] / row_norms(self.W_dec[level]).unsqueeze(1)
-            best = (x.to(rows.dtype) @ rows.T).argmax(dim=-1, keepdim=True) + (level.start or 0)
+            products = self._nearness(x.to(rows.dtype) @ rows.T)
+            best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
             chosen = torch.zeros_like(self.h, dtype=torch.bool).scatter_(-1, best, among[best])
         return DenseActivations.of(self.h, chosen, self.W_dec, self.rescaled)
 
@@ -167,12 +181,15 @@ class DenseAccess:
         latents = among.nonzero().squeeze(1)
         if threshold.ndim > 0 and threshold.shape[-1] > 1:
             threshold = threshold.index_select(-1, latents)
-        h = self.columns(latents)
+        h = self._nearness(self.columns(latents))
         missing = (threshold.to(h.dtype) - h).relu()
         return missing.sum(dim=-1, dtype=torch.promote_types(missing.dtype, torch.float32))
 
     def at_rows(self, rows: torch.Tensor) -> "DenseAccess":
         return replace(self, h=self.h.index_select(0, rows))
+
+    def _nearness(self, h: torch.Tensor) -> torch.Tensor:
+        return h.abs() if self.by_magnitude else h
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Fits dead latents to the length of a run, when its trainer is made.
 
 SAELens gives a training SAE no view of the run's length, but every one of its runners makes a
-``SAETrainer``. This is the one place where the package wraps a piece of SAELens.
+``SAETrainer``. What it is made by is wrapped here; the only other wrap is in
+:mod:`sae_lens_auxk.fine_tuning`.
 """
 
 import functools

@@ -117,6 +117,7 @@ class SparseAccess:
     """See :class:`~sae_lens_auxk.latent_access.LatentAccess`."""
 
     encoder: Encoder
+    by_magnitude: bool
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.encoder.columns(latents)
@@ -127,12 +128,17 @@ class SparseAccess:
         return SparseColumns(h, self.encoder.decoder, latents, n_latents)
 
     def sums(self) -> torch.Tensor:
+        if self.by_magnitude:  # not linear in x
+            h = self.encoder.columns().abs()
+            return h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
         return self.encoder.sums()
 
     def largest(self, k: int, among: torch.Tensor | None, bound: int) -> SparseActivations:
         hidden_pre, d_sae = self.encoder.hidden_pre, self.encoder.W.shape[1]
         selected: Selected
         with torch.no_grad():
+            if self.by_magnitude:
+                hidden_pre = hidden_pre.abs()
             dense = bound <= COLUMNS_WORTH_A_PAIR[hidden_pre.is_cuda] * k
             if among is not None and (dense or not hidden_pre.is_cuda):
                 latents = indices_of(among, bound)
@@ -146,21 +152,30 @@ class SparseAccess:
             else:
                 h, latents = top_k(hidden_pre, k, among)
                 selected = Pairs.per_row(latents, d_sae)
+            if self.by_magnitude:
+                latents = selected.latents.view(-1, h.shape[1]).expand_as(h)
+                h = self.encoder.hidden_pre.gather(1, latents).where(h.isfinite(), -torch.inf)
         return SparseActivations.of(self.encoder, h, selected)
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> SparseActivations:
         encoder = self.encoder
         with torch.no_grad():
             products = encoder.decoder.all_dots(x, level)
+            if self.by_magnitude:
+                products = products.abs_()
             best = top_k(products, 1)[1] + (level.start or 0)
             h = encoder.hidden_pre.gather(1, best).where(among[best], -torch.inf)
         return SparseActivations.of(encoder, h, Pairs.per_row(best, encoder.W.shape[1]))
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
+        if self.by_magnitude:
+            h = self.columns_among(among, bound).h.abs()  # infinite where it is no latent's
+            missing = (threshold.to(h.dtype) - h).relu()
+            return missing.sum(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
         return self.encoder.shortfall(threshold, indices_of(among, bound), among.sum())
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
-        return SparseAccess(self.encoder.at_rows(rows))
+        return SparseAccess(self.encoder.at_rows(rows), self.by_magnitude)
 
 
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
@@ -197,9 +212,9 @@ class SparseTopK(_Base):
         encoder = self._encoder(step_input.sae_in)
 
         h, selected = self._select(encoder.hidden_pre)
-        h = h.to(self.W_enc.dtype).relu_()
+        h = self._fire(h.to(self.W_enc.dtype))
         # Once more, for the gradient: a latent that did not fire has none.
-        values = encoder.before_norm(h, selected).relu()
+        values = self._fire(encoder.before_norm(h, selected))
         shape = encoder.hidden_pre.shape
         dense = shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations
         acts = activations(values, h, selected, encoder.decoder, shape, dense)
@@ -212,7 +227,7 @@ class SparseTopK(_Base):
 
         losses = {"mse_loss": self._mse(sae_out, step_input)}
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(
-            step_input, acts, SparseAccess(encoder), sae_out, inner
+            step_input, acts, SparseAccess(encoder, self.by_magnitude), sae_out, inner
         )
         for width, reconstruction in zip(levels, inner, strict=False):
             losses[f"inner_mse_loss_{width}"] = self._mse(reconstruction, step_input)
@@ -264,8 +279,16 @@ class SparseTopK(_Base):
 
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         """(N,) the k largest pre-activations of each row, and where they are."""
-        h, latents = top_k(hidden_pre, int(self.cfg.k))
+        if self.by_magnitude:
+            latents = top_k(hidden_pre.abs(), int(self.cfg.k))[1]
+            h = hidden_pre.gather(1, latents)
+        else:
+            h, latents = top_k(hidden_pre, int(self.cfg.k))
         return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
+
+    def _fire(self, h: torch.Tensor) -> torch.Tensor:
+        """What selected pre-activations fire at."""
+        return h if self.by_magnitude else h.relu()
 
 
 def _has_hook(module: torch.nn.Module) -> bool:

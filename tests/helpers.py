@@ -111,6 +111,10 @@ def kill_latents(sae: Any, n: int) -> None:
     """Keep the first ``n`` latents from firing."""
     bias = sae.b_gate if hasattr(sae, "b_gate") else sae.b_enc
     with torch.no_grad():
+        if sae.by_magnitude:
+            sae.W_enc[:, :n] *= 1e-3
+            bias[:n] *= 1e-3
+            return
         bias[:n] -= 100.0
         if hasattr(sae, "b_mag"):
             sae.b_mag[:n] -= 100.0

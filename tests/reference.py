@@ -24,6 +24,7 @@ class Step:
     threshold: torch.Tensor | None  # (d_sae,), or None for TopK's own
     scale: list[float]  # factor from the decoder's output to x, a number a row
     shift: list[float]  # offset from the decoder's output to x, a number a row
+    by_magnitude: bool = False  # AbsTopK: |h| is selected, compared and raised
 
 
 def reference_loss(variant: str, step: Step, cfg: Any) -> torch.Tensor:
@@ -47,9 +48,14 @@ def _dead(step: Step) -> list[int]:
     return [i for i, is_dead in enumerate(step.dead) if is_dead]
 
 
+def _nearness(step: Step, value: Any) -> Any:
+    """How near to firing a pre-activation is, or how well a latent matches."""
+    return abs(value) if step.by_magnitude else value
+
+
 def _nearest(step: Step, b: int, cfg: Any) -> list[int]:
     k_aux = step.x.shape[1] // 2 if cfg.k_aux is None else cfg.k_aux
-    return sorted(_dead(step), key=lambda i: -step.h[b, i].item())[:k_aux]
+    return sorted(_dead(step), key=lambda i: -_nearness(step, step.h[b, i].item()))[:k_aux]
 
 
 def _auxk(step: Step, cfg: Any) -> torch.Tensor:
@@ -87,9 +93,9 @@ def _pursuit(step: Step, cfg: Any) -> torch.Tensor:
         lengths = [_latent(step, i).pow(2).sum().sqrt().item() for i in range(len(step.dead))]
         products = [(residual * _latent(step, i)).sum().item() for i in range(len(step.dead))]
         projections = [dot / length for dot, length in zip(products, lengths, strict=True)]
-        best = max(projections)
-        i = projections.index(best)
-        if not step.dead[i] or best <= 0:
+        i = max(range(len(projections)), key=lambda j: _nearness(step, projections[j]))
+        best = projections[i]
+        if not step.dead[i] or _nearness(step, best) <= 0:
             continue
         # sae_out = scale (a W + b), so what explains most is a = p / |W| in the decoder's units.
         a = best / lengths[i] / step.scale[b]
@@ -104,20 +110,20 @@ def _reanimation(step: Step, cfg: Any) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for b in _rows(step):
         for i in _dead(step):
-            total = total + step.h[b, i]
+            total = total + _nearness(step, step.h[b, i])
     return -step.x.shape[1] * total / (step.h.shape[0] * step.h.shape[1])
 
 
 def _pre_activation(step: Step, cfg: Any) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for b in _rows(step):
-        active = [v for v in step.a[b].tolist() if v > 0]
+        active = [_nearness(step, v) for v in step.a[b].tolist() if _nearness(step, v) > 0]
         for i in _dead(step):
             if step.threshold is None:
                 threshold: Any = min(active) if active else 0.0
             else:
                 threshold = step.threshold[i]
-            missing = threshold - step.h[b, i]
+            missing = threshold - _nearness(step, step.h[b, i])
             if missing.item() > 0:
                 total = total + missing
     return total / len(_rows(step))
@@ -144,10 +150,11 @@ def _multi_topk(step: Step, cfg: Any) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     n = min(int(4 * cfg.k), step.h.shape[1])
     for b in _rows(step):
-        chosen = sorted(range(step.h.shape[1]), key=lambda i: -step.h[b, i].item())[:n]
+        nearness = [_nearness(step, h) for h in step.h[b].tolist()]
+        chosen = sorted(range(step.h.shape[1]), key=lambda i: -nearness[i])[:n]
         out = step.b_dec
         for i in chosen:
-            if step.h[b, i].item() <= 0:
+            if nearness[i] <= 0:
                 continue
             out = out + step.h[b, i] * _latent(step, i)
         error = step.x[b] - (step.scale[b] * out + step.shift[b])

@@ -16,7 +16,7 @@ from tests.helpers import ARCHITECTURES, build_sae, forward
 def python_count(counts: list[int], feature_acts: torch.Tensor) -> list[int]:
     rows = feature_acts.to_dense().reshape(-1, len(counts)).tolist()
     return [
-        0 if any(row[i] > 0 for row in rows) else count + len(rows)
+        0 if any(row[i] != 0 for row in rows) else count + len(rows)
         for i, count in enumerate(counts)
     ]
 
@@ -115,6 +115,14 @@ def test_counts_are_not_in_the_inference_model(tmp_path: Path) -> None:
     sae = build_sae("auxk-topk")
     weights, _ = sae.save_inference_model(tmp_path)
     assert set(load_file(weights)) == {"W_enc", "W_dec", "b_enc", "b_dec"}
+
+
+def test_a_negative_activation_is_one_too() -> None:
+    acts = torch.zeros(4, 5)
+    acts[0, 1], acts[1, 1], acts[2, 2] = 1.5, -1.5, -0.5  # the first two would cancel in a sum
+    expected = [False, True, True, False, False]
+    assert fired_in_batch(acts, by_magnitude=True).tolist() == expected
+    assert fired_in_batch(acts.to_sparse(), by_magnitude=True).tolist() == expected
 
 
 def test_sparse_activations_count_like_dense_ones() -> None:

@@ -42,6 +42,21 @@ def architecture_fields(architecture: str) -> dict[str, Any]:
     return fields
 
 
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_log_of_the_topk_family_has_saelens_key_too(architecture: str, dense: bool) -> None:
+    """A panel of Weights & Biases shows runs that have its key."""
+    sae = build_sae(architecture, dead_criterion="steps")
+    sae._can_be_sparse = lambda sae_in: not dense
+    output = forward(sae, torch.randn(16, 8), torch.arange(24) < 9)
+    log = build_trainer(sae).build_train_step_log_dict(output, 16)
+    assert log["losses/aux_loss"] > 0
+    if architecture in TOPK_ARCHITECTURES:  # Gated has that key too, for a loss of its own
+        assert log.pop("losses/auxiliary_reconstruction_loss") == log["losses/aux_loss"]
+    total = sum(loss for key, loss in log.items() if key.startswith("losses/"))
+    assert total - log["losses/overall_loss"] == pytest.approx(log["losses/overall_loss"])
+
+
 def run(cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> Any:
     runner = LanguageModelSAETrainingRunner(
         cfg,

@@ -17,7 +17,8 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2 (no
     bias) and their published code ("matched"). Deviation from SAELens and
-    sparsify: no factor ``min(|D| / k_aux, 1)``.
+    sparsify: no factor ``min(|D| / k_aux, 1)``. AbsTopK: ``T_b`` has the largest ``|h_b|``, with
+    their signs, as in SAELens's own loss of it; ``cfg.aux_relu`` would drop the negative ones.
     """
     acts = inputs.nearest_dead(cfg.resolved_k_aux)
     if cfg.aux_relu:

@@ -17,7 +17,7 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     value and gradient, and exp of an LLM's pre-activations overflows.
 
     Source: Anthropic, Circuits Updates January 2024, "Ghost Grads"; left by them in March
-    2024. Prior art, kept as a baseline.
+    2024. Prior art, kept as a baseline, so also as it is for AbsTopK: exp knows one direction only.
     """
     # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
     # In place, as autocast would else compute exp in float32.

@@ -15,9 +15,11 @@ def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     ``k`` is an average; ``int(4 k)`` latents are taken in every row there.
 
     Source: Gao et al. 2024, section 4.3 (Multi-TopK, ``L(k) + L(4k) / 8``), with the ReLU of
-    their TopK (section 2.3).
+    their TopK (section 2.3). AbsTopK, which has no ReLU: the ``4k`` largest ``|h|``, as they are.
     """
-    acts = inputs.largest(max(1, int(4 * cfg.k))).relu()
+    acts = inputs.largest(max(1, int(4 * cfg.k)))
+    if not inputs.by_magnitude:
+        acts = acts.relu()
     reconstruction = acts.decode().to(inputs.x.dtype)
     error = inputs.x - inputs.to_output_units(reconstruction + inputs.b_dec)
     return error.square().sum(dim=-1).mean()

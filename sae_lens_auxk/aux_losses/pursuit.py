@@ -23,7 +23,8 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     explain better is left to that one. Directions are compared, so the rows of ``W_dec`` may be of
     any length.
 
-    Deviation from the main loss: ``r_b`` is the residual without the firing.
+    Deviation from the main loss: ``r_b`` is the residual without the firing. AbsTopK: ``i`` is the
+    latent with the largest ``|p_b|``, and may fire negatively: ``a_b`` has the sign of ``p_b``.
 
     Source: ours (docs/pursuit.md); matching pursuit is Mallat and Zhang 1993.
     """
@@ -31,7 +32,9 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     best = inputs.best_dead_match(residual)
     # Under a run-time normalisation with factor s, firing at a = r . W / s |W|^2 adds s a W. The
     # products s a are all that is needed, and finite where s is 0.
-    product, norm = best.project(residual).to(inputs.x.dtype).clamp(min=0), best.norm()
+    product, norm = best.project(residual).to(inputs.x.dtype), best.norm()
+    if not inputs.by_magnitude:
+        product = product.clamp(min=0)
     fired = best.decode_as(product / norm / norm).to(inputs.x.dtype)
     pull = inputs.to_output_units(product)
     gain = 2 * ((pull * best.h).sum(dim=-1) + (residual * fired).sum(dim=-1))

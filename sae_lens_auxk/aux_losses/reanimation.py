@@ -18,7 +18,8 @@ def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG00
     "silent in this batch" unless ``cfg.dead_criterion`` says otherwise. Seen to make dense
     latents when it is too strong.
 
-    Source: Overcomplete, "Handling dead codes in SAEs".
+    Source: Overcomplete, "Handling dead codes in SAEs". AbsTopK: ``|h|`` is raised, since that is
+    what its selection compares.
     """
     B, d_in = inputs.x.shape
     # Where, not times: a live latent's sum may be anything, and gets a gradient of exactly 0.

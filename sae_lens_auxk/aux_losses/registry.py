@@ -72,6 +72,15 @@ class AuxLossInputs:
         return self.dead.numel()
 
     @property
+    def by_magnitude(self) -> bool:
+        """Whether latents fire in both directions, as AbsTopK's do, and have no ReLU.
+
+        Nearness to firing is ``|h|`` then, and the methods below that compare, sum or threshold
+        ``h`` do so with ``|h|``.
+        """
+        return self.access.by_magnitude
+
+    @property
     def hidden_pre(self) -> torch.Tensor:
         """(B, d_sae) ``h``, with its graph.
 
@@ -110,7 +119,8 @@ class AuxLossInputs:
     def dead_threshold(self) -> torch.Tensor:
         """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead).
 
-        It goes with :meth:`dead_hidden_pre`, not with :meth:`dead_columns`, which may be more.
+        What ``|h|`` must exceed where ``by_magnitude``. It goes with :meth:`dead_hidden_pre`, not
+        with :meth:`dead_columns`, which may be more.
         """
         threshold = self.firing_threshold()
         if threshold.ndim == 0 or threshold.shape[-1] == 1:
@@ -118,19 +128,27 @@ class AuxLossInputs:
         return threshold.index_select(-1, self.dead_latents)
 
     def dead_shortfall(self) -> torch.Tensor:
-        """(B,): the sum of ``relu(threshold - h)`` over the dead latents, with its graph."""
+        """(B,): the sum of ``relu(threshold - h)`` over the dead latents, with its graph.
+
+        Of ``relu(threshold - |h|)`` where ``by_magnitude``.
+        """
         return self.access.shortfall(self.firing_threshold(), self.dead, self.dead_bound)
 
     def hidden_pre_sums(self) -> torch.Tensor:
-        """(d_sae,): ``h`` summed over the batch, with its graph."""
+        """(d_sae,): ``h`` summed over the batch, with its graph; ``|h|`` where ``by_magnitude``."""
         return self.access.sums()
 
     def nearest_dead(self, k: int) -> Activations:
-        """The ``min(k, n_dead)`` dead latents with the largest ``h`` in each row: ``T_b``."""
+        """The ``min(k, n_dead)`` dead latents with the largest ``h`` in each row: ``T_b``.
+
+        Those with the largest ``|h|`` where ``by_magnitude``; their ``h`` keeps its sign.
+        """
         return self.access.largest(k, self.dead, self.dead_bound)
 
     def best_dead_match(self, x: torch.Tensor) -> Activations:
         """Of all latents the one with the largest ``W_i . x_b / |W_i|``, in rows where it is dead.
+
+        The one with the largest ``|W_i . x_b| / |W_i|`` where ``by_magnitude``.
 
         Args:
             x: (B, d_in).
@@ -141,7 +159,7 @@ class AuxLossInputs:
         return self.access.best_match(x, self.dead, self.level)
 
     def largest(self, k: int) -> Activations:
-        """The ``k`` latents, dead or alive, with the largest ``h`` in each row."""
+        """The ``k`` latents, dead or alive, with the largest ``h`` in each row, or ``|h|``."""
         return self.access.largest(min(k, self.d_sae), None, self.d_sae)
 
     def to_output_units(self, reconstruction: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     gradient of the main MSE with respect to ``a_bi``, passed straight to ``h_bi``. The decoder gets
     no gradient, except through the norm that ``h`` is rescaled by.
 
-    Source: asked for in SAELens issue #666.
+    Source: asked for in SAELens issue #666. AbsTopK: ``T_b`` has the largest ``|h_b|``, as
+    SAELens's own loss of it does; its activation passes the gradient on whatever the sign.
     """
     nearest = inputs.nearest_dead(cfg.resolved_k_aux)
     # Scaled as the output is, by the chain rule.

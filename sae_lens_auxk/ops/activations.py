@@ -129,5 +129,24 @@ def _at_pairs(x: torch.Tensor, selected: Pairs) -> torch.Tensor:
     return x.values()[place].where(keys[place] == wanted, 0)
 
 
+@torch.no_grad()
+def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = False) -> torch.Tensor:
+    """(B, 1): the smallest activation above 0 of each row, 0 where there is none.
+
+    Args:
+        feature_acts: (B, d_sae), dense or sparse COO.
+        k: as many entries as a row has at most; a :class:`SelectedActivations` has them all.
+        by_magnitude: whether activations may be negative; then it is the smallest absolute one.
+    """
+    if isinstance(feature_acts, SelectedActivations):
+        acts = feature_acts.detach()._values().unflatten(0, (-1, k))
+        acts = acts.abs() if by_magnitude else acts
+    else:
+        acts = feature_acts.to_dense()
+        acts = (acts.abs() if by_magnitude else acts).topk(k, sorted=False).values
+    smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
+    return smallest.masked_fill(smallest.isinf(), 0.0)
+
+
 def _as(cls: type[_T], acts: torch.Tensor) -> _T:
     return torch.Tensor._make_subclass(cls, acts)

@@ -1,0 +1,177 @@
+"""``from_pretrained_path``: training goes on from a trained SAE, with an auxiliary loss.
+
+SAELens makes the SAE out of the folder alone, by ``TrainingSAE.load_from_disk(path)``, and so
+trains the class that the folder names, whatever ``cfg.sae`` says. That call knows no config; only
+the runner knows both. So its ``__init__`` is wrapped: where ``cfg.sae`` is one of this package's,
+it gets an SAE of that config, with the folder's weights, as its ``override_sae``.
+
+What is taken over is a function: the new SAE's first forward pass gives what the SAE in the folder
+gives. A field that would make it another function is refused.
+"""
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting, sae_lens_disk_loader
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.saved_sae import fold_scaling
+
+# In these modes SAELens scales the data, and folds the scale into the weights when a run ends.
+_OF_THE_DATA = ("expected_average_only_in", "covariance_whitening")
+
+# SAELens's defaults, for a folder that does not say.
+_SAME = {
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
+
+# A released decoder row has length 1 up to the rounding of half precision.
+_ROUNDING = 1e-3
+
+
+def load_pretrained(cfg: Any, path: str | Path) -> Any:
+    """An SAE of a config of this package, with the weights of the SAE in a folder.
+
+    Args:
+        cfg: the config; it is not changed.
+        path: a training checkpoint or a saved inference model, of this package or of SAELens. Its
+            architecture is that of ``cfg``, SAELens's own of that kind, or what ``cfg`` is saved
+            as for inference (so a BatchTopK that was released is a ``jumprelu`` whose latents share
+            a threshold). Of a checkpoint of this package, the counts of dead latents are taken
+            over too. The scale of a checkpoint's data is folded into the weights.
+
+    Raises:
+        FileNotFoundError: there is no SAE at ``path``.
+        ValueError: architecture or shape do not fit, or a field of ``cfg`` would make another
+            function of the weights.
+    """
+    given, state = sae_lens_disk_loader(path, cfg.device, {"dtype": cfg.dtype})
+    given = handle_config_defaulting(given)
+    _require_architecture(cfg, given, path)
+    mode = given.get("normalize_activations")
+    if mode in _OF_THE_DATA:
+        given["normalize_activations"] = "none"
+    _require_same(cfg, given, path)
+    _share_threshold(cfg, given, state, path)
+
+    sae = TrainingSAE.from_dict(cfg.to_dict())
+    sae.process_state_dict_for_loading(state)
+    try:
+        sae.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in {path} do not fit {cfg.architecture()}: {error}"
+        ) from error
+    if hasattr(cfg, "rescale_acts_by_decoder_norm"):
+        sae.cfg.rescale_acts_by_decoder_norm = given.get("rescale_acts_by_decoder_norm", False)
+    if mode in _OF_THE_DATA:
+        sae.cfg.normalize_activations = mode
+        _fold_scale(sae, path)
+    if hasattr(cfg, "rescale_acts_by_decoder_norm"):
+        _rescale_as(sae, cfg, path)
+    return sae
+
+
+def _require_architecture(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
+    ours = cfg.architecture()
+    stock = ours.removeprefix("auxk-").replace("-", "_")
+    inference = cfg.get_inference_config_class().architecture()
+    fitting = dict.fromkeys((ours, stock, inference))
+    if given["architecture"] not in fitting:
+        raise ValueError(
+            f"from_pretrained_path={str(path)!r} holds the architecture {given['architecture']}, "
+            f"whose weights {ours} cannot go on from: it must be one of {', '.join(fitting)}."
+        )
+
+
+def _require_same(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
+    """Refuse fields that differ, all in one error; warn about another ``k``."""
+    wanted = {name: given.get(name, default) for name, default in _SAME.items()}
+    wanted |= {"d_in": given["d_in"], "d_sae": given["d_sae"]}
+    differing = [
+        f"{name}={getattr(cfg, name)!r} must be {value!r}"
+        for name, value in wanted.items()
+        if getattr(cfg, name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"from_pretrained_path={str(path)!r} holds another SAE than the config describes: "
+            f"{', '.join(differing)}."
+        )
+    k = given.get("k")
+    if k is not None and k != cfg.k:
+        warnings.warn(f"k={cfg.k}, and the SAE in {path} was trained with k={k}", stacklevel=5)
+
+
+def _share_threshold(
+    cfg: Any, given: dict[str, Any], state: dict[str, torch.Tensor], path: str | Path
+) -> None:
+    """BatchTopK's one threshold out of the ``jumprelu`` that it is released as."""
+    if given["architecture"] != "jumprelu" or not hasattr(cfg, "topk_threshold_lr"):
+        return
+    threshold = state.pop("threshold")
+    if (threshold != threshold[0]).any():
+        raise ValueError(
+            f"from_pretrained_path={str(path)!r} holds a jumprelu with a threshold for each "
+            f"latent, which {cfg.architecture()} does not have: auxk-jumprelu can go on from it."
+        )
+    state["topk_threshold"] = threshold[0]
+
+
+def _fold_scale(sae: Any, path: str | Path) -> None:
+    """Fold the scale of a checkpoint's data, which is in a file beside it, into the weights."""
+    scaler = ActivationScaler()
+    file = Path(path) / ACTIVATION_SCALER_CFG_FILENAME
+    if file.is_file():
+        scaler.load(file)
+    fold_scaling(sae, scaler)
+    if sae.cfg.normalize_activations != "none":
+        raise ValueError(
+            f"The SAE in {path} was trained on scaled activations, and the scale is not there: "
+            f"{ACTIVATION_SCALER_CFG_FILENAME} is missing or empty."
+        )
+
+
+def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
+    """Give the SAE ``cfg.rescale_acts_by_decoder_norm``, where it stays the same function."""
+    wanted, is_rescaled = cfg.rescale_acts_by_decoder_norm, sae.cfg.rescale_acts_by_decoder_norm
+    if is_rescaled and not wanted:
+        sae.fold_W_dec_norm()
+    elif wanted and not is_rescaled and ((sae.W_dec.norm(dim=-1) - 1).abs() > _ROUNDING).any():
+        raise ValueError(
+            f"rescale_acts_by_decoder_norm=True is not allowed: the SAE in {path} was trained "
+            "without it, or is folded, and its decoder rows are not of length 1. It must be False."
+        )
+    sae.cfg.rescale_acts_by_decoder_norm = wanted
+
+
+def fine_tune_in_every_runner() -> None:
+    """Make SAELens's ``LanguageModelSAETrainingRunner`` go on from ``from_pretrained_path``."""
+    runner_init = LanguageModelSAETrainingRunner.__init__
+    if hasattr(runner_init, "fine_tunes"):
+        return
+
+    @functools.wraps(runner_init)
+    def init(
+        self: Any,
+        cfg: Any,
+        override_dataset: Any = None,
+        override_model: Any = None,
+        override_sae: Any = None,
+    ) -> None:
+        path = cfg.from_pretrained_path
+        if path is not None and override_sae is None and isinstance(cfg.sae, AuxConfig):
+            override_sae = load_pretrained(cfg.sae, path)
+        runner_init(self, cfg, override_dataset, override_model, override_sae)
+
+    init.fine_tunes = True  # type: ignore[attr-defined]
+    LanguageModelSAETrainingRunner.__init__ = init
