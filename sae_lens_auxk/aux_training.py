@@ -21,9 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, DeadCriterion
-from sae_lens_auxk.dead_latents import DeadCountAhead, count_tokens, fired_in_batch, over_ranks
+from sae_lens_auxk.dead_latents import (
+    DeadCountAhead,
+    count_from_bytes,
+    count_to_bytes,
+    count_tokens,
+    fired_in_batch,
+    over_ranks,
+)
 from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
+from sae_lens_auxk.ops.activations import unflatten
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -131,7 +139,7 @@ class AuxTraining(_Base):
             output.losses[SAELENS_AUX_LOSS_KEY] = output.losses[AUX_LOSS_KEY]
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
-                setattr(output, name, _unflatten(getattr(output, name), leading))
+                setattr(output, name, unflatten(getattr(output, name), leading))
         return output
 
     def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
@@ -339,7 +347,7 @@ class AuxTraining(_Base):
         super().process_state_dict_for_saving(state_dict)
         self._bad_rows.report()
         for name in _COUNTS:
-            state_dict[name] = _to_bytes(state_dict[name])
+            state_dict[name] = count_to_bytes(state_dict[name])
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
@@ -354,7 +362,7 @@ class AuxTraining(_Base):
         self._dead_count_ahead = DeadCountAhead()
         for name in _COUNTS:
             if name in state_dict:
-                state_dict[name] = _from_bytes(state_dict[name])
+                state_dict[name] = count_from_bytes(state_dict[name])
             else:  # a checkpoint of SAELens's own architecture, to be trained on
                 fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
                 state_dict[name] = fresh
@@ -375,31 +383,6 @@ def _ranks() -> Any:
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")
-
-
-def _to_bytes(count: torch.Tensor) -> torch.Tensor:
-    """int64 (...) -> uint8 (..., 8).
-
-    SAELens's loader casts every tensor of a checkpoint to the SAE's dtype, and bfloat16 holds
-    no integer above 256 exactly. It does hold a byte.
-    """
-    return count.unsqueeze(-1).contiguous().view(torch.uint8)
-
-
-def _from_bytes(count: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`_to_bytes`, from any dtype that holds a byte."""
-    return count.to(torch.uint8).contiguous().view(torch.int64).squeeze(-1)
-
-
-def _unflatten(x: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """(N, ...) -> (*leading, ...), also for the sparse COO that torch cannot reshape."""
-    shape = (*leading, *x.shape[1:])
-    if not x.is_sparse:
-        return x.reshape(shape)
-    x = x.coalesce()
-    rows, *others = x.indices()
-    unraveled = torch.unravel_index(rows, leading) if leading else ()
-    return torch.sparse_coo_tensor(torch.stack([*unraveled, *others]), x.values(), shape)
 
 
 def _output_units(

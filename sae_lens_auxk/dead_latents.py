@@ -30,7 +30,8 @@ def fired_in_batch(feature_acts: torch.Tensor, by_magnitude: bool = False) -> to
         by_magnitude: whether activations may be negative.
     """
     if feature_acts.is_sparse:
-        latents, values = feature_acts._indices()[-1], feature_acts._values().detach().abs()
+        latents, values = feature_acts._indices()[-1], feature_acts._values().detach()
+        values = values.abs() if by_magnitude else values
         return values.new_zeros(feature_acts.shape[-1]).index_add_(0, latents, values) > 0
     acts = feature_acts.detach()
     # On CPU amax is four times as fast as (acts > 0).any(), and with amin three times as fast as
@@ -97,3 +98,17 @@ class DeadCountAhead:
     def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:
         # A copy of an SAE, or one sent to another process, starts without it.
         return DeadCountAhead, ()
+
+
+def count_to_bytes(count: torch.Tensor) -> torch.Tensor:
+    """int64 (...) -> uint8 (..., 8).
+
+    SAELens's loader casts every tensor of a checkpoint to the SAE's dtype, and bfloat16 holds
+    no integer above 256 exactly. It does hold a byte.
+    """
+    return count.unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def count_from_bytes(count: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`count_to_bytes`, from any dtype that holds a byte."""
+    return count.to(torch.uint8).contiguous().view(torch.int64).squeeze(-1)

@@ -20,6 +20,7 @@ class Step:
     W_dec: torch.Tensor  # (d_sae, d_in), with graph
     b_dec: torch.Tensor  # (d_in,), with graph
     dead: list[bool]
+    n_latents: int  # of the SAE, also where this is one Matryoshka level
     rescaled: bool
     threshold: torch.Tensor | None  # (d_sae,), or None for TopK's own
     scale: list[float]  # factor from the decoder's output to x, a number a row
@@ -111,7 +112,7 @@ def _reanimation(step: Step, cfg: Any) -> torch.Tensor:
     for b in _rows(step):
         for i in _dead(step):
             total = total + _nearness(step, step.h[b, i])
-    return -step.x.shape[1] * total / (step.h.shape[0] * step.h.shape[1])
+    return -step.x.shape[1] * total / (step.h.shape[0] * step.n_latents)
 
 
 def _pre_activation(step: Step, cfg: Any) -> torch.Tensor:

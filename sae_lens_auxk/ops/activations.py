@@ -150,3 +150,14 @@ def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = Fal
 
 def _as(cls: type[_T], acts: torch.Tensor) -> _T:
     return torch.Tensor._make_subclass(cls, acts)
+
+
+def unflatten(x: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """(N, ...) -> (*leading, ...), also for the sparse COO that torch cannot reshape."""
+    shape = (*leading, *x.shape[1:])
+    if not x.is_sparse:
+        return x.reshape(shape)
+    x = x.coalesce()
+    rows, *others = x.indices()
+    unraveled = torch.unravel_index(rows, leading) if leading else ()
+    return torch.sparse_coo_tensor(torch.stack([*unraveled, *others]), x.values(), shape)
