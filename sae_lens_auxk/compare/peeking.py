@@ -135,7 +135,7 @@ class _Data:
         for rows, c in self._chunks():
             self.x[rows] = sae.process_sae_in(x[rows]).float() - offset
             self.e[rows] = self.x[rows] - c @ self.directions
-            self.firings += (c > 0).sum(dim=0)
+            self.firings += (c != 0).sum(dim=0)
 
     def _chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the rows, each with its ``c`` (B, d_sae)."""
@@ -163,7 +163,7 @@ class _Data:
             share = (along + c) ** 2 / without.clamp(min=TINY)
             shares += share.sum(dim=0)
             squared_shares += (share**2).sum(dim=0)
-            percentiles += percentile[rows] @ (c > 0).float()
+            percentiles += percentile[rows] @ (c != 0).float()
             gain += c.T @ centred[rows]
 
         firings = self.firings[latents]
