@@ -16,6 +16,7 @@ from sae_lens.training.types import MultiHookDataProvider
 from typing_extensions import override
 
 from sae_lens_auxk.dead_latents import count_tokens
+from sae_lens_auxk.saelens import whitening_of
 
 N_POINTS = 100
 """Points of a history, and steps whose time and memory are taken."""
@@ -200,10 +201,10 @@ def _fold_scaling(sae: TrainingSAE[Any], trainer: SAETrainer[Any, Any]) -> None:
     if scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
         scaler.scaling_factor = None
-    if scaler.whitening is not None:
+    if (whitening := whitening_of(scaler)) is not None:
         sae.fold_activation_whitening(
-            mean=scaler.whitening.mean,
-            whitening_matrix=scaler.whitening.matrix,
-            unwhitening_matrix=scaler.whitening.inverse_matrix,
+            mean=whitening.mean,
+            whitening_matrix=whitening.matrix,
+            unwhitening_matrix=whitening.inverse_matrix,
         )
         scaler.whitening = None

@@ -55,7 +55,8 @@ def _explain(error: BaseException, repo_id: str) -> str:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub must not be asked: unset it."
-    if isinstance(error, HfHubHTTPError):
+    # Without an answer, which huggingface_hub before 1.0 has too, it is a broken connection.
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
         said = error.server_message or str(error).splitlines()[0]
         status = error.response.status_code
         if isinstance(error, RepositoryNotFoundError):

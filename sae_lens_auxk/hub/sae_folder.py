@@ -23,6 +23,7 @@ from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.hub.errors import HubError
+from sae_lens_auxk.saelens import whitening_of
 
 SAE_FILES = (
     SAE_CFG_FILENAME,
@@ -159,9 +160,9 @@ def _convert(checkpoint: Path, target: Path) -> None:
             scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
         if scaler.scaling_factor is not None:
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        if scaler.whitening is not None:
+        if (whitening := whitening_of(scaler)) is not None:
             sae.fold_activation_whitening(
-                scaler.whitening.mean, scaler.whitening.matrix, scaler.whitening.inverse_matrix
+                whitening.mean, whitening.matrix, whitening.inverse_matrix
             )
         sae.save_inference_model(target)
     except Exception as error:  # an unknown architecture, other weights, a half-written file

@@ -46,6 +46,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
     )
 
 
+@pytest.mark.oldest
 def test_runs_and_measures(comparison: Resolved, tmp_path: Path) -> None:
     run_comparison(comparison, tmp_path / "out")
     results = load_results(tmp_path / "out")

@@ -12,6 +12,7 @@ from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.sources import source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
 from tests.compare.conftest import tiny
+from tests.helpers import NEEDS_WHITENING
 
 
 def trainer_of(comparison: Resolved) -> LockstepTrainer:
@@ -26,6 +27,7 @@ def trainer_of(comparison: Resolved) -> LockstepTrainer:
     )
 
 
+@pytest.mark.oldest
 def test_a_case_trains_as_it_would_alone_in_saelens() -> None:
     """The weights are those of SAELens's own trainer, to the bit, whatever trains beside it."""
     comparison = tiny(preset=["saelens", "variants"], aux_variant=None)
@@ -117,11 +119,13 @@ def test_when_all_fail_it_stops() -> None:
     assert trainer.n_training_steps == 1
 
 
-def test_scaling_is_folded_in_as_saelens_does() -> None:
-    comparison = tiny(
-        aux_variant=["auxk"],
-        sae={"normalize_activations": "expected_average_only_in"},
-    )
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    "mode",
+    ["expected_average_only_in", pytest.param("covariance_whitening", marks=NEEDS_WHITENING)],
+)
+def test_scaling_is_folded_in_as_saelens_does(mode: str) -> None:
+    comparison = tiny(aux_variant=["auxk"], sae={"normalize_activations": mode})
     sae = trainer_of(comparison).fit()["auxk"]
     assert sae.cfg.normalize_activations == "none"
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
-from tests.helpers import build_sae
+from tests.helpers import NEEDS_WHITENING, build_sae
 from tests.hub.saes import comparison, train
 from tests.hub.server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub
 
@@ -108,6 +108,7 @@ def card(hub: Hub, repo_id: str = REPO) -> str:
     return hub.files(repo_id)["README.md"].decode()
 
 
+@pytest.mark.oldest
 def test_there_and_back(client: Hub, trained: dict[str, Path], tmp_path: Path) -> None:
     upload_sae(trained["output"], REPO, "a")
     target = download_sae(REPO, output=tmp_path / "back")
@@ -136,7 +137,10 @@ def test_a_checkpoint_goes_up_as_its_inference_model(
     assert same(back, SAE.load_from_disk(tmp_path / "own"))
 
 
-@pytest.mark.parametrize("normalization", ["expected_average_only_in", "covariance_whitening"])
+@pytest.mark.parametrize(
+    "normalization",
+    ["expected_average_only_in", pytest.param("covariance_whitening", marks=NEEDS_WHITENING)],
+)
 def test_a_checkpoint_at_the_end_is_what_the_run_saved(
     normalization: str, client: Hub, tmp_path: Path
 ) -> None:
