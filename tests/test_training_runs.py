@@ -285,7 +285,6 @@ def test_multi_sae_run(tmp_path: Path) -> None:
     MultiSAETrainingRunner(cfg, **overrides).run()
 
 
-@pytest.mark.oldest
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_synthetic_run(architecture: str, tmp_path: Path) -> None:
     cfg = SyntheticSAERunnerConfig(

@@ -12,12 +12,14 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file, save_file
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
+from sae_lens_auxk.hub.errors import explained
 from tests.helpers import NEEDS_WHITENING, build_sae
 from tests.hub.saes import comparison, train
 from tests.hub.server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub
@@ -394,13 +396,25 @@ def test_a_token_that_will_not_do(
 
 
 def test_no_hub_to_reach(client: Hub, folder: Path, monkeypatch: Any) -> None:
+    # Before 1.0 the client keeps sessions, which know whether they are offline.
+    forget_sessions = getattr(huggingface_hub.utils._http, "reset_sessions", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    forget_sessions()
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         upload_sae(folder, REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    forget_sessions()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match="connection to the Hub broke"):
         upload_sae(folder, REPO)
+
+
+def test_an_error_without_an_answer_is_a_broken_connection() -> None:
+    # As huggingface_hub before 1.0 raises it; later ones cannot make it.
+    error = HfHubHTTPError.__new__(HfHubHTTPError, "nobody there")
+    error.response = None  # type: ignore[assignment]
+    with pytest.raises(HubError, match="connection to the Hub broke"), explained(REPO):
+        raise error
 
 
 @pytest.mark.parametrize(
