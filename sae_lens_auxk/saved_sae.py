@@ -8,6 +8,8 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
+from sae_lens_auxk.saelens import whitening_of
+
 
 def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
     """Fold an estimated scaling or whitening of the activations into the weights.
@@ -18,11 +20,11 @@ def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
     if scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
         scaler.scaling_factor = None
-    if scaler.whitening is not None:
+    if (whitening := whitening_of(scaler)) is not None:
         sae.fold_activation_whitening(
-            mean=scaler.whitening.mean,
-            whitening_matrix=scaler.whitening.matrix,
-            unwhitening_matrix=scaler.whitening.inverse_matrix,
+            mean=whitening.mean,
+            whitening_matrix=whitening.matrix,
+            unwhitening_matrix=whitening.inverse_matrix,
         )
         scaler.whitening = None
 

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput
+from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
@@ -22,6 +24,11 @@ PAIRS = [
     for variant in VARIANTS
     if not AUX_LOSSES[variant].topk_only or architecture in TOPK_ARCHITECTURES
 ]
+
+NEEDS_WHITENING = pytest.mark.skipif(
+    not hasattr(ActivationScaler(), "whitening"),
+    reason="this SAELens has no covariance_whitening, and refuses it",
+)
 
 
 def build_config(architecture: str, **fields: Any) -> Any:

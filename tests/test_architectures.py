@@ -40,6 +40,7 @@ INFERENCE = {
 }
 
 
+@pytest.mark.oldest
 def test_the_architectures_are_registered() -> None:
     without = set() if "abstopk" in SAE_TRAINING_CLASS_REGISTRY else {"auxk-abstopk"}
     assert set(INFERENCE) - without == set(ARCHITECTURES)
@@ -88,6 +89,7 @@ def test_saved_inference_model_is_plain_and_equal(
         torch.testing.assert_close(plain(x).float(), sae(x).float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("fields", [{}, {"apply_b_dec_to_input": False}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_training_checkpoint_opens_as_the_same_inference_model(
@@ -111,6 +113,7 @@ def test_a_training_checkpoint_opens_as_the_same_inference_model(
     assert torch.equal(copy.deepcopy(from_checkpoint)(x), from_inference(x))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_training_checkpoint_opens_to_train_on(architecture: str, tmp_path: Path) -> None:
     sae = build_sae(architecture, dead_threshold_tokens=20)
@@ -125,6 +128,7 @@ def test_a_training_checkpoint_opens_to_train_on(architecture: str, tmp_path: Pa
     assert torch.equal(sae.tokens_since_fired, loaded.tokens_since_fired)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_checkpoint_of_saelens_own_can_be_trained_on(architecture: str, tmp_path: Path) -> None:
     cls, cfg_cls = get_sae_training_class(STOCK[architecture])
@@ -139,6 +143,7 @@ def test_a_checkpoint_of_saelens_own_can_be_trained_on(architecture: str, tmp_pa
     assert sae.tokens_since_fired.sum() == 0
 
 
+@pytest.mark.oldest
 def test_plain_saelens_loads_it_where_the_package_cannot_be_imported(tmp_path: Path) -> None:
     """In a process of its own, in which importing sae_lens_auxk fails."""
     x = torch.randn(16, 8)

@@ -13,6 +13,7 @@ from sae_lens_auxk.aux_config import AuxConfig
 from tests.helpers import ARCHITECTURES
 
 
+@pytest.mark.oldest
 def test_every_field_reaches_the_config() -> None:
     flags = (
         "--architecture auxk-topk --d_in 16 --d_sae 64 --k 8 --aux_variant straight_through "

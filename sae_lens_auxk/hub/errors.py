@@ -13,8 +13,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 # The HTTP library under huggingface_hub is another one in each of its major versions; its
-# errors are what HfHubHTTPError is derived from.
-_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
+# errors are what HfHubHTTPError is derived from, or before 1.0 an OSError.
+_ERRORS: tuple[type[Exception], ...] = (
+    *HfHubHTTPError.__bases__,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 class HubError(Exception):
@@ -45,9 +50,11 @@ def explained(repo_id: str) -> Generator[None]:
 
 
 def _explain(error: BaseException, repo_id: str) -> str:
-    # A failed transfer of one file comes wrapped.
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
+    # A failed transfer of one file comes wrapped, and before huggingface_hub 1.0 a refused token.
+    cause = error.__cause__
+    refused = isinstance(cause, HfHubHTTPError) and not isinstance(error, HfHubHTTPError)
+    if cause is not None and (refused or isinstance(error, RuntimeError)):
+        error = cause
     if isinstance(error, LocalTokenNotFoundError):
         return (
             "there is no Hub token: run `hf auth login`, or set HF_TOKEN to one that may write "
@@ -55,7 +62,8 @@ def _explain(error: BaseException, repo_id: str) -> str:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub must not be asked: unset it."
-    if isinstance(error, HfHubHTTPError):
+    # Without an answer, which huggingface_hub before 1.0 has too, it is a broken connection.
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
         said = error.server_message or str(error).splitlines()[0]
         status = error.response.status_code
         if isinstance(error, RepositoryNotFoundError):

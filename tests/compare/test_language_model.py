@@ -47,6 +47,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
     )
 
 
+@pytest.mark.oldest
 def test_runs_and_measures(comparison: Resolved, tmp_path: Path) -> None:
     run_comparison(comparison, tmp_path / "out")
     results = read_results(tmp_path / "out")

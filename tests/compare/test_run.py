@@ -56,6 +56,7 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
+@pytest.mark.oldest
 def test_what_is_written(tmp_path: Path) -> None:
     comparison = tiny(preset=["saelens"], seeds=[0, 1])
     report = run_comparison(comparison, tmp_path, "the command")

@@ -27,6 +27,9 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Before 1.0 the client has its own copy of it.
+    file_download = huggingface_hub.file_download
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -35,6 +38,6 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     # The client waits up to 8 s between its tries, and needs nothing else of the module.
     patient = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.utils._http, "time", patient)
-    monkeypatch.setattr(huggingface_hub.file_download, "time", patient)
+    monkeypatch.setattr(file_download, "time", patient)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return hub

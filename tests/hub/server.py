@@ -252,7 +252,9 @@ def create(handler: Handler) -> None:
     if repo_id in handler.hub.repos:
         handler.answer(409, url)
         return
-    repo = handler.hub.repos[repo_id] = Repo(wanted.get("visibility") == "private")
+    # Clients before 1.0 say it in the second way.
+    private = wanted.get("visibility") == "private" or wanted.get("private") is True
+    repo = handler.hub.repos[repo_id] = Repo(private)
     repo.commit({".gitattributes": ("regular", b"*.safetensors filter=lfs\n")}, "initial commit")
     handler.answer(200, url)
 
