@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 D_MODEL = 16
@@ -61,3 +62,11 @@ def run_fields(**fields: Any) -> dict[str, Any]:
         "d_sae": 48,
     }
     return {**defaults, **fields}
+
+
+def run(cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> Any:
+    """Train by SAELens's own runner on the tiny model."""
+    runner = LanguageModelSAETrainingRunner(
+        cfg, override_model=gpt2(), override_dataset=tokens(), **overrides
+    )
+    return runner.run()

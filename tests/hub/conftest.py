@@ -10,6 +10,7 @@ import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
 
+from tests.hub import endpoints  # noqa: F401  (registers what the Hub answers)
 from tests.hub.server import WRITE_TOKEN, Hub
 
 
