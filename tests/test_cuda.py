@@ -36,10 +36,13 @@ def test_equals_cpu(architecture: str, variant: str, dtype: str) -> None:
     on_gpu = copy.deepcopy(sae).to("cuda")
     value, gradients = aux_value_and_gradients(sae, x, dead)
     gpu_value, gpu_gradients = aux_value_and_gradients(on_gpu, x.cuda(), dead.cuda())
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {}
-    torch.testing.assert_close(gpu_value.cpu(), value, **tolerance)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gpu_gradients[name].cpu(), gradient, msg=name, **tolerance)
+    # Sums of float32 round to their largest terms, so that small entries of a large gradient have no
+    # relative precision of their own: its norm has.
+    bound = 1e-5 if dtype == "float32" else 1e-9
+    for name, expected in {"value": value, **gradients}.items():
+        got = (gpu_value if name == "value" else gpu_gradients[name]).cpu()
+        assert got.isfinite().all(), name
+        assert (got - expected).norm() <= bound * expected.norm(), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
