@@ -36,8 +36,8 @@ def test_equals_cpu(architecture: str, variant: str, dtype: str) -> None:
     on_gpu = copy.deepcopy(sae).to("cuda")
     value, gradients = aux_value_and_gradients(sae, x, dead)
     gpu_value, gpu_gradients = aux_value_and_gradients(on_gpu, x.cuda(), dead.cuda())
-    # Sums of float32 round to their largest terms, so that small entries of a large gradient have no
-    # relative precision of their own: its norm has.
+    # Sums of float32 round to their largest terms, so that small entries of a large gradient have
+    # no relative precision of their own: its norm has.
     bound = 1e-5 if dtype == "float32" else 1e-9
     for name, expected in {"value": value, **gradients}.items():
         got = (gpu_value if name == "value" else gpu_gradients[name]).cpu()
