@@ -22,7 +22,7 @@ from sae_lens.saes.sae import SAE
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from sae_lens_auxk.compare.cases import Case, cases_of
+from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
@@ -111,7 +111,7 @@ def _train_pass(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    cases = {case.slug: case for case in cases_of(comparison)}
+    cases = folders_of(cases_of(comparison))
     configs = {slug: case.sae_config(comparison, source.d_in) for slug, case in cases.items()}
     saes = {slug: build_sae(config, seed) for slug, config in configs.items()}
     data = source.open(seed, saes)
