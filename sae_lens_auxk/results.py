@@ -7,6 +7,7 @@ A comparison's folder:
     runs/seed-0/pass.json      the runs of a finished pass
     runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity
     runs/seed-0.partial/       a pass that is running or was interrupted
+    .lock                      the process that is at work
 
 A new metric needs two things: the code that computes it, and a row of ``METRICS`` (for a whole
 SAE) or ``PEEKING`` (for a group of latents). Reports and model cards take their columns,
@@ -384,10 +385,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file, then rename it to ``path``; a crash never leaves half a file."""
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(beside)
-    os.replace(beside, path)
+    """Let ``write`` make a file, then rename it to ``path``, which is never half a file."""
+    beside = partial_file(path)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def partial_file(path: Path) -> Path:
+    """What :func:`replace_file` writes first; a process that is killed leaves it."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 def _without_nan(value: Any) -> Any:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
+from sae_lens_auxk.compare.claim import LOCK_FILENAME, claim
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
@@ -39,6 +40,7 @@ from sae_lens_auxk.results import (
     Numbers,
     Results,
     Run,
+    partial_file,
     pass_folder,
     read_pass,
     read_results,
@@ -70,8 +72,15 @@ def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Pat
         The path of the report.
 
     Raises:
-        ValueError: the folder holds the results of another comparison.
+        ValueError: the folder holds the results of another comparison, or something else, or
+            another process is comparing there.
+        MemoryError: there was not enough memory for any case of a pass.
     """
+    with claim(folder):
+        return _run_claimed(comparison, folder, command)
+
+
+def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
     results = _load_or_begin(comparison, folder, command)
     write_results(folder, results)
     left = [seed for seed in comparison.seeds if not _is_finished(folder, seed)]
@@ -184,15 +193,16 @@ def _is_finished(folder: Path, seed: int) -> bool:
 
 
 def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
+    partial_results = partial_file(folder / RESULTS_FILENAME)
     if (folder / RESULTS_FILENAME).exists():
         results = read_results(folder)
         # Without a finished pass there is nothing to lose, so the configuration may change.
         if any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
-    elif folder.exists() and any(folder.iterdir()):
+    # A kill or a full disk at the very first write leaves what is ours.
+    elif {path.name for path in folder.iterdir()} - {LOCK_FILENAME, partial_results.name}:
         raise ValueError(f"{folder} holds something else, not a comparison: give another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
     return {
         "version": VERSION,
         "name": folder.resolve().name,

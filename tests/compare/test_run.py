@@ -1,5 +1,6 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk.compare import run
+from sae_lens_auxk.compare.claim import claim
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
 from sae_lens_auxk.results import read_results
@@ -187,6 +189,37 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="something else"):
         run_comparison(tiny(), tmp_path)
+
+
+def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
+    """Also with the same configuration: the two would train the same passes."""
+    with claim(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+        run_comparison(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [".results.partial.json", ".lock"])
+def test_a_kill_at_the_first_write_is_gone_on_from(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_text("{half of th")
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["finished"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_at_the_first_write_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: Any) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_comparison(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["finished"]
 
 
 def test_a_failed_case_is_reported_beside_the_others(
