@@ -4,7 +4,7 @@ import errno
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +15,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def claim(folder: Path) -> Generator[None, None, None]:
     """Hold the folder; make it if there is none.
 
     The claim is a lock of the operating system on a file in the folder. It ends with the process,
