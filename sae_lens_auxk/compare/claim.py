@@ -15,7 +15,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
-def claim(folder: Path) -> Generator[None, None, None]:
+def claim(folder: Path) -> Generator[None]:
     """Hold the folder; make it if there is none.
 
     The claim is a lock of the operating system on a file in the folder. It ends with the process,

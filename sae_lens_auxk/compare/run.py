@@ -29,6 +29,7 @@ from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.sources import Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
+from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.results import (
     PASS_FILENAME,
     RESULTS_FILENAME,
@@ -40,7 +41,6 @@ from sae_lens_auxk.results import (
     Numbers,
     Results,
     Run,
-    partial_file,
     pass_folder,
     read_pass,
     read_results,
@@ -82,8 +82,8 @@ def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Pat
 
 def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
     results = _load_or_begin(comparison, folder, command)
-    write_results(folder, results)
     left = [seed for seed in comparison.seeds if not _is_finished(folder, seed)]
+    write_results(folder, results)
     n_done = len(comparison.seeds) - len(left)
     n_samples = comparison.training_samples
     try:
@@ -186,7 +186,8 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
 
 
 def _is_finished(folder: Path, seed: int) -> bool:
-    return (pass_folder(folder, seed) / PASS_FILENAME).exists()
+    """Whether there is such a pass; a ValueError if something else has its name."""
+    return pass_folder(folder, seed).exists() and bool(read_pass(pass_folder(folder, seed)))
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -196,6 +197,11 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
     partial_results = partial_file(folder / RESULTS_FILENAME)
     if (folder / RESULTS_FILENAME).exists():
         results = read_results(folder)
+        if not Results.__required_keys__ <= {*results} or "seeds" not in results["comparison"]:
+            raise ValueError(
+                f"{folder / RESULTS_FILENAME} was not written by this command: give another "
+                "--output."
+            )
         # Without a finished pass there is nothing to lose, so the configuration may change.
         if any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")):
             _require_same(comparison.to_dict(), results["comparison"], folder)
@@ -234,18 +240,22 @@ def _require_same(new: Mapping[str, Any], old: Mapping[str, Any], folder: Path) 
 
 
 def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
-    """The results with the runs of all finished passes."""
+    """The results with the runs of all finished passes, also of those not asked for again."""
     runs: list[Run] = []
+    seeds: list[int] = []
     finished = True
-    for seed in comparison.seeds:
+    for seed in dict.fromkeys([*results["comparison"]["seeds"], *comparison.seeds]):
         if _is_finished(folder, seed):
             runs += read_pass(pass_folder(folder, seed))
-        else:
+        elif seed in comparison.seeds:
             finished = False
             runs += [_run(case, seed, "unfinished") for case in cases_of(comparison)]
+        else:
+            continue
+        seeds.append(seed)
     return {
         **results,
-        "comparison": comparison.to_dict(),
+        "comparison": {**comparison.to_dict(), "seeds": seeds},
         "finished": finished,
         "runs": runs,
         "groups": list(groups_of(runs)),

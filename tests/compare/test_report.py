@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.report import figures, write_report
 from sae_lens_auxk.compare.report.answers import answer, footnote
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
@@ -79,6 +79,15 @@ def markdown_tables(markdown: str) -> list[list[list[str]]]:
         ]
         for table in tables
     ]
+
+
+def test_only_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+    assert sorted(figures.FIGURES) == FIGURES  # a new one is to be removed as well
+    report(fake_results(), tmp_path)
+    (tmp_path / "figures" / "mine.png").touch()
+    report(fake_results(peeking=False), tmp_path)
+    left = sorted(path.stem for path in (tmp_path / "figures").iterdir())
+    assert left == ["dead_latents", "density", "mine", "pareto"]
 
 
 def test_the_page_loads_nothing_and_may_not(tmp_path: Path) -> None:

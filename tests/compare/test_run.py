@@ -163,6 +163,63 @@ def test_more_seeds_go_on_with_the_same_results(
     assert {group["n_seeds"] for group in read_results(tmp_path)["groups"]} == {2}
 
 
+def test_fewer_seeds_drop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    first = read_results(tmp_path)
+    passes = count_passes(monkeypatch)
+    run_comparison(tiny(seeds=[1]), tmp_path)
+    assert passes == []
+    assert read_results(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("[{", "cannot be read"),
+        ("[]", "is not the runs of a pass"),
+        ("[1]", "is not the runs of a pass"),
+        ('[{"case": "auxk"}]', "is not the runs of a pass"),
+    ],
+)
+def test_a_pass_that_cannot_be_read_is_named_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    run_comparison(tiny(), tmp_path)
+    first = read_results(tmp_path)
+    file = tmp_path / "runs" / "seed-0" / "pass.json"
+    file.unlink() if text is None else file.write_text(text)
+    passes = count_passes(monkeypatch)
+    with pytest.raises(ValueError, match=f"{file} {message}.* Move .*seed-0 away"):
+        run_comparison(tiny(), tmp_path)
+    assert passes == []
+    assert read_results(tmp_path) == first
+
+    (tmp_path / "runs" / "seed-0").rename(tmp_path / "away")
+    run_comparison(tiny(), tmp_path)
+    assert passes == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"version": 1, "runs": []}',
+        '{"version": 1, "runs": [5]}',
+        '{"version": 1, "runs": [], "comparison": {"seeds": [0]}}',
+    ],
+)
+def test_results_of_something_else_are_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "figures").mkdir()
+    for name in ("results.json", "report.md", "figures/mine.png"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"results.json (is|was) not"):
+        run_comparison(tiny(), tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert files == {"results.json", "report.md", "figures/mine.png"}
+    assert {(tmp_path / name).read_text() for name in files} == {text}
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     run_comparison(tiny(), tmp_path)
     before = (tmp_path / "results.json").read_bytes()
