@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from sae_lens.constants import SPARSITY_FILENAME
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -27,8 +27,8 @@ from sae_lens_auxk.compare.claim import LOCK_FILENAME, claim
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.sources import Source, source_of
-from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
+from sae_lens_auxk.compare.sources import Pass, Source, source_of
+from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
 from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.results import (
     PASS_FILENAME,
@@ -74,7 +74,8 @@ def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Pat
     Raises:
         ValueError: the folder holds the results of another comparison, or something else, or
             another process is comparing there.
-        MemoryError: there was not enough memory for any case of a pass.
+        MemoryError: every case of a pass failed, for want of memory. The pass counts as not
+            trained.
     """
     with claim(folder):
         return _run_claimed(comparison, folder, command)
@@ -122,8 +123,72 @@ def _train_pass(
 
     cases = folders_of(cases_of(comparison))
     configs = {slug: case.sae_config(comparison, source.d_in) for slug, case in cases.items()}
-    saes = {slug: build_sae(config, seed) for slug, config in configs.items()}
-    data = source.open(seed, saes)
+    logs: dict[str, TrainingLog] = {}
+    measured: dict[str, Measured] = {}
+    saes, errors = _build(configs, seed)
+    if saes:
+        data = source.open(seed, saes)
+        logs = _train(comparison, data, saes, partial, bar)
+        saes.clear()  # frees memory for the measurements
+        errors |= {slug: log.error for slug, log in logs.items() if log.error is not None}
+        if trained := [slug for slug in logs if slug not in errors]:
+            x = data.held_out().to(comparison.device)
+
+            def measure_one(slug: str) -> None:
+                try:
+                    sae = SAE.load_from_disk(partial / slug, device=comparison.device)
+                    measured[slug] = measure(sae, data, x, logs[slug])
+                # An error in one case must not cost the others, whatever it is.
+                except Exception as error:
+                    errors[slug] = f"{type(error).__name__}: {error}"
+
+            with ThreadPoolExecutor(data.measured_at_once) as pool:
+                list(pool.map(measure_one, trained))
+
+    # Another process may have had the memory, so such a pass is trained again.
+    for_memory = [error for error in errors.values() if is_for_memory(error)]
+    if len(errors) == len(cases) and for_memory:
+        raise MemoryError(f"seed {seed}: every case failed, for want of memory: {for_memory[0]}")
+
+    def run(slug: str) -> Run:
+        history = logs[slug].history if slug in logs else {}
+        return {
+            **_run(cases[slug], seed, "failed" if slug in errors else "finished"),
+            "error": errors.get(slug),
+            "sae_config": configs[slug].to_dict(),
+            "folder": (final / slug).relative_to(folder).as_posix(),
+            "training_samples": (history.get("samples") or [0])[-1],
+            "history": history,
+            **measured.get(slug, NOT_MEASURED),
+        }
+
+    write_pass(partial, [run(slug) for slug in cases])
+    partial.rename(final)
+
+
+def _build(
+    configs: Mapping[str, TrainingSAEConfig], seed: int
+) -> tuple[dict[str, TrainingSAE[Any]], dict[str, str]]:
+    """The SAEs, and the errors of those that cannot be built."""
+    saes: dict[str, TrainingSAE[Any]] = {}
+    errors: dict[str, str] = {}
+    for slug, config in configs.items():
+        try:
+            saes[slug] = build_sae(config, seed)
+        # As above; this one is mostly a lack of memory.
+        except Exception as error:
+            errors[slug] = f"{type(error).__name__}: {error}"
+    return saes, errors
+
+
+def _train(
+    comparison: Resolved,
+    data: Pass,
+    saes: dict[str, TrainingSAE[Any]],
+    partial: Path,
+    bar: "tqdm[Any]",
+) -> dict[str, TrainingLog]:
+    """Train the SAEs and save those that do not fail; return what was logged of each."""
     trainer = LockstepTrainer(
         cfg=data.trainer_config,
         saes=saes,
@@ -136,35 +201,7 @@ def _train_pass(
         sae.save_inference_model(partial / slug)
         sparsity = trainer.trainers[slug].log_feature_sparsity
         save_file({"sparsity": sparsity}, partial / slug / SPARSITY_FILENAME)
-    logs = trainer.logs
-    del trainer, saes  # frees the optimizers' memory for the measurements
-
-    x = data.held_out().to(comparison.device)
-
-    def run(slug: str) -> Run:
-        log = logs[slug]
-        measured = NOT_MEASURED
-        if log.error is None:
-            try:
-                sae = SAE.load_from_disk(partial / slug, device=comparison.device)
-                measured = measure(sae, data, x, log)
-            # An error in one case must not cost the others, whatever it is.
-            except Exception as error:
-                log.error = f"{type(error).__name__}: {error}"
-        return {
-            **_run(cases[slug], seed, "finished" if log.error is None else "failed"),
-            "error": log.error,
-            "sae_config": configs[slug].to_dict(),
-            "folder": (final / slug).relative_to(folder).as_posix(),
-            "training_samples": (log.history["samples"] or [0])[-1],
-            "history": log.history,
-            **measured,
-        }
-
-    with ThreadPoolExecutor(data.measured_at_once) as pool:
-        runs = list(pool.map(run, cases))
-    write_pass(partial, runs)
-    partial.rename(final)
+    return trainer.logs
 
 
 def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinished"]) -> Run:

@@ -302,6 +302,70 @@ def test_a_failed_case_is_reported_beside_the_others(
     assert [group["case"] for group in results["groups"]] == ["none"]
 
 
+CPU_FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+NO_MEMORY = [CPU_FULL, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+
+
+def fail_to_build(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, variants: tuple[str, ...]
+) -> None:
+    build = run.build_sae
+
+    def failing(config: Any, seed: int) -> Any:
+        if config.aux_variant in variants:
+            raise error
+        return build(config, seed)
+
+    monkeypatch.setattr(run, "build_sae", failing)
+
+
+def test_a_case_that_memory_fails_for_does_not_cost_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_comparison(tiny(), tmp_path / "whole")
+    fail_to_build(monkeypatch, CPU_FULL, ("none",))
+    run_comparison(tiny(), tmp_path / "failed")
+    none, auxk = read_results(tmp_path / "failed")["runs"]
+    assert (none["status"], none["training_samples"], none["history"]) == ("failed", 0, {})
+    assert none["error"] == f"RuntimeError: {CPU_FULL}"
+    expected = read_results(tmp_path / "whole")["runs"][1]
+    for entry in (auxk, expected):
+        del entry["metrics"]["ms_per_step"]
+    assert auxk == expected
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_pass_without_memory_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    passes = count_passes(monkeypatch)
+    with monkeypatch.context() as patch:
+        fail_to_build(patch, error, ("none", "auxk"))
+        with pytest.raises(MemoryError, match="seed 0: every case failed, for want of memory"):
+            run_comparison(tiny(), tmp_path)
+    results = read_results(tmp_path)
+    assert not results["finished"]
+    assert {entry["status"] for entry in results["runs"]} == {"unfinished"}
+    assert passes == []
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["finished"]
+    assert passes == [2]
+
+
+def test_a_pass_without_memory_in_training_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise CPU_FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LockstepTrainer, "_step", full)
+        with pytest.raises(MemoryError):
+            run_comparison(tiny(), tmp_path)
+    run_comparison(tiny(), tmp_path)
+    assert {entry["status"] for entry in read_results(tmp_path)["runs"]} == {"finished"}
+
+
 def test_groups_by_hand() -> None:
     def entry(seed: int, ev: float | None, status: str = "finished") -> dict[str, Any]:
         peeking = {name: {"n_latents": seed} for name in ("revived", "never_died")}
