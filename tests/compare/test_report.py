@@ -204,6 +204,16 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert len(markdown_tables(markdown)[0][2]) == len(page.tables[0][2])
 
 
+def test_the_markdown_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    """Names may come from a repository of anyone's, and report.md is read with cat."""
+    results = fake_results(cases=("auxk", "\x1b[2Ja"), ks=(25,), seeds=(0, 1))
+    failed(results["runs"][1], "failed", "no\x1b]0;title\x07")
+    results["name"] = results["data"]["description"] = "\x9b31m"
+    _, markdown = report(results, tmp_path)
+    assert all(character.isprintable() or character == "\n" for character in markdown)
+    assert r"\\x1b\[2Ja" in markdown
+
+
 def groups(**values: tuple[float, float | None]) -> dict[str, Any]:
     """Results with nothing but groups: dead fraction and its spread by case."""
     return {
