@@ -239,6 +239,12 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
                 f"{folder / RESULTS_FILENAME} was not written by this command: give another "
                 "--output."
             )
+        are_there = (folder / RUNS_FOLDER).is_dir()
+        if not are_there and any(run.get("status") == "finished" for run in results["runs"]):
+            raise ValueError(
+                f"{folder} has results whose SAEs are elsewhere, and they would be lost: give "
+                "another --output."
+            )
         # Without a finished pass there is nothing to lose, so the configuration may change.
         if any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")):
             _require_same(comparison.to_dict(), results["comparison"], folder)

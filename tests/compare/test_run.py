@@ -220,6 +220,17 @@ def test_results_of_something_else_are_left_alone(tmp_path: Path, text: str) -> 
     assert {(tmp_path / name).read_text() for name in files} == {text}
 
 
+def test_results_without_their_saes_are_left_alone(tmp_path: Path) -> None:
+    """As they are committed or merged: nothing in the folder could give them again."""
+    run_comparison(tiny(), tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    before = (tmp_path / "results.json").read_bytes()
+    for comparison in (tiny(), tiny(lr=0.1)):
+        with pytest.raises(ValueError, match="whose SAEs are elsewhere"):
+            run_comparison(comparison, tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     run_comparison(tiny(), tmp_path)
     before = (tmp_path / "results.json").read_bytes()
