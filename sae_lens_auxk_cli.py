@@ -41,5 +41,20 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def refuse(message: str) -> int:
     """Print the message to standard error; return the exit status for it, 2."""
-    print(f"sae-lens-auxk: error: {message}", file=sys.stderr)
+    print(f"sae-lens-auxk: error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal; names in it may come from a repository of anyone's.
+
+    Example:
+        >>> printable("two\\nlines, \\x1b[31mred")
+        'two\\nlines, \\\\x1b[31mred'
+    """
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -7,18 +7,19 @@ A comparison's folder:
     runs/seed-0/pass.json      the runs of a finished pass
     runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity
     runs/seed-0.partial/       a pass that is running or was interrupted
+    .lock                      the process that is at work
 
 A new metric needs two things: the code that computes it, and a row of ``METRICS`` (for a whole
 SAE) or ``PEEKING`` (for a group of latents). Reports and model cards take their columns,
 number formats and definitions from these rows.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
+
+from sae_lens_auxk.files import read_json, write_json
 
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
@@ -340,12 +341,9 @@ def read_results(folder: Path) -> Results:
     path = folder / RESULTS_FILENAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    content = read_json(path)
     values = content if isinstance(content, dict) else {}
-    if values.get("version") != VERSION or not isinstance(values.get("runs"), list):
+    if values.get("version") != VERSION or not _are_mappings(values.get("runs")):
         raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
     return cast(Results, content)
 
@@ -361,8 +359,24 @@ def write_results(folder: Path, results: Results) -> None:
 
 
 def read_pass(folder: Path) -> list[Run]:
-    """The runs of a finished pass."""
-    return json.loads((folder / PASS_FILENAME).read_text(encoding="utf-8"))
+    """The runs of a finished pass.
+
+    Raises:
+        ValueError: the folder has no pass.json, or it cannot be read, or it is not the runs of a
+            pass.
+    """
+    path = folder / PASS_FILENAME
+    try:
+        runs = read_json(path)
+        if not runs or not _are_mappings(runs) or any(Run.__required_keys__ - {*r} for r in runs):
+            raise ValueError(f"{path} is not the runs of a pass.")
+    except ValueError as error:
+        raise ValueError(f"{error} Move {folder} away, and the pass is trained again.") from error
+    return runs
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
 def write_pass(folder: Path, runs: list[Run]) -> None:
@@ -375,26 +389,3 @@ def _require_rows_of(runs: Iterable[Run]) -> None:
     for run in runs:
         groups = (run["peeking"] or {}).values()
         require_in_table(run["metrics"], (key for group in groups for key in group))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, with null for NaN and infinity, which JSON does not have."""
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
-    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file, then rename it to ``path``; a crash never leaves half a file."""
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(beside)
-    os.replace(beside, path)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not (abs(value) < float("inf")):
-        return None
-    return value

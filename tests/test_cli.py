@@ -10,6 +10,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk_cli import refuse
 from tests.helpers import ARCHITECTURES
 
 
@@ -100,3 +101,12 @@ def test_what_needs_no_torch_does_not_import_it(args: list[str], status: int) ->
     )
     done = subprocess.run([sys.executable, "-c", code, *args], check=False, capture_output=True)
     assert done.returncode == status
+
+
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """It may quote a name from a repository of anyone's."""
+    assert cli.main(["\x1b]0;title\x07"]) == 2
+    assert refuse("a\x1b[2J\x9b31mb\nc\td") == 2
+    errors = capsys.readouterr().err
+    assert errors.endswith("error: a\\x1b[2J\\x9b31mb\nc\td\n")
+    assert "\x1b" not in errors

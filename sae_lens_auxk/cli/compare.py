@@ -49,12 +49,12 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
             _use_threads_that_pay(comparison)
             report = run_comparison(comparison, options.output, command)
     # A model or data set that cannot be found raises an OSError.
-    except (ValueError, TypeError, OSError, ArgumentError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, ArgumentError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(
-            "interrupted: the finished passes are kept and reported; the same command resumes "
-            f"from there:\n  {command}",
+            f"interrupted: the finished passes are kept; the same command resumes from there:\n"
+            f"  {command}",
             file=sys.stderr,
         )
         return INTERRUPTED

@@ -1,8 +1,10 @@
 """The cases that a comparison stands for, each an SAE's config with a name."""
 
+import hashlib
 import itertools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,6 +32,9 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 """The fields of each preset's cases; those of "saelens" are SAELens's own architecture."""
 
+MAX_SLUG = 200
+"""File systems allow names of 255 bytes, and ``folders_of`` may add a few to a slug."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -52,7 +57,7 @@ class Case:
 
     @property
     def slug(self) -> str:
-        """``title`` as the name of a folder."""
+        """``title`` as the name of a folder; :func:`folders_of` tells equal ones apart."""
         return re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")
 
     def sae_config(self, comparison: Resolved, d_in: int) -> TrainingSAEConfig:
@@ -90,6 +95,9 @@ def cases_of(comparison: Resolved) -> list[Case]:
         ks = [given["k"]] if "k" in given else comparison.k if "k" in known else [None]
         for k in ks:
             case = Case(name, architecture, given if k is None else {**given, "k": k})
+            if len(case.slug) > MAX_SLUG:
+                allowed = "shorter, as a folder is called after it; name the case"
+                raise reject("name", name, allowed)
             same = cases.setdefault((name, architecture, k), case)
             if same != case:
                 raise ValueError(f"cases: two that differ are called {case.title!r}; name them.")
@@ -112,8 +120,27 @@ def cases_of(comparison: Resolved) -> list[Case]:
         name = given.pop("name", None)
         if name is not None and (not isinstance(name, str) or not name):
             raise reject("name", name, "a text (put quotes around a number)")
+        if name is not None and not name.isprintable():
+            raise reject("name", name, "a text without control characters")
         add(name, architecture, given)
     return list(cases.values())
+
+
+def folders_of(cases: Sequence[Case]) -> dict[str, Case]:
+    """The cases by the names of their folders.
+
+    That is a case's slug, unless several have the same one: ``A+`` and ``a-``, or two names in
+    Chinese. A hash of the case then tells them apart. A slug has no two hyphens in a row, so the
+    name cannot be that of another case.
+    """
+    n_with = Counter(case.slug for case in cases)
+
+    def hashed(case: Case) -> str:
+        # k in full: a title rounds it.
+        identity = repr((case.name, case.architecture, case.k))
+        return f"{case.slug}--{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+    return {case.slug if n_with[case.slug] == 1 else hashed(case): case for case in cases}
 
 
 def _label(architecture: str, given: Mapping[str, Any]) -> str:

@@ -18,16 +18,18 @@ from typing import Any, Literal
 
 import torch
 from sae_lens.constants import SPARSITY_FILENAME
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from sae_lens_auxk.compare.cases import Case, cases_of
+from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
+from sae_lens_auxk.compare.claim import LOCK_FILENAME, claim
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.sources import Source, source_of
-from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
+from sae_lens_auxk.compare.sources import Pass, Source, source_of
+from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
+from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.results import (
     PASS_FILENAME,
     RESULTS_FILENAME,
@@ -70,11 +72,19 @@ def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Pat
         The path of the report.
 
     Raises:
-        ValueError: the folder holds the results of another comparison.
+        ValueError: the folder holds the results of another comparison, or something else, or
+            another process is comparing there.
+        MemoryError: every case of a pass failed, for want of memory. The pass counts as not
+            trained.
     """
+    with claim(folder):
+        return _run_claimed(comparison, folder, command)
+
+
+def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
     results = _load_or_begin(comparison, folder, command)
-    write_results(folder, results)
     left = [seed for seed in comparison.seeds if not _is_finished(folder, seed)]
+    write_results(folder, results)
     n_done = len(comparison.seeds) - len(left)
     n_samples = comparison.training_samples
     try:
@@ -111,10 +121,74 @@ def _train_pass(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    cases = {case.slug: case for case in cases_of(comparison)}
+    cases = folders_of(cases_of(comparison))
     configs = {slug: case.sae_config(comparison, source.d_in) for slug, case in cases.items()}
-    saes = {slug: build_sae(config, seed) for slug, config in configs.items()}
-    data = source.open(seed, saes)
+    logs: dict[str, TrainingLog] = {}
+    measured: dict[str, Measured] = {}
+    saes, errors = _build(configs, seed)
+    if saes:
+        data = source.open(seed, saes)
+        logs = _train(comparison, data, saes, partial, bar)
+        saes.clear()  # frees memory for the measurements
+        errors |= {slug: log.error for slug, log in logs.items() if log.error is not None}
+        if trained := [slug for slug in logs if slug not in errors]:
+            x = data.held_out().to(comparison.device)
+
+            def measure_one(slug: str) -> None:
+                try:
+                    sae = SAE.load_from_disk(partial / slug, device=comparison.device)
+                    measured[slug] = measure(sae, data, x, logs[slug])
+                # An error in one case must not cost the others, whatever it is.
+                except Exception as error:
+                    errors[slug] = f"{type(error).__name__}: {error}"
+
+            with ThreadPoolExecutor(data.measured_at_once) as pool:
+                list(pool.map(measure_one, trained))
+
+    # Another process may have had the memory, so such a pass is trained again.
+    for_memory = [error for error in errors.values() if is_for_memory(error)]
+    if len(errors) == len(cases) and for_memory:
+        raise MemoryError(f"seed {seed}: every case failed, for want of memory: {for_memory[0]}")
+
+    def run(slug: str) -> Run:
+        history = logs[slug].history if slug in logs else {}
+        return {
+            **_run(cases[slug], seed, "failed" if slug in errors else "finished"),
+            "error": errors.get(slug),
+            "sae_config": configs[slug].to_dict(),
+            "folder": (final / slug).relative_to(folder).as_posix(),
+            "training_samples": (history.get("samples") or [0])[-1],
+            "history": history,
+            **measured.get(slug, NOT_MEASURED),
+        }
+
+    write_pass(partial, [run(slug) for slug in cases])
+    partial.rename(final)
+
+
+def _build(
+    configs: Mapping[str, TrainingSAEConfig], seed: int
+) -> tuple[dict[str, TrainingSAE[Any]], dict[str, str]]:
+    """The SAEs, and the errors of those that cannot be built."""
+    saes: dict[str, TrainingSAE[Any]] = {}
+    errors: dict[str, str] = {}
+    for slug, config in configs.items():
+        try:
+            saes[slug] = build_sae(config, seed)
+        # As above; this one is mostly a lack of memory.
+        except Exception as error:
+            errors[slug] = f"{type(error).__name__}: {error}"
+    return saes, errors
+
+
+def _train(
+    comparison: Resolved,
+    data: Pass,
+    saes: dict[str, TrainingSAE[Any]],
+    partial: Path,
+    bar: "tqdm[Any]",
+) -> dict[str, TrainingLog]:
+    """Train the SAEs and save those that do not fail; return what was logged of each."""
     trainer = LockstepTrainer(
         cfg=data.trainer_config,
         saes=saes,
@@ -127,35 +201,7 @@ def _train_pass(
         sae.save_inference_model(partial / slug)
         sparsity = trainer.trainers[slug].log_feature_sparsity
         save_file({"sparsity": sparsity}, partial / slug / SPARSITY_FILENAME)
-    logs = trainer.logs
-    del trainer, saes  # frees the optimizers' memory for the measurements
-
-    x = data.held_out().to(comparison.device)
-
-    def run(slug: str) -> Run:
-        log = logs[slug]
-        measured = NOT_MEASURED
-        if log.error is None:
-            try:
-                sae = SAE.load_from_disk(partial / slug, device=comparison.device)
-                measured = measure(sae, data, x, log)
-            # An error in one case must not cost the others, whatever it is.
-            except Exception as error:
-                log.error = f"{type(error).__name__}: {error}"
-        return {
-            **_run(cases[slug], seed, "finished" if log.error is None else "failed"),
-            "error": log.error,
-            "sae_config": configs[slug].to_dict(),
-            "folder": (final / slug).relative_to(folder).as_posix(),
-            "training_samples": (log.history["samples"] or [0])[-1],
-            "history": log.history,
-            **measured,
-        }
-
-    with ThreadPoolExecutor(data.measured_at_once) as pool:
-        runs = list(pool.map(run, cases))
-    write_pass(partial, runs)
-    partial.rename(final)
+    return trainer.logs
 
 
 def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinished"]) -> Run:
@@ -177,22 +223,35 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
 
 
 def _is_finished(folder: Path, seed: int) -> bool:
-    return (pass_folder(folder, seed) / PASS_FILENAME).exists()
+    """Whether there is such a pass; a ValueError if something else has its name."""
+    return pass_folder(folder, seed).exists() and bool(read_pass(pass_folder(folder, seed)))
 
 
 # --- results ---------------------------------------------------------------------------------
 
 
 def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
+    partial_results = partial_file(folder / RESULTS_FILENAME)
     if (folder / RESULTS_FILENAME).exists():
         results = read_results(folder)
+        if not Results.__required_keys__ <= {*results} or "seeds" not in results["comparison"]:
+            raise ValueError(
+                f"{folder / RESULTS_FILENAME} was not written by this command: give another "
+                "--output."
+            )
+        are_there = (folder / RUNS_FOLDER).is_dir()
+        if not are_there and any(run.get("status") == "finished" for run in results["runs"]):
+            raise ValueError(
+                f"{folder} has results whose SAEs are elsewhere, and they would be lost: give "
+                "another --output."
+            )
         # Without a finished pass there is nothing to lose, so the configuration may change.
         if any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
-    elif folder.exists() and any(folder.iterdir()):
+    # A kill or a full disk at the very first write leaves what is ours.
+    elif {path.name for path in folder.iterdir()} - {LOCK_FILENAME, partial_results.name}:
         raise ValueError(f"{folder} holds something else, not a comparison: give another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
     return {
         "version": VERSION,
         "name": folder.resolve().name,
@@ -224,18 +283,22 @@ def _require_same(new: Mapping[str, Any], old: Mapping[str, Any], folder: Path) 
 
 
 def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
-    """The results with the runs of all finished passes."""
+    """The results with the runs of all finished passes, also of those not asked for again."""
     runs: list[Run] = []
+    seeds: list[int] = []
     finished = True
-    for seed in comparison.seeds:
+    for seed in dict.fromkeys([*results["comparison"]["seeds"], *comparison.seeds]):
         if _is_finished(folder, seed):
             runs += read_pass(pass_folder(folder, seed))
-        else:
+        elif seed in comparison.seeds:
             finished = False
             runs += [_run(case, seed, "unfinished") for case in cases_of(comparison)]
+        else:
+            continue
+        seeds.append(seed)
     return {
         **results,
-        "comparison": comparison.to_dict(),
+        "comparison": {**comparison.to_dict(), "seeds": seeds},
         "finished": finished,
         "runs": runs,
         "groups": list(groups_of(runs)),

@@ -29,6 +29,11 @@ def build_sae(config: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
     return sae_class(config).to(config.device)
 
 
+def is_for_memory(error: str) -> bool:
+    """Whether an error that was written down is a lack of memory: Python's, CUDA's, the CPU's."""
+    return any(sign in error for sign in ("MemoryError", "ALLOC_FAILED", "DefaultCPUAllocator"))
+
+
 @dataclass
 class TrainingLog:
     """What is logged while one SAE is trained.

@@ -104,7 +104,21 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(command, "run_comparison", interrupted)
     assert cli.main(["compare", "--seeds", "7"]) == 130
-    assert "sae-lens-auxk compare --seeds 7" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "sae-lens-auxk compare --seeds 7" in error
+    # A second Ctrl-C stops the report as well.
+    assert "report" not in error
+
+
+def test_a_lack_of_memory_is_one_line_and_not_status_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Path:
+        raise MemoryError("seed 0: every case failed, for want of memory")
+
+    monkeypatch.setattr(command, "run_comparison", full)
+    assert cli.main(["compare"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_report_alone_trains_nothing(

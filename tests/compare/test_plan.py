@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sae_lens.synthetic import SyntheticModelConfig
 
-from sae_lens_auxk.compare.cases import cases_of
+from sae_lens_auxk.compare.cases import cases_of, folders_of
 from sae_lens_auxk.compare.plan import Comparison
 from sae_lens_auxk.compare.resolve import resolve
 from tests.compare.conftest import tiny
@@ -47,7 +47,34 @@ def test_every_architecture_and_its_counterpart(architecture: str) -> None:
     for case in cases:
         config: Any = case.sae_config(comparison, d_in=12)
         assert (config.architecture(), config.d_in, config.d_sae) == (case.architecture, 12, 24)
-    assert len({case.slug for case in cases}) == len(cases)
+    assert list(folders_of(cases)) == [case.slug for case in cases]
+
+
+def test_every_case_has_a_folder_of_its_own() -> None:
+    given = [{"name": name} for name in ("A+", "a-", "学习", "率", "b", "B, c")]
+    given += [{"name": "large", "k": k} for k in (1_000_000, 1_000_001)]
+    cases = cases_of(
+        tiny(cases=[{**case, "aux_variant": "auxk"} for case in given], d_sae=1_000_001)
+    )
+    folders = folders_of(cases)
+    assert list(folders.values()) == cases
+    by_name = {case.name: folder for folder, case in folders.items()}
+    # Those that share no folder keep the name that they always had.
+    assert (by_name["b"], by_name["B, c"]) == ("b-auxk-topk-k-2", "b-c-auxk-topk-k-2")
+    # The name is that of every process: a folder must be found again.
+    assert by_name["A+"] == "a-auxk-topk-k-2--acabf59f"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "name='x{300}' is not allowed: it must be shorter"),
+        ("\x1b[2J", r"name='\\x1b\[2J' is not allowed: it must be a text without control"),
+    ],
+)
+def test_names_that_no_folder_or_terminal_takes(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(cases=[{"name": name, "aux_variant": "auxk"}])
 
 
 def test_dead_after_is_one_span_for_all() -> None:

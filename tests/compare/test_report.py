@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.report import figures, write_report
 from sae_lens_auxk.compare.report.answers import answer, footnote
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
@@ -79,6 +79,15 @@ def markdown_tables(markdown: str) -> list[list[list[str]]]:
         ]
         for table in tables
     ]
+
+
+def test_only_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+    assert sorted(figures.FIGURES) == FIGURES  # a new one is to be removed as well
+    report(fake_results(), tmp_path)
+    (tmp_path / "figures" / "mine.png").touch()
+    report(fake_results(peeking=False), tmp_path)
+    left = sorted(path.stem for path in (tmp_path / "figures").iterdir())
+    assert left == ["dead_latents", "density", "mine", "pareto"]
 
 
 def test_the_page_loads_nothing_and_may_not(tmp_path: Path) -> None:
@@ -193,6 +202,16 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert "b" not in page.tags
     assert page.tables[0][2][0] == HOSTILE
     assert len(markdown_tables(markdown)[0][2]) == len(page.tables[0][2])
+
+
+def test_the_markdown_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    """Names may come from a repository of anyone's, and report.md is read with cat."""
+    results = fake_results(cases=("auxk", "\x1b[2Ja"), ks=(25,), seeds=(0, 1))
+    failed(results["runs"][1], "failed", "no\x1b]0;title\x07")
+    results["name"] = results["data"]["description"] = "\x9b31m"
+    _, markdown = report(results, tmp_path)
+    assert all(character.isprintable() or character == "\n" for character in markdown)
+    assert r"\\x1b\[2Ja" in markdown
 
 
 def groups(**values: tuple[float, float | None]) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
 from sae_lens_auxk.compare.run import groups_of
+from sae_lens_auxk.files import replace_file, write_json
 from sae_lens_auxk.hub.model_card import comparison_part
 from sae_lens_auxk.results import (
     METRICS,
     PEEKING,
     Metric,
     read_results,
-    replace_file,
-    write_json,
     write_pass,
     write_results,
 )
@@ -98,8 +97,10 @@ def test_every_definition_is_a_sentence() -> None:
     [
         (None, "holds no comparison: there is no results.json in it"),
         ("{", "results.json cannot be read"),
+        ("[" * 100_000, "results.json cannot be read"),
         ("[]", "is not the results of a comparison, version 1"),
         ('{"version": 2, "runs": []}', "is not the results of a comparison, version 1"),
+        ('{"version": 1, "runs": [5]}', "is not the results of a comparison, version 1"),
         ('{"version": 1}', "is not the results of a comparison, version 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk.compare import run
+from sae_lens_auxk.compare.claim import claim
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
 from sae_lens_auxk.results import read_results
@@ -162,6 +164,74 @@ def test_more_seeds_go_on_with_the_same_results(
     assert {group["n_seeds"] for group in read_results(tmp_path)["groups"]} == {2}
 
 
+def test_fewer_seeds_drop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    first = read_results(tmp_path)
+    passes = count_passes(monkeypatch)
+    run_comparison(tiny(seeds=[1]), tmp_path)
+    assert passes == []
+    assert read_results(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("[{", "cannot be read"),
+        ("[]", "is not the runs of a pass"),
+        ("[1]", "is not the runs of a pass"),
+        ('[{"case": "auxk"}]', "is not the runs of a pass"),
+    ],
+)
+def test_a_pass_that_cannot_be_read_is_named_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    run_comparison(tiny(), tmp_path)
+    first = read_results(tmp_path)
+    file = tmp_path / "runs" / "seed-0" / "pass.json"
+    file.unlink() if text is None else file.write_text(text)
+    passes = count_passes(monkeypatch)
+    with pytest.raises(ValueError, match=f"{file} {message}.* Move .*seed-0 away"):
+        run_comparison(tiny(), tmp_path)
+    assert passes == []
+    assert read_results(tmp_path) == first
+
+    (tmp_path / "runs" / "seed-0").rename(tmp_path / "away")
+    run_comparison(tiny(), tmp_path)
+    assert passes == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"version": 1, "runs": []}',
+        '{"version": 1, "runs": [5]}',
+        '{"version": 1, "runs": [], "comparison": {"seeds": [0]}}',
+    ],
+)
+def test_results_of_something_else_are_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "figures").mkdir()
+    for name in ("results.json", "report.md", "figures/mine.png"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"results.json (is|was) not"):
+        run_comparison(tiny(), tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert files == {"results.json", "report.md", "figures/mine.png"}
+    assert {(tmp_path / name).read_text() for name in files} == {text}
+
+
+def test_results_without_their_saes_are_left_alone(tmp_path: Path) -> None:
+    """As they are committed or merged: nothing in the folder could give them again."""
+    run_comparison(tiny(), tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    before = (tmp_path / "results.json").read_bytes()
+    for comparison in (tiny(), tiny(lr=0.1)):
+        with pytest.raises(ValueError, match="whose SAEs are elsewhere"):
+            run_comparison(comparison, tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     run_comparison(tiny(), tmp_path)
     before = (tmp_path / "results.json").read_bytes()
@@ -190,6 +260,37 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run_comparison(tiny(), tmp_path)
 
 
+def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
+    """Also with the same configuration: the two would train the same passes."""
+    with claim(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+        run_comparison(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [".results.partial.json", ".lock"])
+def test_a_kill_at_the_first_write_is_gone_on_from(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_text("{half of th")
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["finished"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_at_the_first_write_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: Any) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_comparison(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["finished"]
+
+
 def test_a_failed_case_is_reported_beside_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +312,70 @@ def test_a_failed_case_is_reported_beside_the_others(
     assert auxk["metrics"] == {}
     assert results["finished"]
     assert [group["case"] for group in results["groups"]] == ["none"]
+
+
+CPU_FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+NO_MEMORY = [CPU_FULL, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+
+
+def fail_to_build(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, variants: tuple[str, ...]
+) -> None:
+    build = run.build_sae
+
+    def failing(config: Any, seed: int) -> Any:
+        if config.aux_variant in variants:
+            raise error
+        return build(config, seed)
+
+    monkeypatch.setattr(run, "build_sae", failing)
+
+
+def test_a_case_that_memory_fails_for_does_not_cost_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_comparison(tiny(), tmp_path / "whole")
+    fail_to_build(monkeypatch, CPU_FULL, ("none",))
+    run_comparison(tiny(), tmp_path / "failed")
+    none, auxk = read_results(tmp_path / "failed")["runs"]
+    assert (none["status"], none["training_samples"], none["history"]) == ("failed", 0, {})
+    assert none["error"] == f"RuntimeError: {CPU_FULL}"
+    expected = read_results(tmp_path / "whole")["runs"][1]
+    for entry in (auxk, expected):
+        del entry["metrics"]["ms_per_step"]
+    assert auxk == expected
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_pass_without_memory_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    passes = count_passes(monkeypatch)
+    with monkeypatch.context() as patch:
+        fail_to_build(patch, error, ("none", "auxk"))
+        with pytest.raises(MemoryError, match="seed 0: every case failed, for want of memory"):
+            run_comparison(tiny(), tmp_path)
+    results = read_results(tmp_path)
+    assert not results["finished"]
+    assert {entry["status"] for entry in results["runs"]} == {"unfinished"}
+    assert passes == []
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["finished"]
+    assert passes == [2]
+
+
+def test_a_pass_without_memory_in_training_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise CPU_FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LockstepTrainer, "_step", full)
+        with pytest.raises(MemoryError):
+            run_comparison(tiny(), tmp_path)
+    run_comparison(tiny(), tmp_path)
+    assert {entry["status"] for entry in read_results(tmp_path)["runs"]} == {"finished"}
 
 
 def test_groups_by_hand() -> None:

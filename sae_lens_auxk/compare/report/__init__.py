@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from sae_lens_auxk.compare.report.drawing import png
-from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.figures import FIGURES, figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
+from sae_lens_auxk.files import replace_file
 from sae_lens_auxk.results import (
     FIGURES_FOLDER,
     MARKDOWN_FILENAME,
     PAGE_FILENAME,
     Results,
-    replace_file,
 )
 
 
@@ -33,8 +33,9 @@ def write_report(results: Results, folder: Path) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
     drawn = figures_of(results)
     images = {figures / f"{figure.name}.png": figure for figure in drawn}
-    for stale in {*figures.glob("*.png")} - {*images}:
-        stale.unlink()
+    # Of an earlier report. Other files in the folder are not ours.
+    for stale in {figures / f"{name}.png" for name in FIGURES} - {*images}:
+        stale.unlink(missing_ok=True)
     for path, figure in images.items():
         replace_file(path, partial(png, figure))
     page, markdown = folder / PAGE_FILENAME, folder / MARKDOWN_FILENAME

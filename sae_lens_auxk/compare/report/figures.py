@@ -16,6 +16,8 @@ from sae_lens_auxk.compare.report.vocabulary import (
 )
 from sae_lens_auxk.results import PEEKING, Group, Results, Run
 
+FIGURES = ("pareto", "dead_latents", "density", "peeking")
+"""Names of all figures that a report can have."""
 MAX_POINTS = 300
 MAX_COLUMNS = 4
 NO_PANEL = ("n_latents", "firing_rate")

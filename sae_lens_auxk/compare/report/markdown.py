@@ -6,6 +6,7 @@ from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
 from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.tables import Table, main_table, peeking_table
 from sae_lens_auxk.results import Results
+from sae_lens_auxk_cli import printable
 
 
 def markdown_of(results: Results, drawn: Sequence[Figure]) -> str:
@@ -26,8 +27,8 @@ def _table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = " ".join(text.split())
+    """Text that Markdown, and a terminal, shows as it is, on one line."""
+    text = printable(" ".join(text.split()))
     for character in "\\`*_<[":
         text = text.replace(character, "\\" + character)
     return text

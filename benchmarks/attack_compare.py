@@ -1,0 +1,103 @@
+"""Kills comparisons at random times and checks that the same command still gets the results.
+
+    python benchmarks/attack_compare.py --kills 40
+
+Each round starts a small comparison, kills it, and starts the same command twice at once. One of
+the two must finish and the other be refused, unless it came after. results.json must then equal
+that of an undisturbed comparison, apart from the times of steps and of the beginning. On 2 CPU
+cores, 2026-11-25, in 2 minutes:
+
+    40 killed, 29 with a pass done, 40 refused, 40 equal
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from sae_lens_auxk.cli.compare import compare
+from sae_lens_auxk.results import read_results
+
+COMMAND = (
+    "--aux_variant none auxk --k 2 --seeds 0 1 2 --d_sae 24 --training_samples 1600 "
+    "--batch_size 32 --dead_after 128 --eval_samples 256 --n_features 32 --d_in 12 --output out"
+)
+FORK = multiprocessing.get_context("fork")  # imports take longer than a comparison
+
+
+def start(folder: Path) -> BaseProcess:
+    """A process that runs the command in the folder."""
+    process = FORK.Process(target=_run, args=(folder,))
+    process.start()
+    return process
+
+
+def _run(folder: Path) -> None:
+    os.chdir(folder)
+    said = os.open(f"{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os._exit(compare(COMMAND.split()))
+
+
+def comparable(folder: Path) -> Any:
+    """results.json without what differs from one undisturbed run to the next."""
+    results: Any = read_results(folder / "out")
+    del results["created"]
+    for numbers in (
+        *(run["metrics"] for run in results["runs"]),
+        *(group[which] for group in results["groups"] for which in ("mean", "std")),
+    ):
+        del numbers["ms_per_step"]
+    return json.dumps(results, sort_keys=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    counts = dict.fromkeys(("killed", "with a pass done", "refused", "equal"), 0)
+    with tempfile.TemporaryDirectory() as workspace:
+        whole = Path(workspace, "whole")
+        whole.mkdir()
+        undisturbed = start(whole)
+        undisturbed.join()
+        assert undisturbed.exitcode == 0
+        expected = comparable(whole)
+        seconds = 0.0
+        while counts["killed"] < args.kills:
+            folder = Path(tempfile.mkdtemp(dir=workspace))
+            begin = time.perf_counter()
+            victim = start(folder)
+            victim.join(rng.uniform(0, seconds) if seconds else None)
+            victim.kill()
+            victim.join()
+            if victim.exitcode == 0:  # too late; so much time there is to kill it in
+                seconds = time.perf_counter() - begin
+                continue
+            counts["killed"] += 1
+            counts["with a pass done"] += any(folder.glob("out/runs/*[0-9]/pass.json"))
+            both = [start(folder), start(folder)]
+            for process in both:
+                process.join()
+            statuses = sorted(process.exitcode or 0 for process in both)
+            assert statuses in ([0, 2], [0, 0]), statuses
+            for process in both:
+                if process.exitcode:
+                    assert "is in use: process" in (folder / f"{process.pid}.txt").read_text()
+                    counts["refused"] += 1
+            counts["equal"] += comparable(folder) == expected
+    print(", ".join(f"{n} {what}" for what, n in counts.items()))
+    assert counts["equal"] == args.kills
+
+
+if __name__ == "__main__":
+    main()

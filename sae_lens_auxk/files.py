@@ -1,0 +1,52 @@
+"""Files that are never half written, and errors that name the file."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: there is no such file, or it is not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    # Python gives up on lists in lists in lists.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, with null for NaN and infinity, which JSON does not have."""
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file, then rename it to ``path``, which is never half a file."""
+    beside = partial_file(path)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def partial_file(path: Path) -> Path:
+    """What :func:`replace_file` writes first; a process that is killed leaves it."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value
