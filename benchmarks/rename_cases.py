@@ -9,10 +9,11 @@ folders spell it. Keys and numbers stay as they are.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from sae_lens_auxk.files import read_json, write_json
 
 
 def as_folder(name: str) -> str:
@@ -41,10 +42,7 @@ def main() -> None:
     pattern = re.compile("|".join(sorted(map(re.escape, new), key=len, reverse=True)))
     for folder in args.folders:
         path = folder / "results.json"
-        results = renamed(json.loads(path.read_text(encoding="utf-8")), pattern, new)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_json(path, renamed(read_json(path), pattern, new))
 
 
 if __name__ == "__main__":
