@@ -1,5 +1,6 @@
 """Fetching over real HTTP."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,49 @@ def test_an_existing_folder_is_kept(published: Hub, tmp_path: Path) -> None:
         download_sae(REPO, "layer-1/a", target)
     assert published.log == []
     assert (target / "mine.txt").read_text() == "mine"
+    with pytest.raises(HubError, match=r"also holds mine\.txt: --overwrite only replaces a folder"):
+        download_sae(REPO, "layer-1/a", target, overwrite=True)
+    assert published.log == []
+    (target / "mine.txt").unlink()
+    with pytest.raises(HubError, match="target holds no SAE"):
+        download_sae(REPO, "layer-1/a", target, overwrite=True)
+    target.rmdir()
+    download_sae(REPO, "layer-1/b", target)
     download_sae(REPO, "layer-1/a", target, overwrite=True)
+    assert (target / "sae_weights.safetensors").read_bytes() == (
+        tmp_path / "a" / "sae_weights.safetensors"
+    ).read_bytes()
     assert sorted(path.name for path in target.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_overwrite_deletes_nothing_but_an_sae(
+    published: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An SAE with more beside it, the working folder, links to an SAE and to nothing."""
+    home = tmp_path / "home"
+    sae = download_sae(REPO, "layer-1/b", home / "sae")
+    for extra in ("more", "folder"):
+        shutil.copytree(sae, home / extra)
+    (home / "more" / "notes.txt").write_text("notes")
+    (home / "folder" / "sparsity.safetensors").mkdir()
+    shutil.copytree(sae, home / "linked_weights")
+    (home / "linked_weights" / "cfg.json").unlink()
+    (home / "linked_weights" / "cfg.json").symlink_to(sae / "cfg.json")
+    (home / "link").symlink_to(sae)
+    (home / "dangling").symlink_to(tmp_path / "nowhere")
+    (home / "file").write_text("a file")
+    before = contents(home)
+    monkeypatch.chdir(home)
+    names = ("more", "folder", "linked_weights", "link", "dangling", "file")
+    for target in (".", "..", home / "link" / "..", *names, *(home / name for name in names)):
+        with pytest.raises(HubError, match="--overwrite only replaces|symbolic link|is a file"):
+            download_sae(REPO, "layer-1/a", target, overwrite=True)
+    assert contents(home) == before
+    assert (home / "dangling").is_symlink()
 
 
 def test_an_interrupted_download_leaves_nothing_and_is_completed(
