@@ -8,6 +8,10 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
+ESTIMATED_SCALING = ("expected_average_only_in", "covariance_whitening")
+"""Values of ``normalize_activations`` under which weights mean nothing without the scaler that
+training estimated. Folding it in sets the field to "none"."""
+
 
 def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
     """Fold an estimated scaling or whitening of the activations into the weights.

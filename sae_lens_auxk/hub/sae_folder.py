@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
@@ -31,7 +32,7 @@ from sae_lens_auxk.results import (
     Run,
     read_results,
 )
-from sae_lens_auxk.saved_sae import fold_scaling
+from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling
 
 SAE_FILES = (
     SAE_CFG_FILENAME,
@@ -141,7 +142,7 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
 
     Raises:
         HubError: SAELens cannot open the SAE without a plugin, or the checkpoint cannot be
-            converted.
+            converted or lacks its scaling.
     """
     # Every training config of SAELens has this field, and no inference config does.
     if "decoder_init_norm" in read_json(folder / SAE_CFG_FILENAME):
@@ -171,8 +172,11 @@ def _convert(checkpoint: Path, target: Path) -> None:
         scaler = ActivationScaler()
         if (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
             scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
+        _require_scaler(checkpoint, sae.cfg.normalize_activations, scaler)
         fold_scaling(sae, scaler)
         sae.save_inference_model(target)
+    except HubError:
+        raise
     except Exception as error:  # an unknown architecture, other weights, a half-written file
         raise HubError(
             f"{checkpoint} is a training checkpoint that cannot be converted to an inference "
@@ -181,6 +185,19 @@ def _convert(checkpoint: Path, target: Path) -> None:
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, target / name)
+
+
+def _require_scaler(checkpoint: Path, mode: str, scaler: ActivationScaler) -> None:
+    files = [ACTIVATION_SCALER_CFG_FILENAME]
+    if mode == "covariance_whitening":
+        files.append(ACTIVATION_WHITENING_FILENAME)
+    found = (scaler.scaling_factor, scaler.whitening)[len(files) - 1]
+    # SAELens writes the scaler after the weights: an interrupted checkpoint has none.
+    if mode in ESTIMATED_SCALING and found is None:
+        raise HubError(
+            f"{checkpoint} has normalize_activations={mode!r}, but its scaling is missing: there "
+            f"must be {' and '.join(files)}. Publish a checkpoint that was written to its end."
+        )
 
 
 def samples_trained(folder: Path) -> int | None:

@@ -153,6 +153,22 @@ def test_a_checkpoint_at_the_end_is_what_the_run_saved(
     unscaled = TrainingSAE.load_from_disk(made["checkpoint"])
     assert (back.W_enc - unscaled.W_enc).abs().max() > 1e-3
 
+    # Opened without its scaling, it would be silently wrong.
+    with pytest.raises(ValueError, match=rf"{normalization}.*fold_scaling"):
+        SAE.load_from_disk(made["checkpoint"])
+    # Half-written: SAELens writes the scaler after the weights.
+    names = ["activation_scaler.json"]
+    if normalization == "covariance_whitening":
+        names.insert(0, "activation_whitening.safetensors")
+    client.log = []
+    for name in names:
+        (made["checkpoint"] / name).unlink()
+        with pytest.raises(
+            HubError, match=rf"'{normalization}', but its scaling is missing.*{name}"
+        ):
+            upload_sae(made["checkpoint"], REPO, "broken")
+    assert client.writes() == []
+
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "gated"])
 def test_a_training_format_of_saelens_itself_is_converted(
