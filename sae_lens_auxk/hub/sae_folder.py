@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -84,6 +85,7 @@ def find_saes(folder: Path, sae_id: str | None = None) -> Publishable:
     if (folder / SAE_CFG_FILENAME).is_file():
         if not (folder / SAE_WEIGHTS_FILENAME).is_file():
             raise HubError(f"{folder} has {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
+        _require_inside(folder, folder, SAE_FILES)
         return Publishable({sae_id or _as_id(folder.resolve().name): folder})
     if (folder / RESULTS_FILENAME).is_file():
         return _comparison(folder, sae_id)
@@ -113,6 +115,7 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         sae_id = prefix + sae_id_of(run)
         if sae_id in saes:
             raise HubError(f"{path}: two runs would have the same SAE id, {sae_id}.")
+        _require_inside(folder, local, SAE_FILES)
         saes[sae_id] = local
     if not saes:
         raise HubError(f"{path} has no finished run yet.")
@@ -121,7 +124,19 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         for pattern in REPORT_FILES
         for file in sorted(folder.glob(pattern))
     }
+    _require_inside(folder, folder, (path.relative_to(folder) for path in reports.values()))
     return Publishable(saes, reports, results, prefix)
+
+
+def _require_inside(folder: Path, parent: Path, names: Iterable[str | Path]) -> None:
+    """Raise a HubError if a symbolic link would publish a file from outside ``folder``."""
+    for file in (parent / name for name in names):
+        target = file.resolve()
+        if file.exists() and not target.is_relative_to(folder.resolve()):
+            raise HubError(
+                f"{file} leads out of {folder}, to {target}, by a symbolic link. If that file "
+                "may be published, copy it there (cp -L)."
+            )
 
 
 def sae_id_of(run: Run) -> str:
@@ -228,12 +243,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise HubError(f"{path} does not hold a JSON object.")
     return content
-
-
-def require_no_token(path: Path) -> None:
-    """Raise a HubError if a JSON file holds something that looks like a Hub token."""
-    # SAELens writes all of model_from_pretrained_kwargs into its configs.
-    if path.suffix == ".json" and (
-        found := re.search(r"\bhf_[A-Za-z0-9]{20,}", path.read_text(encoding="utf-8"))
-    ):
-        raise HubError(f"{path} holds what looks like a Hub token: remove {found[0][:6]}...")

@@ -17,12 +17,12 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
+from sae_lens_auxk.hub.private import publishable_file, without_user_name
 from sae_lens_auxk.hub.sae_folder import (
     SAE_FILES,
     Publishable,
     find_saes,
     inference_folder,
-    require_no_token,
     samples_trained,
 )
 
@@ -98,21 +98,28 @@ def upload_sae(
         }
         card = _card(repo_id, source, saes, remote.card)
         files = {
-            name: {f"{name}/{file}": path / file for file in SAE_FILES if (path / file).is_file()}
+            name: {
+                f"{name}/{file}": publishable_file(path / file, Path(workspace))
+                for file in SAE_FILES
+                if (path / file).is_file()
+            }
             for name, path in saes.items()
         }
-        sizes: dict[str, int] = {}
-        for group in (*files.values(), source.reports):
-            for path, local in group.items():
-                require_no_token(local)
-                sizes[path] = local.stat().st_size
+        local_reports = {
+            path: publishable_file(local, Path(workspace)) for path, local in source.reports.items()
+        }
+        sizes = {
+            path: local.stat().st_size
+            for group in (*files.values(), local_reports)
+            for path, local in group.items()
+        }
         sizes[CARD] = len(card.encode())
         if dry_run:
             return Upload(sizes, card, [], None)
         changes = [_change(name, files[name], remote.files) for name in files]
         pending = [change for change in changes if change.additions or change.deletions]
         unchanged = [change.sae_id for change in changes if change not in pending]
-        reports = _missing(source.reports, remote.files)
+        reports = _missing(local_reports, remote.files)
         if not overwrite:
             taken = [change.sae_id for change in changes if change.replaces]
             _refuse_to_overwrite(repo_id, [*taken, *(p for p in reports if p in remote.files)])
@@ -147,10 +154,11 @@ def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
 def _card(repo_id: str, source: Publishable, saes: dict[str, Path], existing: str | None) -> str:
     if source.results is not None:
         part = comparison_part(repo_id, saes, source.results, source.prefix, list(source.reports))
-        return with_part(existing, f"comparison {source.prefix}".strip("/ "), part, repo_id)
+        name = f"comparison {source.prefix}".strip("/ ")
+        return with_part(existing, name, without_user_name(part), repo_id)
     ((sae_id, folder),) = saes.items()
     part = sae_part(repo_id, sae_id, folder, samples_trained(source.saes[sae_id]))
-    return with_part(existing, f"SAE {sae_id}", part, repo_id)
+    return with_part(existing, f"SAE {sae_id}", without_user_name(part), repo_id)
 
 
 @dataclass(frozen=True)
