@@ -41,5 +41,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def refuse(message: str) -> int:
     """Print the message to standard error; return the exit status for it, 2."""
-    print(f"sae-lens-auxk: error: {message}", file=sys.stderr)
+    print(f"sae-lens-auxk: error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey; line ends stay.
+
+    A name may come out of somebody else's repository or folder.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

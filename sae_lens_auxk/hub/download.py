@@ -28,7 +28,11 @@ def _ids(files: list[str]) -> list[str]:
     return sorted(
         folder
         for folder, _, name in (path.rpartition("/") for path in files)
-        if folder and name == SAE_CFG_FILENAME and f"{folder}/{SAE_WEIGHTS_FILENAME}" in files
+        if name == SAE_CFG_FILENAME
+        and f"{folder}/{SAE_WEIGHTS_FILENAME}" in files
+        # The id becomes a folder's name, and is shown on a terminal.
+        and not {"", ".", ".."} & {*folder.split("/")}
+        and folder.isprintable()
     )
 
 
@@ -79,7 +83,9 @@ def download_sae(
         try:
             SAE.load_from_disk(new)
         except Exception as error:  # a training format, an architecture of another plugin
-            raise HubError(f"SAELens cannot open {sae_id} of {repo_id}: {error}") from error
+            raise HubError(
+                f"SAELens cannot open {sae_id} of {repo_id}: {type(error).__name__}: {error}"
+            ) from error
         _put_in_place(new, target, Path(workspace) / "old")
     return target
 

@@ -43,6 +43,10 @@ SAE_FILES = (
     RUNNER_CONFIG_FILENAME,  # SAELens's synthetic runs name it so
 )
 
+CARD = "README.md"
+OTHER_FILES = (CARD, *REPORT_FILES)
+"""What may be at the top of a repository beside SAEs."""
+
 _ID_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=-]*"
 
 
@@ -86,7 +90,7 @@ def find_saes(folder: Path, sae_id: str | None = None) -> Publishable:
         if not (folder / SAE_WEIGHTS_FILENAME).is_file():
             raise HubError(f"{folder} has {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
         _require_inside(folder, folder, SAE_FILES)
-        return Publishable({sae_id or _as_id(folder.resolve().name): folder})
+        return Publishable({_free_id(sae_id or _as_id(folder.resolve().name)): folder})
     if (folder / RESULTS_FILENAME).is_file():
         return _comparison(folder, sae_id)
     message = f"{folder} holds no SAE: it has neither {SAE_CFG_FILENAME} nor {RESULTS_FILENAME}."
@@ -101,7 +105,7 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         results = read_results(folder)
     except ValueError as error:
         raise HubError(str(error)) from error
-    prefix = f"{prefix}/" if prefix else ""
+    prefix = f"{_free_id(prefix)}/" if prefix else ""
     saes: dict[str, Path] = {}
     for run in results["runs"]:
         if run.get("status") != "finished":
@@ -143,6 +147,15 @@ def sae_id_of(run: Run) -> str:
     """The SAE id of a comparison's finished run: its folder, without the leading ``runs/``."""
     below = (run["folder"] or "").removeprefix(f"{RUNS_FOLDER}/").strip("/")
     return "/".join(map(_as_id, PurePosixPath(below).parts))
+
+
+def _free_id(sae_id: str) -> str:
+    first = sae_id.split("/")[0]
+    if first in OTHER_FILES:
+        raise HubError(
+            f"sae_id {sae_id!r} is not allowed: a repository has a file {first}. Choose another."
+        )
+    return sae_id
 
 
 def _as_id(name: str) -> str:

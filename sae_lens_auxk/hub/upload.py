@@ -19,14 +19,13 @@ from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
 from sae_lens_auxk.hub.private import publishable_file, without_user_name
 from sae_lens_auxk.hub.sae_folder import (
+    CARD,
     SAE_FILES,
     Publishable,
     find_saes,
     inference_folder,
     samples_trained,
 )
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)

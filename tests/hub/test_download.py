@@ -1,5 +1,6 @@
 """Fetching over real HTTP."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from sae_lens import SAE
 
 from sae_lens_auxk import cli
-from sae_lens_auxk.hub import HubError, download_sae, upload_sae
+from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload_sae
 from tests.helpers import build_sae
 from tests.hub.server import Fault, Hub
 
@@ -148,3 +149,40 @@ def test_what_saelens_cannot_open_is_not_kept(client: Hub, published: Hub, tmp_p
     with pytest.raises(HubError, match="SAELens cannot open layer-1/a"):
         download_sae(REPO, "layer-1/a", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "sae_id", ["\x1b[2Jx", "x\u202ey", "a\nb", "..", "../x", "/x", "a//b", "./a"]
+)
+def test_an_id_that_is_no_folder_or_cannot_be_shown_is_no_sae(
+    sae_id: str, published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(tmp_path / "a")
+    files = dict(published.repos[REPO].commits[-1][1])
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        files[f"{sae_id}/{name}"] = files[f"layer-1/a/{name}"]
+    published.repos[REPO].commit(files, "malicious")
+    assert list_saes(REPO) == ["layer-1/a", "layer-1/b"]
+    with pytest.raises(HubError, match="holds no SAE"):
+        download_sae(REPO, sae_id, tmp_path / "new")
+    capsys.readouterr()
+    assert cli.main(["download", REPO, sae_id]) == 2
+    error = capsys.readouterr().err.removesuffix("\n")
+    assert all(character.isprintable() or character == "\n" for character in error)
+    assert contents(tmp_path / "a") == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_config_says_is_printed_without_control_characters(
+    published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = dict(published.repos[REPO].commits[-1][1])
+    cfg = json.loads(files["layer-1/a/cfg.json"][1])
+    cfg["architecture"] = "\x1b[31mred\x9b2J"
+    files["layer-1/a/cfg.json"] = ("regular", json.dumps(cfg).encode())
+    published.repos[REPO].commit(files, "malicious")
+    capsys.readouterr()
+    assert cli.main(["download", REPO, "layer-1/a", "--output", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert r"\x1b[31mred\x9b2J" in error
+    assert not {"\x1b", "\x9b"} & {*error}

@@ -420,6 +420,10 @@ def test_no_hub_to_reach(client: Hub, folder: Path, monkeypatch: Any) -> None:
         (["small", "saes"], "'saes' is not allowed: it must be user/name"),
         (["small", "me/.."], "'me/..' is not allowed"),
         (["small", REPO, "--sae_id", "../x"], "sae_id '../x' is not allowed"),
+        (["small", REPO, "--sae_id", "README.md"], "a repository has a file README.md"),
+        (["small", REPO, "--sae_id", "results.json/x"], "a repository has a file results.json"),
+        (["report.md", REPO], "sae_id 'report.md' is not allowed"),
+        (["\x1b[2J", REPO], r"\x1b[2J is not a folder"),
         (["noweights", REPO], "has cfg.json but no sae_weights.safetensors"),
         (["broken", REPO], "results.json is not the results of a comparison"),
         (["secret", REPO], "holds what looks like a Hub token"),
@@ -438,7 +442,8 @@ def test_bad_arguments(
         Path(name).mkdir()
     Path("noweights/cfg.json").write_text("{}")
     Path("broken/results.json").write_text('{"version": 2}')
-    build_sae("auxk-topk").save_inference_model("secret")
+    for name in ("secret", "report.md"):
+        build_sae("auxk-topk").save_inference_model(name)
     Path("secret/runner_cfg.json").write_text(json.dumps({"token": "hf_" + 30 * "x"}))
     assert cli.main(["upload", *args]) == 2
     assert message in capsys.readouterr().err
