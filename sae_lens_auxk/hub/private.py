@@ -24,7 +24,8 @@ _SECRET_FIELD = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-_NAME = r"""(?:[^/\s"'<>\\]|\\u[0-9a-f]{4})+"""
+# With what JSON and Markdown escape in a name.
+_NAME = r"""(?:[^/\s"'<>\\]|\\u[0-9a-f]{4}|\\_)+"""
 # An absolute path begins here: no address, no relative path, no closing tag of HTML.
 _ROOT = r"""(?:(?<![\w./~<-])|(?<=\\[nt]))(?:file://)?(?:/[^/\s"'<>]+){0,8}?/"""
 _HOMES = (
@@ -43,7 +44,7 @@ def without_user_name(text: str) -> str:
     for home in _HOMES:
         text = home.sub(r"\1USER", text)
     try:
-        name = re.escape(getpass.getuser())
+        name = re.escape(getpass.getuser()).replace("_", r"\\?_")
     except (OSError, KeyError):  # a container's user may have no name
         return text
     # Such as /scratch/anna/texts.

@@ -136,10 +136,14 @@ def test_the_users_name_in_local_paths_stays_here(client: Hub, tmp_path: Path) -
     assert SAE.load_from_disk(folder).cfg.metadata.model_name == "/home/anna/models/m"
 
 
-def test_the_users_name_in_a_report(client: Hub, tmp_path: Path) -> None:
+def test_the_users_name_in_a_report(
+    client: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = comparison(tmp_path / "three", n_seeds=1)
     results = json.loads((made / "results.json").read_text())
     results["command"] = "sae-lens-auxk compare --dataset_path=/home/anna/texts"
+    results["data"]["description"] = "texts in /home/anna_b/x and /data/a_me/y"
+    monkeypatch.setattr(getpass, "getuser", lambda: "a_me")
     (made / "results.json").write_text(json.dumps(results))
     (made / "report.html").write_text("<td>/home/anna/texts</td></home/>")
     upload_sae(made, REPO)
@@ -147,6 +151,7 @@ def test_the_users_name_in_a_report(client: Hub, tmp_path: Path) -> None:
     assert files["report.html"] == b"<td>/home/USER/texts</td></home/>"
     assert b"--dataset_path=/home/USER/texts" in files["results.json"]
     assert b"--dataset_path=/home/USER/texts" in files["README.md"]
+    assert b"texts in /home/USER/x and /data/USER/y" in files["README.md"]
     assert not any(b"anna" in content for content in files.values())
 
 
