@@ -70,9 +70,13 @@ def download_sae(
     target = Path(sae_id.rpartition("/")[2] if output is None else output)
     _require_free(target, overwrite)
     target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as workspace:
-        new = Path(workspace) / "new"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workspace = TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.")
+    except OSError as error:
+        raise HubError(f"{target} cannot be written: {error}. Choose another --output.") from error
+    with workspace:
+        new = Path(workspace.name) / "new"
         new.mkdir()
         for name in SAE_FILES:
             if f"{sae_id}/{name}" in files:
@@ -86,7 +90,10 @@ def download_sae(
             raise HubError(
                 f"SAELens cannot open {sae_id} of {repo_id}: {type(error).__name__}: {error}"
             ) from error
-        _put_in_place(new, target, Path(workspace) / "old")
+        try:
+            _put_in_place(new, target, Path(workspace.name) / "old")
+        except OSError as error:
+            raise HubError(f"{target} cannot be written: {error}.") from error
     return target
 
 

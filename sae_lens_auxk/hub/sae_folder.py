@@ -33,7 +33,7 @@ from sae_lens_auxk.results import (
     Run,
     read_results,
 )
-from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling
+from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling, silent_latents
 
 SAE_FILES = (
     SAE_CFG_FILENAME,
@@ -105,17 +105,21 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         results = read_results(folder)
     except ValueError as error:
         raise HubError(str(error)) from error
+    if not all(isinstance(run, dict) for run in results["runs"]):
+        raise HubError(f"{path}: each of its runs must be an object.")
     prefix = f"{_free_id(prefix)}/" if prefix else ""
     saes: dict[str, Path] = {}
     for run in results["runs"]:
         if run.get("status") != "finished":
             continue
-        relative = PurePosixPath(run.get("folder") or "")
+        relative = PurePosixPath(str(run.get("folder") or ""))
         local = folder / relative
         if relative.is_absolute() or ".." in relative.parts:
-            raise HubError(f"{path}: run {run['name']!r} has a folder outside: {relative}.")
+            raise HubError(f"{path}: run {run.get('name')!r} has a folder outside: {relative}.")
         if relative == PurePosixPath() or not (local / SAE_CFG_FILENAME).is_file():
-            raise HubError(f"{path}: run {run['name']!r} is finished, but {local} holds no SAE.")
+            raise HubError(
+                f"{path}: run {run.get('name')!r} is finished, but {local} holds no SAE."
+            )
         sae_id = prefix + sae_id_of(run)
         if sae_id in saes:
             raise HubError(f"{path}: two runs would have the same SAE id, {sae_id}.")
@@ -190,7 +194,15 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
             warnings.simplefilter("ignore")  # they are meant for users of the SAE
             SAE.load_from_disk(folder)
     except Exception as error:  # whatever it is, nobody else could open the SAE either
-        raise HubError(f"SAELens cannot open the SAE in {folder}: {error}") from error
+        raise HubError(
+            f"SAELens cannot open the SAE in {folder}: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        silent_latents(folder)
+    except Exception as error:  # safetensors' own, or another content
+        raise HubError(
+            f"{folder / SPARSITY_FILENAME} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     return folder
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
@@ -26,6 +27,7 @@ from sae_lens_auxk.hub.sae_folder import (
     inference_folder,
     samples_trained,
 )
+from sae_lens_auxk.results import RESULTS_FILENAME
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def upload_sae(
             name: inference_folder(path, Path(workspace) / name)
             for name, path in source.saes.items()
         }
-        card = _card(repo_id, source, saes, remote.card)
+        card = _card(repo_id, Path(folder), source, saes, remote.card)
         files = {
             name: {
                 f"{name}/{file}": publishable_file(path / file, Path(workspace))
@@ -150,14 +152,26 @@ def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
     return _Remote(commit, files, card)
 
 
-def _card(repo_id: str, source: Publishable, saes: dict[str, Path], existing: str | None) -> str:
-    if source.results is not None:
-        part = comparison_part(repo_id, saes, source.results, source.prefix, list(source.reports))
-        name = f"comparison {source.prefix}".strip("/ ")
-        return with_part(existing, name, without_user_name(part), repo_id)
-    ((sae_id, folder),) = saes.items()
-    part = sae_part(repo_id, sae_id, folder, samples_trained(source.saes[sae_id]))
-    return with_part(existing, f"SAE {sae_id}", without_user_name(part), repo_id)
+def _card(
+    repo_id: str, folder: Path, source: Publishable, saes: dict[str, Path], existing: str | None
+) -> str:
+    try:
+        if source.results is not None:
+            reports = list(source.reports)
+            part = comparison_part(repo_id, saes, source.results, source.prefix, reports)
+            name = f"comparison {source.prefix}".strip("/ ")
+        else:
+            ((sae_id, local),) = saes.items()
+            part = sae_part(repo_id, sae_id, local, samples_trained(source.saes[sae_id]))
+            name = f"SAE {sae_id}"
+    # SAELens opens a config, and a results.json counts as one, without a look at all that the
+    # card is made of.
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise HubError(
+            f"{folder / (RESULTS_FILENAME if source.results is not None else SAE_CFG_FILENAME)} "
+            f"or a config beside it is malformed: {type(error).__name__}: {error}"
+        ) from error
+    return with_part(existing, name, without_user_name(part), repo_id)
 
 
 @dataclass(frozen=True)

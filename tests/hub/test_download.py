@@ -1,6 +1,7 @@
 """Fetching over real HTTP."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -186,3 +187,12 @@ def test_what_a_config_says_is_printed_without_control_characters(
     error = capsys.readouterr().err
     assert r"\x1b[31mred\x9b2J" in error
     assert not {"\x1b", "\x9b"} & {*error}
+
+
+@pytest.mark.parametrize("name", ["a/cfg.json/below", "x" * 300, "/proc/nowhere/x"])
+def test_a_place_that_cannot_be_written_to(
+    name: str, published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["download", REPO, "layer-1/a", "--output", str(tmp_path / name)]) == 2
+    assert re.search(r"error: .* cannot be written: .*\n$", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "hf"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
@@ -65,7 +65,7 @@ def test_from_pretrained_opens_it_without_the_plugin(
     program = """
 import sys
 import sae_lens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 exec(sys.stdin.read())
 assert not any("auxk" in name for name in sys.modules)
 _, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(sys.argv[1], sys.argv[2])
@@ -447,6 +447,56 @@ def test_bad_arguments(
     Path("secret/runner_cfg.json").write_text(json.dumps({"token": "hf_" + 30 * "x"}))
     assert cli.main(["upload", *args]) == 2
     assert message in capsys.readouterr().err
+    assert client.writes() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sparsity.safetensors", b"damaged"),
+        ("sparsity.safetensors", save({"other": torch.zeros(24)})),
+        ("runner_cfg.json", b"[1, 2]"),
+        ("runner_cfg.json", b"\xff\xfe"),
+        ("runner_cfg.json", b'{"training_tokens": "many"}'),
+    ],
+)
+def test_a_damaged_file_beside_an_sae(
+    name: str, content: bytes, client: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / name).write_bytes(content)
+    assert cli.main(["upload", str(folder), REPO]) == 2
+    assert re.search("cannot be read|object|malformed", capsys.readouterr().err)
+    assert client.writes() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": [5]},
+        {"runs": [{"status": "finished", "folder": 5}]},
+        {"runs": [{"status": "finished"}]},
+        {"groups": [{}]},
+        {"groups": 5},
+        {"data": []},
+        {"data": None},
+        "name",
+        "metrics",
+    ],
+    ids=str,
+)
+def test_malformed_results(
+    change: Any, client: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = comparison(tmp_path / "one", n_seeds=1)
+    results = json.loads((made / "results.json").read_text())
+    if isinstance(change, dict):
+        results |= change
+    else:
+        results.pop(change, None)
+        results["runs"][0].pop(change)
+    (made / "results.json").write_text(json.dumps(results))
+    assert cli.main(["upload", str(made), REPO]) == 2
+    assert str(made / "results.json") in capsys.readouterr().err
     assert client.writes() == []
 
 
