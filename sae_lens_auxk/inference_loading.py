@@ -8,9 +8,12 @@ tells it from an SAE loaded out of ``save_inference_model``'s folder.
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAEConfig
 from typing_extensions import override
+
+from sae_lens_auxk.saved_sae import ESTIMATED_SCALING
 
 if TYPE_CHECKING:
     _Base = SAE[Any]
@@ -24,6 +27,16 @@ class InferenceFromCheckpoint(_Base):
     plain_class: ClassVar[type[SAE[Any]]]
 
     def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False):
+        # SAELens hands over the weights and the config, not the folder with the scaler beside
+        # them, so that nothing can be folded here. Unfolded, the SAE would be silently wrong.
+        if cfg.normalize_activations in ESTIMATED_SCALING:
+            raise ValueError(
+                f"normalize_activations={cfg.normalize_activations!r}: SAE.load_from_disk does "
+                "not see the activation scaling that this training checkpoint keeps in "
+                f"{ACTIVATION_SCALER_CFG_FILENAME}. Load it with TrainingSAE.load_from_disk and "
+                "ActivationScaler().load, then call sae_lens_auxk.saved_sae.fold_scaling(sae, "
+                "scaler) and sae.save_inference_model; sae-lens-auxk upload does the same."
+            )
         self._training_cfg = cfg
         super().__init__(_inference_config(cfg), use_error_term)
 

@@ -136,8 +136,16 @@ Synthetic models:
 
 from typing import TYPE_CHECKING
 
+from sae_lens import constants
+
 if TYPE_CHECKING:
     from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+
+ACTIVATION_WHITENING_FILENAME: str = getattr(
+    constants, "ACTIVATION_WHITENING_FILENAME", "activation_whitening.safetensors"
+)
+"""The whitening beside a checkpoint, which SAELens has since 6.52."""
 
 
 def whitening_of(scaler: "ActivationScaler") -> "ActivationWhitening | None":

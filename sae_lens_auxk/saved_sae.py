@@ -10,6 +10,10 @@ from safetensors.torch import load_file
 
 from sae_lens_auxk.saelens import whitening_of
 
+ESTIMATED_SCALING = ("expected_average_only_in", "covariance_whitening")
+"""Values of ``normalize_activations`` under which weights mean nothing without the scaler that
+training estimated. Folding it in sets the field to "none"."""
+
 
 def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
     """Fold an estimated scaling or whitening of the activations into the weights.

@@ -6,6 +6,8 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 INT64_MAX = 2**63 - 1
 
 
@@ -97,3 +99,13 @@ def require_choices(name: str, values: Any, choices: Collection[str]) -> None:
     require_list(name, values)
     for value in values:
         require_choice(name, value, choices)
+
+
+def require_device(name: str, value: Any) -> None:
+    """Raise a ValueError unless torch can compute on the device here."""
+    allowed = "cpu, cuda or another device that torch has here"
+    try:
+        # The device meta takes everything and computes nothing.
+        torch.empty(0, device=value).tolist()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"{reject(name, value, allowed)} ({error})") from error

@@ -110,3 +110,21 @@ def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) 
     errors = capsys.readouterr().err
     assert errors.endswith("error: a\\x1b[2J\\x9b31mb\nc\td\n")
     assert "\x1b" not in errors
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model_name", "nope", "model_name='nope', dataset_path='me/text' cannot be loaded: nope"),
+        ("device", "meta", "device='meta' is not allowed: it must be cpu, cuda"),
+    ],
+)
+def test_a_run_that_cannot_start_is_one_line(
+    field: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--architecture auxk-topk --k 3 --d_in 8 --d_sae 16 --dataset_path me/text"
+    args = [*flags.split(), "--log_to_wandb", "false", f"--{field}", value]
+    assert cli.main(["train", *args]) == 2
+    *_, line, end = capsys.readouterr().err.split("\n")
+    assert line.startswith(f"sae-lens-auxk: error: {message}")
+    assert (end, len(line) < 500) == ("", True)

@@ -17,7 +17,7 @@ from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
-from sae_lens_auxk.results import read_results
+from sae_lens_auxk.results import RESULTS_FILENAME, read_results
 from sae_lens_auxk.validation import require_known
 from sae_lens_auxk_cli import refuse
 
@@ -43,7 +43,7 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
     try:
         options = _parse(args)
         if options.report_only is not None:
-            report = write_report(read_results(options.report_only), options.report_only)
+            report = _report_again(options.report_only)
         else:
             comparison = resolve(options.comparison)
             _use_threads_that_pay(comparison)
@@ -60,6 +60,15 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
         return INTERRUPTED
     print(f"report  {report}")
     return 0
+
+
+def _report_again(folder: Path) -> Path:
+    results = read_results(folder)
+    try:
+        return write_report(results, folder)
+    except (LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / RESULTS_FILENAME} is malformed: {what}") from error
 
 
 def _use_threads_that_pay(comparison: Resolved) -> None:

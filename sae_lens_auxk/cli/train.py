@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +23,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.runner import field_names
 from sae_lens_auxk.saved_sae import silent_latents
-from sae_lens_auxk.validation import nearest, require_choice
+from sae_lens_auxk.validation import nearest, require_choice, require_device
 from sae_lens_auxk_cli import refuse
 
 
@@ -36,7 +37,12 @@ def train(args: Sequence[str]) -> int:
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
-    runner = LanguageModelSAETrainingRunner(cfg)
+    try:
+        runner = LanguageModelSAETrainingRunner(cfg)
+    # A model or data set that cannot be found raises one of these, at times with pages of names.
+    except (ValueError, OSError) as error:
+        given = f"model_name={cfg.model_name!r}, dataset_path={cfg.dataset_path!r}"
+        return refuse(f"{given} cannot be loaded: {shorten(str(error), 300)}")
     sae = runner.run()
     print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
     if cfg.n_eval_batches > 0:
@@ -65,7 +71,7 @@ def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         print(imports.format_help())  # SAELens's help follows
     try:
         with _errors_raised():
-            return _parse_cfg_args(args)
+            cfg = _parse_cfg_args(args)
     except (ValueError, ArgumentError) as error:
         *_, unknown = str(error).partition("unrecognized arguments: ")
         if not unknown:
@@ -73,6 +79,8 @@ def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         flags = [f"--{name}" for names in field_names(architecture) for name in names]
         suggestion = nearest(unknown.split()[0], [*flags, "--import"])
         raise ValueError(f"{error} (with --architecture {architecture}).{suggestion}") from error
+    require_device("device", cfg.device)
+    return cfg
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae_lens_auxk.hub import HubError, Upload, upload_sae
-from sae_lens_auxk_cli import refuse
+from sae_lens_auxk_cli import printable, refuse
 
 
 def upload(args: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def upload(args: Sequence[str]) -> int:
 
 def listing(repo_id: str, planned: Upload) -> str:
     """The files of an upload and their sizes in bytes, one per line."""
-    lines = [f"{size:15,d}  {path}" for path, size in planned.sizes.items()]
+    lines = [f"{size:15,d}  {printable(path)}" for path, size in planned.sizes.items()]
     total = sum(planned.sizes.values())
     return "\n".join([f"would go to {repo_id}:", *lines, f"{total:15,d}  bytes in all"])
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.synthetic import SyntheticModelConfig
 
@@ -19,6 +18,7 @@ from sae_lens_auxk.validation import (
     require_bool,
     require_choice,
     require_choices,
+    require_device,
     require_int,
     require_known,
     require_list,
@@ -137,7 +137,7 @@ def _validate(comparison: Resolved) -> None:
                 comparison.aux_loss_coefficient,
                 "left out unless aux_variant says whose coefficient it is",
             )
-    _validate_device(comparison.device)
+    require_device("device", comparison.device)
     if comparison.model_name:
         _validate_language_model(comparison)
     else:
@@ -149,14 +149,6 @@ def _validate(comparison: Resolved) -> None:
     configs = [case.sae_config(comparison, comparison.d_in or 1) for case in cases]
     known = {f.name for config in configs for f in fields(config)}
     require_known(comparison.sae, known - {"d_in", "d_sae", "device", "k"}, "any case's SAE config")
-
-
-def _validate_device(device: Any) -> None:
-    allowed = "cpu, cuda or another device that torch has here"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"{reject('device', device, allowed)} ({error})") from error
 
 
 def _validate_language_model(comparison: Resolved) -> None:

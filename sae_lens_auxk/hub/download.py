@@ -1,5 +1,6 @@
 """Fetch an SAE from the Hub into a folder that ``SAE.load_from_disk`` opens."""
 
+import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,11 @@ def _ids(files: list[str]) -> list[str]:
     return sorted(
         folder
         for folder, _, name in (path.rpartition("/") for path in files)
-        if folder and name == SAE_CFG_FILENAME and f"{folder}/{SAE_WEIGHTS_FILENAME}" in files
+        if name == SAE_CFG_FILENAME
+        and f"{folder}/{SAE_WEIGHTS_FILENAME}" in files
+        # The id becomes a folder's name, and is shown on a terminal.
+        and not {"", ".", ".."} & {*folder.split("/")}
+        and folder.isprintable()
     )
 
 
@@ -44,14 +49,14 @@ def download_sae(
         repo_id: ``user/repo`` on the Hugging Face Hub.
         sae_id: which SAE; needed where the repository has several.
         output: the folder to make (default: the last part of the id, in the working folder).
-        overwrite: replace an existing folder.
+        overwrite: replace an existing folder, if an SAE is all that it holds.
 
     Returns:
         The folder.
 
     Raises:
-        HubError: no such repository or SAE, a folder of that name, a broken connection, or an
-            SAE that SAELens cannot open.
+        HubError: no such repository or SAE, a folder of that name, a place that cannot be
+            written to, a broken connection, or an SAE that SAELens cannot open.
     """
     require_repo_id(repo_id)
     if output is not None:
@@ -62,11 +67,16 @@ def download_sae(
         commit = api.repo_info(repo_id).sha
         files = api.list_repo_files(repo_id, revision=commit)
     sae_id = _choose(repo_id, sae_id, _ids(files))
-    target = Path(sae_id.rpartition("/")[2] if output is None else output).resolve()
+    target = Path(sae_id.rpartition("/")[2] if output is None else output)
     _require_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as workspace:
-        new = Path(workspace) / "new"
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workspace = TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.")
+    except OSError as error:
+        raise HubError(f"{target} cannot be written: {error}. Choose another --output.") from error
+    with workspace:
+        new = Path(workspace.name) / "new"
         new.mkdir()
         for name in SAE_FILES:
             if f"{sae_id}/{name}" in files:
@@ -77,8 +87,13 @@ def download_sae(
         try:
             SAE.load_from_disk(new)
         except Exception as error:  # a training format, an architecture of another plugin
-            raise HubError(f"SAELens cannot open {sae_id} of {repo_id}: {error}") from error
-        _put_in_place(new, target, Path(workspace) / "old")
+            raise HubError(
+                f"SAELens cannot open {sae_id} of {repo_id}: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            _put_in_place(new, target, Path(workspace.name) / "old")
+        except OSError as error:
+            raise HubError(f"{target} cannot be written: {error}.") from error
     return target
 
 
@@ -108,7 +123,20 @@ def _choose(repo_id: str, sae_id: str | None, ids: list[str]) -> str:
 
 
 def _require_free(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
         raise HubError(f"{target} is there already: choose another --output, or --overwrite.")
-    if target.exists() and not target.is_dir():
+    if target.is_symlink():
+        raise HubError(f"{target} is a symbolic link, which is not replaced: name its target.")
+    if not target.is_dir():
         raise HubError(f"{target} is a file, no folder.")
+    # Only what a download can write again may go: everything else in there is somebody's work.
+    names = {path.name for path in target.iterdir() if path.is_file() and not path.is_symlink()}
+    others = sorted({path.name for path in target.iterdir()} - (names & {*SAE_FILES}))
+    if others or not {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME} <= names:
+        what = f"also holds {', '.join(others[:5])}" if others else "holds no SAE"
+        raise HubError(
+            f"{target} {what}: --overwrite only replaces a folder with an SAE and nothing else. "
+            "Choose another --output."
+        )

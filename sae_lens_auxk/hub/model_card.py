@@ -6,10 +6,12 @@ comparison, between two marker comments, and changes nothing else.
 
 import json
 import pprint
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCard
@@ -47,11 +49,18 @@ def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
         card = f"---\nlibrary_name: saelens\n---\n\n# {repo_id.split('/')[1]}\n"
     newline = "\r\n" if "\r\n" in card else "\n"
     start, end = (f"<!-- sae-lens-auxk {which}: {name} -->" for which in ("start", "end"))
-    part = f"{start}\n{part.strip()}\n{end}".replace("\n", newline)
+    # A value that holds a marker must not end the part.
+    inside = part.strip().replace("<!-- sae-lens-auxk", "<!-sae-lens-auxk")
+    part = f"{start}\n{inside}\n{end}".replace("\n", newline)
     try:
         model_card = ModelCard(card)
     except (ValueError, yaml.YAMLError) as error:
         raise HubError(f"the front matter of {repo_id}'s README.md is broken: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:
+        raise HubError(
+            f"the front matter of {repo_id}'s README.md has a field of a wrong type, such as "
+            f"tags that are no list: {error}"
+        ) from error
     text = model_card.text
     if start in text and end in text and text.index(start) < text.index(end):
         before, rest = text.split(start, 1)
@@ -64,7 +73,7 @@ def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
     data = model_card.data
     before_merge = data.to_dict()
     data["library_name"] = data.get("library_name", "saelens")
-    tags: list[str] = data.get("tags", [])
+    tags: list[str] = data.get("tags") or []
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
     front_matter = card[: len(card) - len(model_card.text)]
     model_card.text = text
@@ -115,29 +124,31 @@ def comparison_part(
     data, groups = results.get("data", {}), results.get("groups", [])
     first = next(iter(saes))
     sections = [
-        f"## {results['name']}",
+        f"## {_text(results['name'])}",
         f"{n_finished} of {len(runs)} runs, trained side by side on "
-        f"{data.get('description') or data.get('kind', 'the same activations')}. "
+        f"{_text(data.get('description') or data.get('kind', 'the same activations'))}. "
         "Mean ± standard deviation over the seeds of each group.",
         _groups_table(groups),
         _definitions(groups),
         *(
-            f"![{Path(path).stem.replace('_', ' ')}]({path})"
+            f"![{_text(Path(path).stem.replace('_', ' '))}]({quote(path)})"
             for path in reports
             if path.endswith(".png")
         ),
         "More: "
-        + ", ".join(f"[{path}]({path})" for path in reports if not path.endswith(".png"))
+        + ", ".join(
+            f"[{_text(path)}]({quote(path)})" for path in reports if not path.endswith(".png")
+        )
         + ".",
         "### How to load one",
         _load(repo_id, first, saes[first]),
         "### How to train them again",
-        f"```bash\n{results['command']}\n```" if results.get("command") else "",
+        _fenced("bash", results["command"]) if results.get("command") else "",
         _folded(
             "The whole configuration",
-            f"```yaml\n{yaml.safe_dump(results.get('comparison'), sort_keys=False)}```",
+            _fenced("yaml", yaml.safe_dump(results.get("comparison"), sort_keys=False)),
         ),
-        f"Trained on {results['machine']}." if results.get("machine") else "",
+        f"Trained on {_text(results['machine'])}." if results.get("machine") else "",
         "### The SAEs",
     ]
     finished = {prefix + sae_id_of(run): run for run in runs if run["status"] == "finished"}
@@ -145,7 +156,7 @@ def comparison_part(
         run = finished[sae_id]
         sections += [
             f"#### {sae_id}",
-            f"{run['name']}: {_figures(run['metrics'])}",
+            f"{_text(run['name'])}: {_figures(run['metrics'])}",
             _folded("What it is", _description(folder, run.get("training_samples"))),
         ]
     return "\n\n".join(section for section in sections if section)
@@ -238,14 +249,15 @@ def _reproduce(runner_cfg: dict[str, Any] | None) -> str:
     return (
         "With sae-lens-auxk. Everything that differs from the defaults is here; all of it is in "
         f"{RUNNER_CFG_FILENAME} beside the weights.\n\n"
-        "```python\n"
-        "import torch\n"
-        "from sae_lens import LanguageModelSAETrainingRunner\n"
-        "from sae_lens_auxk import runner_config\n\n"
-        f"cfg = runner_config(\n{arguments}    log_to_wandb=False,\n)\n"
-        "torch.manual_seed(cfg.seed)  # as `sae-lens-auxk train` does\n"
-        "sae = LanguageModelSAETrainingRunner(cfg).run()\n"
-        "```"
+        + _fenced(
+            "python",
+            "import torch\n"
+            "from sae_lens import LanguageModelSAETrainingRunner\n"
+            "from sae_lens_auxk import runner_config\n\n"
+            f"cfg = runner_config(\n{arguments}    log_to_wandb=False,\n)\n"
+            "torch.manual_seed(cfg.seed)  # as `sae-lens-auxk train` does\n"
+            "sae = LanguageModelSAETrainingRunner(cfg).run()",
+        )
     )
 
 
@@ -301,13 +313,22 @@ def _folded(summary: str, text: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
+def _fenced(language: str, text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
 def _text(value: Any) -> str:
-    return "–" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    """What Markdown shows as the value, on one line; a dash for None."""
+    if value is None:
+        return "–"
+    return re.sub(r"([\\`*_<>\[\]|&])", r"\\\1", " ".join(str(value).split()))
 
 
 def _code(value: Any) -> str:
-    text = str(value).replace("`", "'")
-    return f"`{_text(text)}`"
+    text = " ".join(str(value).replace("`", "'").split())
+    return "`" + text.replace("|", "\\|") + "`"
 
 
 def _optional_json(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,7 +32,8 @@ from sae_lens_auxk.results import (
     Run,
     read_results,
 )
-from sae_lens_auxk.saved_sae import fold_scaling
+from sae_lens_auxk.saelens import ACTIVATION_WHITENING_FILENAME
+from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling, silent_latents
 
 SAE_FILES = (
     SAE_CFG_FILENAME,
@@ -40,6 +42,10 @@ SAE_FILES = (
     RUNNER_CFG_FILENAME,
     RUNNER_CONFIG_FILENAME,  # SAELens's synthetic runs name it so
 )
+
+CARD = "README.md"
+OTHER_FILES = (CARD, *REPORT_FILES)
+"""What may be at the top of a repository beside SAEs."""
 
 _ID_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=-]*"
 
@@ -83,7 +89,8 @@ def find_saes(folder: Path, sae_id: str | None = None) -> Publishable:
     if (folder / SAE_CFG_FILENAME).is_file():
         if not (folder / SAE_WEIGHTS_FILENAME).is_file():
             raise HubError(f"{folder} has {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
-        return Publishable({sae_id or _as_id(folder.resolve().name): folder})
+        _require_inside(folder, folder, SAE_FILES)
+        return Publishable({_free_id(sae_id or _as_id(folder.resolve().name)): folder})
     if (folder / RESULTS_FILENAME).is_file():
         return _comparison(folder, sae_id)
     message = f"{folder} holds no SAE: it has neither {SAE_CFG_FILENAME} nor {RESULTS_FILENAME}."
@@ -98,20 +105,25 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         results = read_results(folder)
     except ValueError as error:
         raise HubError(str(error)) from error
-    prefix = f"{prefix}/" if prefix else ""
+    if not all(isinstance(run, dict) for run in results["runs"]):
+        raise HubError(f"{path}: each of its runs must be an object.")
+    prefix = f"{_free_id(prefix)}/" if prefix else ""
     saes: dict[str, Path] = {}
     for run in results["runs"]:
         if run.get("status") != "finished":
             continue
-        relative = PurePosixPath(run.get("folder") or "")
+        relative = PurePosixPath(str(run.get("folder") or ""))
         local = folder / relative
         if relative.is_absolute() or ".." in relative.parts:
-            raise HubError(f"{path}: run {run['name']!r} has a folder outside: {relative}.")
+            raise HubError(f"{path}: run {run.get('name')!r} has a folder outside: {relative}.")
         if relative == PurePosixPath() or not (local / SAE_CFG_FILENAME).is_file():
-            raise HubError(f"{path}: run {run['name']!r} is finished, but {local} holds no SAE.")
+            raise HubError(
+                f"{path}: run {run.get('name')!r} is finished, but {local} holds no SAE."
+            )
         sae_id = prefix + sae_id_of(run)
         if sae_id in saes:
             raise HubError(f"{path}: two runs would have the same SAE id, {sae_id}.")
+        _require_inside(folder, local, SAE_FILES)
         saes[sae_id] = local
     if not saes:
         raise HubError(f"{path} has no finished run yet.")
@@ -120,13 +132,34 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         for pattern in REPORT_FILES
         for file in sorted(folder.glob(pattern))
     }
+    _require_inside(folder, folder, (path.relative_to(folder) for path in reports.values()))
     return Publishable(saes, reports, results, prefix)
+
+
+def _require_inside(folder: Path, parent: Path, names: Iterable[str | Path]) -> None:
+    """Raise a HubError if a symbolic link would publish a file from outside ``folder``."""
+    for file in (parent / name for name in names):
+        target = file.resolve()
+        if file.exists() and not target.is_relative_to(folder.resolve()):
+            raise HubError(
+                f"{file} leads out of {folder}, to {target}, by a symbolic link. If that file "
+                "may be published, copy it there (cp -L)."
+            )
 
 
 def sae_id_of(run: Run) -> str:
     """The SAE id of a comparison's finished run: its folder, without the leading ``runs/``."""
     below = (run["folder"] or "").removeprefix(f"{RUNS_FOLDER}/").strip("/")
     return "/".join(map(_as_id, PurePosixPath(below).parts))
+
+
+def _free_id(sae_id: str) -> str:
+    first = sae_id.split("/")[0]
+    if first in OTHER_FILES:
+        raise HubError(
+            f"sae_id {sae_id!r} is not allowed: a repository has a file {first}. Choose another."
+        )
+    return sae_id
 
 
 def _as_id(name: str) -> str:
@@ -141,7 +174,7 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
 
     Raises:
         HubError: SAELens cannot open the SAE without a plugin, or the checkpoint cannot be
-            converted.
+            converted or lacks its scaling.
     """
     # Every training config of SAELens has this field, and no inference config does.
     if "decoder_init_norm" in read_json(folder / SAE_CFG_FILENAME):
@@ -161,7 +194,15 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
             warnings.simplefilter("ignore")  # they are meant for users of the SAE
             SAE.load_from_disk(folder)
     except Exception as error:  # whatever it is, nobody else could open the SAE either
-        raise HubError(f"SAELens cannot open the SAE in {folder}: {error}") from error
+        raise HubError(
+            f"SAELens cannot open the SAE in {folder}: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        silent_latents(folder)
+    except Exception as error:  # safetensors' own, or another content
+        raise HubError(
+            f"{folder / SPARSITY_FILENAME} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     return folder
 
 
@@ -171,8 +212,11 @@ def _convert(checkpoint: Path, target: Path) -> None:
         scaler = ActivationScaler()
         if (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
             scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
+        _require_scaler(checkpoint, sae.cfg.normalize_activations, scaler)
         fold_scaling(sae, scaler)
         sae.save_inference_model(target)
+    except HubError:
+        raise
     except Exception as error:  # an unknown architecture, other weights, a half-written file
         raise HubError(
             f"{checkpoint} is a training checkpoint that cannot be converted to an inference "
@@ -181,6 +225,19 @@ def _convert(checkpoint: Path, target: Path) -> None:
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, target / name)
+
+
+def _require_scaler(checkpoint: Path, mode: str, scaler: ActivationScaler) -> None:
+    files = [ACTIVATION_SCALER_CFG_FILENAME]
+    if mode == "covariance_whitening":
+        files.append(ACTIVATION_WHITENING_FILENAME)
+    found = (scaler.scaling_factor, scaler.whitening)[len(files) - 1]
+    # SAELens writes the scaler after the weights: an interrupted checkpoint has none.
+    if mode in ESTIMATED_SCALING and found is None:
+        raise HubError(
+            f"{checkpoint} has normalize_activations={mode!r}, but its scaling is missing: there "
+            f"must be {' and '.join(files)}. Publish a checkpoint that was written to its end."
+        )
 
 
 def samples_trained(folder: Path) -> int | None:
@@ -211,12 +268,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise HubError(f"{path} does not hold a JSON object.")
     return content
-
-
-def require_no_token(path: Path) -> None:
-    """Raise a HubError if a JSON file holds something that looks like a Hub token."""
-    # SAELens writes all of model_from_pretrained_kwargs into its configs.
-    if path.suffix == ".json" and (
-        found := re.search(r"\bhf_[A-Za-z0-9]{20,}", path.read_text(encoding="utf-8"))
-    ):
-        raise HubError(f"{path} holds what looks like a Hub token: remove {found[0][:6]}...")

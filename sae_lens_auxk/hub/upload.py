@@ -14,19 +14,20 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
+from sae_lens_auxk.hub.private import publishable_file, without_user_name
 from sae_lens_auxk.hub.sae_folder import (
+    CARD,
     SAE_FILES,
     Publishable,
     find_saes,
     inference_folder,
-    require_no_token,
     samples_trained,
 )
-
-CARD = "README.md"
+from sae_lens_auxk.results import RESULTS_FILENAME
 
 
 @dataclass(frozen=True)
@@ -96,23 +97,30 @@ def upload_sae(
             name: inference_folder(path, Path(workspace) / name)
             for name, path in source.saes.items()
         }
-        card = _card(repo_id, source, saes, remote.card)
+        card = _card(repo_id, Path(folder), source, saes, remote.card)
         files = {
-            name: {f"{name}/{file}": path / file for file in SAE_FILES if (path / file).is_file()}
+            name: {
+                f"{name}/{file}": publishable_file(path / file, Path(workspace))
+                for file in SAE_FILES
+                if (path / file).is_file()
+            }
             for name, path in saes.items()
         }
-        sizes: dict[str, int] = {}
-        for group in (*files.values(), source.reports):
-            for path, local in group.items():
-                require_no_token(local)
-                sizes[path] = local.stat().st_size
+        local_reports = {
+            path: publishable_file(local, Path(workspace)) for path, local in source.reports.items()
+        }
+        sizes = {
+            path: local.stat().st_size
+            for group in (*files.values(), local_reports)
+            for path, local in group.items()
+        }
         sizes[CARD] = len(card.encode())
         if dry_run:
             return Upload(sizes, card, [], None)
         changes = [_change(name, files[name], remote.files) for name in files]
         pending = [change for change in changes if change.additions or change.deletions]
         unchanged = [change.sae_id for change in changes if change not in pending]
-        reports = _missing(source.reports, remote.files)
+        reports = _missing(local_reports, remote.files)
         if not overwrite:
             taken = [change.sae_id for change in changes if change.replaces]
             _refuse_to_overwrite(repo_id, [*taken, *(p for p in reports if p in remote.files)])
@@ -144,13 +152,26 @@ def _look_at(api: HfApi, repo_id: str, private: bool) -> _Remote:
     return _Remote(commit, files, card)
 
 
-def _card(repo_id: str, source: Publishable, saes: dict[str, Path], existing: str | None) -> str:
-    if source.results is not None:
-        part = comparison_part(repo_id, saes, source.results, source.prefix, list(source.reports))
-        return with_part(existing, f"comparison {source.prefix}".strip("/ "), part, repo_id)
-    ((sae_id, folder),) = saes.items()
-    part = sae_part(repo_id, sae_id, folder, samples_trained(source.saes[sae_id]))
-    return with_part(existing, f"SAE {sae_id}", part, repo_id)
+def _card(
+    repo_id: str, folder: Path, source: Publishable, saes: dict[str, Path], existing: str | None
+) -> str:
+    try:
+        if source.results is not None:
+            reports = list(source.reports)
+            part = comparison_part(repo_id, saes, source.results, source.prefix, reports)
+            name = f"comparison {source.prefix}".strip("/ ")
+        else:
+            ((sae_id, local),) = saes.items()
+            part = sae_part(repo_id, sae_id, local, samples_trained(source.saes[sae_id]))
+            name = f"SAE {sae_id}"
+    # SAELens opens a config, and a results.json counts as one, without a look at all that the
+    # card is made of.
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise HubError(
+            f"{folder / (RESULTS_FILENAME if source.results is not None else SAE_CFG_FILENAME)} "
+            f"or a config beside it is malformed: {type(error).__name__}: {error}"
+        ) from error
+    return with_part(existing, name, without_user_name(part), repo_id)
 
 
 @dataclass(frozen=True)

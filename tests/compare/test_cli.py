@@ -84,6 +84,7 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--k", "0"], "k=0 is not allowed"),
         (["--k", "x"], "invalid int value"),
         (["--config", "nowhere.yaml"], "there is no such file"),
+        (["--device", "meta"], "device='meta' is not allowed: it must be cpu, cuda"),
         (["--report_only", "nowhere"], "nowhere holds no comparison"),
     ],
 )
@@ -93,6 +94,19 @@ def test_refusals_are_one_line_and_status_2(
     assert cli.main(["compare", *args]) == 2
     error = capsys.readouterr().err
     assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content", ['{"version": 1, "runs": []}', '{"version": 1, "runs": [5], "groups": {}}']
+)
+def test_results_that_cannot_be_reported(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    assert cli.main(["compare", "--report_only", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'results.json'} is malformed: " in error
     assert error.count("\n") == 1
 
 

@@ -10,7 +10,9 @@ import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
 
+from tests.helpers import build_sae
 from tests.hub import endpoints  # noqa: F401  (registers what the Hub answers)
+from tests.hub.saes import train
 from tests.hub.server import WRITE_TOKEN, Hub
 
 
@@ -42,3 +44,15 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(file_download, "time", patient)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return hub
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small SAE as ``save_inference_model`` writes it."""
+    build_sae("auxk-topk").save_inference_model(tmp_path / "small")
+    return tmp_path / "small"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens import SAE, LanguageModelSAETrainingRunner
 from safetensors.torch import save_file
 
 from sae_lens_auxk import runner_config
@@ -78,3 +78,8 @@ def comparison(folder: Path, n_seeds: int = 3) -> Path:
     (folder / "figures").mkdir()
     (folder / "figures" / "pareto.png").write_bytes(PNG)
     return folder
+
+
+def same(first: SAE[Any], second: SAE[Any]) -> bool:
+    x = torch.randn(64, first.cfg.d_in)
+    return torch.equal(first(x), second(x)) and torch.equal(first.encode(x), second.encode(x))

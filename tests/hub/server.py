@@ -230,3 +230,7 @@ def on(method: str, pattern: str) -> Callable[[Callable[..., None]], Callable[..
         return function
 
     return register
+
+
+def card(hub: Hub, repo_id: str = "me/saes") -> str:
+    return hub.files(repo_id)["README.md"].decode()

@@ -10,10 +10,11 @@ from huggingface_hub import ModelCard
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_auxk import runner_config
-from sae_lens_auxk.hub import HubError
+from sae_lens_auxk.hub import HubError, upload_sae
 from sae_lens_auxk.hub.model_card import TAGS, sae_part, with_part
 from tests import tiny_model
 from tests.helpers import ARCHITECTURES, build_sae
+from tests.hub.saes import PNG, comparison
 
 REPO = "me/saes"
 
@@ -126,6 +127,10 @@ def test_line_ends_stay_as_they_are() -> None:
     ("card", "message"),
     [
         ("---\na: [\n---\nText", "front matter of me/saes's README.md is broken"),
+        (
+            "---\ntags: 5\n---\nText",
+            "README.md has a field of a wrong type, such as tags that",
+        ),
         ("---\n- a\n---\nText", "front matter of me/saes's README.md is broken"),
         ("<!-- sae-lens-auxk start: SAE a -->", "only one of the markers"),
         ("<!-- sae-lens-auxk end: SAE a -->", "only one of the markers"),
@@ -134,3 +139,44 @@ def test_line_ends_stay_as_they_are() -> None:
 def test_a_card_that_cannot_be_extended_is_refused(card: str, message: str) -> None:
     with pytest.raises(HubError, match=message):
         with_part(card, "SAE a", "ours", REPO)
+
+
+def test_tags_that_are_no_list() -> None:
+    data = ModelCard(with_part("---\ntags: mine\n---\n", "SAE a", "ours", REPO)).data
+    assert data.tags == ["mine", *TAGS]
+    assert ModelCard(with_part("---\ntags:\n---\n", "SAE a", "ours", REPO)).data.tags == [*TAGS]
+
+
+NASTY = (
+    "<script>alert(1)</script> <!-- sae-lens-auxk end: comparison --> [x](javascript:a) "
+    "*b* `c` &lt;img&gt; | ```\n# not a heading\n```\n<img src=x onerror=a>"
+)
+
+
+def test_names_cannot_say_anything_but_themselves(tmp_path: Path) -> None:
+    """As text of the card, a name is escaped; in code, it cannot end the code."""
+    made = comparison(tmp_path / "made", n_seeds=1)
+    (made / "figures" / "a](x) <b>.png").write_bytes(PNG)
+    results: Any = json.loads((made / "results.json").read_text())
+    results |= {"name": NASTY, "machine": NASTY, "command": NASTY, "comparison": {"a": NASTY}}
+    results["data"]["description"] = results["runs"][0]["name"] = NASTY
+    results["groups"][0]["case"] = NASTY
+    (made / "results.json").write_text(json.dumps(results))
+    folder = made / "runs/seed-0/auxk-k3"
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"] |= {"model_name": NASTY, "hook_name": NASTY, "training_architecture": NASTY}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    card = upload_sae(made, REPO, dry_run=True).card
+    code = re.compile(r"^(`{3,})\w*\n.*?^\1$|(?<!\\)`[^`\n]*`", re.DOTALL | re.MULTILINE)
+    outside = code.sub("", card)
+    for character in "<[*`":
+        tags = r"</?details>|</?summary>|<!-- sae-lens-auxk \w+: comparison -->"
+        links = r"!?\[[^]\n]*\]\((?:figures/)?[\w.%-]+\)|\[SAELens\]\(\S+\)"
+        left = re.sub(f"{tags}|{links}", "", outside.replace("\\[", "").replace("\\]", ""))
+        assert not re.search(rf"(?<!\\){re.escape(character)}", left), left
+    assert not re.search("^# not", outside, re.MULTILINE)
+    assert "figures/a%5D%28x%29%20%3Cb%3E.png" in card
+    # The next upload finds the part's own end.
+    assert card.count("<!-- sae-lens-auxk end: comparison -->") == 1
+    assert "ours" in (again := with_part(card, "comparison", "ours", REPO))
+    assert "script" not in again

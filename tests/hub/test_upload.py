@@ -1,6 +1,5 @@
 """Publishing over real HTTP: the real client against the server of this folder."""
 
-import hashlib
 import json
 import os
 import re
@@ -15,33 +14,16 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from sae_lens_auxk import cli
-from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
+from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload_sae
 from sae_lens_auxk.hub.errors import explained
 from tests.helpers import NEEDS_WHITENING, build_sae
-from tests.hub.saes import comparison, train
-from tests.hub.server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Fault, Hub
+from tests.hub.saes import comparison, same, train
+from tests.hub.server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Hub, card
 
 REPO = "me/saes"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return train(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A small SAE as ``save_inference_model`` writes it."""
-    build_sae("auxk-topk").save_inference_model(tmp_path / "small")
-    return tmp_path / "small"
-
-
-def same(first: SAE, second: SAE) -> bool:
-    x = torch.randn(64, first.cfg.d_in)
-    return torch.equal(first(x), second(x)) and torch.equal(first.encode(x), second.encode(x))
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
@@ -67,7 +49,7 @@ def test_from_pretrained_opens_it_without_the_plugin(
     program = """
 import sys
 import sae_lens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 exec(sys.stdin.read())
 assert not any("auxk" in name for name in sys.modules)
 _, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(sys.argv[1], sys.argv[2])
@@ -104,10 +86,6 @@ save_file({"out": sae(x), "acts": sae.encode(x), "sparsity": sparsity}, "got.saf
     assert got["acts"].count_nonzero() > 0
     sparsity = load_file(trained["output"] / "sparsity.safetensors")["sparsity"]
     assert torch.equal(got["sparsity"], sparsity)
-
-
-def card(hub: Hub, repo_id: str = REPO) -> str:
-    return hub.files(repo_id)["README.md"].decode()
 
 
 @pytest.mark.oldest
@@ -158,6 +136,22 @@ def test_a_checkpoint_at_the_end_is_what_the_run_saved(
     torch.testing.assert_close(back.W_dec, whole.W_dec)
     unscaled = TrainingSAE.load_from_disk(made["checkpoint"])
     assert (back.W_enc - unscaled.W_enc).abs().max() > 1e-3
+
+    # Opened without its scaling, it would be silently wrong.
+    with pytest.raises(ValueError, match=rf"{normalization}.*fold_scaling"):
+        SAE.load_from_disk(made["checkpoint"])
+    # Half-written: SAELens writes the scaler after the weights.
+    names = ["activation_scaler.json"]
+    if normalization == "covariance_whitening":
+        names.insert(0, "activation_whitening.safetensors")
+    client.log = []
+    for name in names:
+        (made["checkpoint"] / name).unlink()
+        with pytest.raises(
+            HubError, match=rf"'{normalization}', but its scaling is missing.*{name}"
+        ):
+            upload_sae(made["checkpoint"], REPO, "broken")
+    assert client.writes() == []
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "gated"])
@@ -217,131 +211,6 @@ def test_a_comparison(client: Hub, tmp_path: Path) -> None:
 
 
 # --- interruptions ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("PUT", "/lfs/", "in the middle", times=99),
-        Fault("PUT", "/lfs/", 403, times=99),
-        Fault("POST", "/commit/", "before"),
-        Fault("POST", "/commit/", 500),
-        Fault("POST", "/preupload/", "before", times=99),
-    ],
-    ids=str,
-)
-def test_an_interrupted_upload_leaves_no_half_and_is_completed(
-    fault: Fault, client: Hub, folder: Path
-) -> None:
-    client.faults = [fault]
-    with pytest.raises(HubError) as error:
-        upload_sae(folder, REPO)
-    assert "connection to the Hub broke" in str(error.value) or str(fault.when) in str(error.value)
-    assert set(client.files(REPO)) == {".gitattributes"}
-    client.faults = []
-    upload_sae(folder, REPO)
-    assert list_saes(REPO) == ["small"]
-    files = client.files(REPO)
-    assert (
-        files["small/sae_weights.safetensors"] == (folder / "sae_weights.safetensors").read_bytes()
-    )
-    assert "## small" in card(client)
-
-
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(client: Hub, folder: Path) -> None:
-    client.faults = [Fault("POST", "/commit/", "after")]
-    with pytest.raises(HubError, match="connection to the Hub broke"):
-        upload_sae(folder, REPO)
-    assert list_saes(REPO) == ["small"]
-    assert upload_sae(folder, REPO).unchanged == ["small"]
-    assert len(client.repos[REPO].commits) == 2
-
-
-def test_an_interrupted_comparison_goes_on_where_it_was(client: Hub, tmp_path: Path) -> None:
-    made = comparison(tmp_path / "three")
-    weights = (made / "runs/seed-1/auxk-k3/sae_weights.safetensors").read_bytes()
-    oid = hashlib.sha256(weights).hexdigest()
-    client.faults = [Fault("PUT", oid, "in the middle", times=99)]
-    with pytest.raises(HubError):
-        upload_sae(made, REPO)
-    assert list_saes(REPO) == ["seed-0/auxk-k3"]
-    client.faults, client.log = [], []
-    assert upload_sae(made, REPO).unchanged == ["seed-0/auxk-k3"]
-    assert len(list_saes(REPO)) == 3
-    first = hashlib.sha256((made / "runs/seed-0/auxk-k3/sae_weights.safetensors").read_bytes())
-    assert not any(first.hexdigest() in path for _, path, _ in client.log)
-
-
-# --- what must not happen --------------------------------------------------------------------
-
-
-def test_an_existing_sae_is_not_overwritten(client: Hub, folder: Path, tmp_path: Path) -> None:
-    upload_sae(folder, REPO, "a")
-    before = client.files(REPO)
-    other = tmp_path / "other"
-    build_sae("auxk-jumprelu").save_inference_model(other)
-    save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
-    client.log = []
-    with pytest.raises(HubError, match=r"already has another version of a\."):
-        upload_sae(other, REPO, "a")
-    assert client.writes() == []
-    assert client.files(REPO) == before
-
-    # More of the same SAE is no conflict; what is left over of another one would be one.
-    upload_sae(folder, REPO, "a")
-    assert "a/sparsity.safetensors" in client.files(REPO)
-    upload_sae(other, REPO, "a", overwrite=True)
-    assert {path for path in client.files(REPO) if path.startswith("a/")} == {
-        *("a/cfg.json", "a/sae_weights.safetensors"),
-    }
-    assert "`jumprelu`" in card(client)
-    assert card(client).count("## a\n") == 1
-
-
-def test_what_is_left_of_another_sae_goes_away(client: Hub, folder: Path) -> None:
-    save_file({"sparsity": torch.zeros(24)}, folder / "sparsity.safetensors")
-    upload_sae(folder, REPO, "a")
-    (folder / "sparsity.safetensors").unlink()
-    with pytest.raises(HubError, match=r"already has another version of a\."):
-        upload_sae(folder, REPO, "a")
-    assert upload_sae(folder, REPO, "a", overwrite=True).unchanged == []
-    assert "a/sparsity.safetensors" not in client.files(REPO)
-
-
-def test_other_weights_of_the_same_size_are_another_sae(
-    client: Hub, folder: Path, tmp_path: Path
-) -> None:
-    upload_sae(folder, REPO, "a")
-    build_sae("auxk-topk").save_inference_model(tmp_path / "other")
-    assert (tmp_path / "other/cfg.json").read_bytes() == (folder / "cfg.json").read_bytes()
-    with pytest.raises(HubError, match=r"already has another version of a\."):
-        upload_sae(tmp_path / "other", REPO, "a")
-
-
-def test_reports_of_another_comparison_are_not_overwritten(client: Hub, tmp_path: Path) -> None:
-    made = comparison(tmp_path / "three", n_seeds=1)
-    upload_sae(made, REPO)
-    (made / "report.html").write_text("<html/>of old")  # as long as the other
-    with pytest.raises(HubError, match=r"already has another version of report\.html\."):
-        upload_sae(made, REPO)
-    upload_sae(made, REPO, overwrite=True)
-    assert client.files(REPO)["report.html"] == b"<html/>of old"
-
-
-def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
-    client: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload_sae(folder, REPO, "a")
-    send = upload._send
-
-    def late(*args: object) -> str:
-        client.repos[REPO].commit({"b/cfg.json": ("regular", b"{}")}, "somebody else's")
-        return send(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(upload, "_send", late)
-    with pytest.raises(HubError, match="changed by somebody else"):
-        upload_sae(folder, REPO, "b")
-    assert client.files(REPO)["b/cfg.json"] == b"{}"
 
 
 def test_a_dry_run_asks_the_hub_nothing(
@@ -422,6 +291,10 @@ def test_an_error_without_an_answer_is_a_broken_connection() -> None:
         (["small", "saes"], "'saes' is not allowed: it must be user/name"),
         (["small", "me/.."], "'me/..' is not allowed"),
         (["small", REPO, "--sae_id", "../x"], "sae_id '../x' is not allowed"),
+        (["small", REPO, "--sae_id", "README.md"], "a repository has a file README.md"),
+        (["small", REPO, "--sae_id", "results.json/x"], "a repository has a file results.json"),
+        (["report.md", REPO], "sae_id 'report.md' is not allowed"),
+        (["\x1b[2J", REPO], r"\x1b[2J is not a folder"),
         (["noweights", REPO], "has cfg.json but no sae_weights.safetensors"),
         (["broken", REPO], "results.json is not the results of a comparison"),
         (["secret", REPO], "holds what looks like a Hub token"),
@@ -440,10 +313,61 @@ def test_bad_arguments(
         Path(name).mkdir()
     Path("noweights/cfg.json").write_text("{}")
     Path("broken/results.json").write_text('{"version": 2}')
-    build_sae("auxk-topk").save_inference_model("secret")
+    for name in ("secret", "report.md"):
+        build_sae("auxk-topk").save_inference_model(name)
     Path("secret/runner_cfg.json").write_text(json.dumps({"token": "hf_" + 30 * "x"}))
     assert cli.main(["upload", *args]) == 2
     assert message in capsys.readouterr().err
+    assert client.writes() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sparsity.safetensors", b"damaged"),
+        ("sparsity.safetensors", save({"other": torch.zeros(24)})),
+        ("runner_cfg.json", b"[1, 2]"),
+        ("runner_cfg.json", b"\xff\xfe"),
+        ("runner_cfg.json", b'{"training_tokens": "many"}'),
+    ],
+)
+def test_a_damaged_file_beside_an_sae(
+    name: str, content: bytes, client: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / name).write_bytes(content)
+    assert cli.main(["upload", str(folder), REPO]) == 2
+    assert re.search("cannot be read|object|malformed", capsys.readouterr().err)
+    assert client.writes() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": [5]},
+        {"runs": [{"status": "finished", "folder": 5}]},
+        {"runs": [{"status": "finished"}]},
+        {"groups": [{}]},
+        {"groups": 5},
+        {"data": []},
+        {"data": None},
+        "name",
+        "metrics",
+    ],
+    ids=str,
+)
+def test_malformed_results(
+    change: Any, client: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = comparison(tmp_path / "one", n_seeds=1)
+    results = json.loads((made / "results.json").read_text())
+    if isinstance(change, dict):
+        results |= change
+    else:
+        results.pop(change, None)
+        results["runs"][0].pop(change)
+    (made / "results.json").write_text(json.dumps(results))
+    assert cli.main(["upload", str(made), REPO]) == 2
+    assert str(made / "results.json") in capsys.readouterr().err
     assert client.writes() == []
 
 
@@ -455,31 +379,3 @@ def test_private_does_not_go_to_a_public_repository(client: Hub, folder: Path) -
 
 
 # --- large files -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part_size", [5_000_000, 10**9], ids=["multipart", "basic"])
-def test_a_large_file(part_size: int, client: Hub, tmp_path: Path) -> None:
-    client.part_size = part_size
-    sae = build_sae("auxk-topk", d_in=512, d_sae=8192, k=8)
-    sae.save_inference_model(tmp_path / "large")
-    weights = (tmp_path / "large" / "sae_weights.safetensors").read_bytes()
-    assert len(weights) > 33_000_000
-    upload_sae(tmp_path / "large", REPO)
-    n_parts = sum(
-        method == "PUT" and "/part/" in path and status == 200
-        for method, path, status in client.log
-    )
-    assert n_parts == (7 if part_size == 5_000_000 else 0)
-    back = download_sae(REPO, output=tmp_path / "back")
-    assert (back / "sae_weights.safetensors").read_bytes() == weights
-
-
-def test_a_broken_part_is_sent_again_by_the_client(client: Hub, tmp_path: Path) -> None:
-    client.part_size = 1000
-    build_sae("auxk-topk").save_inference_model(tmp_path / "sae")
-    client.faults = [Fault("PUT", "/part/2", "in the middle")]
-    upload_sae(tmp_path / "sae", REPO)
-    assert same(
-        SAE.load_from_disk(download_sae(REPO, output=tmp_path / "back")),
-        SAE.load_from_disk(tmp_path / "sae"),
-    )

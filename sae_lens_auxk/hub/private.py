@@ -1,0 +1,88 @@
+"""Keeps what is private out of an upload: tokens, passwords, the user's name in local paths."""
+
+import getpass
+import html
+import re
+import tempfile
+from pathlib import Path
+
+from sae_lens_auxk.hub.errors import HubError
+
+_TEXT_SUFFIXES = (".json", ".html", ".md")
+
+_HUB_TOKEN = re.compile(r"(hf_oauth_|hf_jwt_)([\w.=-]{20,})|(hf_|api_org_)([A-Za-z0-9]{20,})")
+_RANDOM_RUN = re.compile(r"[A-Za-z0-9]{30,}")
+_PASSWORD_IN_URL = re.compile(r"\b[a-z][a-z0-9+.-]*://[^/\s:@\"'<>]+:[^/\s@\"'<>]+@", re.IGNORECASE)
+# A quoted key and a value, also where the JSON stands escaped in a string. A tokenizer's
+# pad_token and the like are none, and `"token": true` says to take the one that is stored.
+_SECRET_FIELD = re.compile(
+    r"""(["'])(
+        (?:[\w-]*[_-])?(?:password|passwd|passphrase|pwd|secret|secret_key|api_?key|access_key
+            |private_key|credentials?|auth|authorization)
+        |(?:(?:use_)?(?:hf|hub|auth|access|api|bearer)_)?token
+    )\\*\1\s*:\s*(?!null|none|true|false|\\*(["'])\\*\3)\S""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# With what JSON and Markdown escape in a name.
+_NAME = r"""(?:[^/\s"'<>\\]|\\u[0-9a-f]{4}|\\_)+"""
+# An absolute path begins here: no address, no relative path, no closing tag of HTML.
+_ROOT = r"""(?:(?<![\w./~<-])|(?<=\\[nt]))(?:file://)?(?:/[^/\s"'<>]+){0,8}?/"""
+_HOMES = (
+    re.compile(rf"({_ROOT}(?:home|Users)/){_NAME}"),
+    re.compile(rf"(\b[A-Za-z]:(?:\\{{1,2}}|/)Users(?:\\{{1,2}}|/)){_NAME}"),
+)
+
+
+def without_user_name(text: str) -> str:
+    """The text, with USER for the user's name in absolute local paths.
+
+    Example:
+        >>> without_user_name("from /home/anna/texts, not https://x.org/home/page")
+        'from /home/USER/texts, not https://x.org/home/page'
+    """
+    for home in _HOMES:
+        text = home.sub(r"\1USER", text)
+    try:
+        name = re.escape(getpass.getuser()).replace("_", r"\\?_")
+    except (OSError, KeyError):  # a container's user may have no name
+        return text
+    # Such as /scratch/anna/texts.
+    return re.sub(rf"({_ROOT}){name}(?![^/\\\s\"'<>])", r"\1USER", text)
+
+
+def publishable_file(path: Path, workspace: Path) -> Path:
+    """The file, or a copy in ``workspace`` without the user's name in local paths.
+
+    Raises:
+        HubError: the file holds what looks like a token or a password, or cannot be read.
+    """
+    if path.suffix not in _TEXT_SUFFIXES:
+        return path
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise HubError(f"{path} cannot be read: {error}") from error
+    _require_no_secret(path, html.unescape(text) if path.suffix == ".html" else text)
+    public = without_user_name(text)
+    if public == text:
+        return path
+    with tempfile.NamedTemporaryFile(dir=workspace, delete=False) as copy:
+        copy.write(public.encode())
+    return Path(copy.name)
+
+
+def _require_no_secret(path: Path, text: str) -> None:
+    for found in _HUB_TOKEN.finditer(text):
+        prefix, body = found[1] or found[3], found[2] or found[4]
+        kinds = sum(bool(re.search(kind, body)) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
+        # The name of a model or file may begin so too, but is made of words.
+        if _RANDOM_RUN.search(body) or kinds >= (3 if found[1] else 2):
+            raise HubError(
+                f"{path} holds what looks like a Hub token: remove {prefix}{body[:3]}..."
+            )
+    if found := _SECRET_FIELD.search(text):
+        raise HubError(f"{path} holds what looks like a secret: remove the value of {found[2]!r}.")
+    if found := _PASSWORD_IN_URL.search(text):
+        shown = found[0].rpartition(":")[0]
+        raise HubError(f"{path} holds an address with a password: remove {shown}:...@.")
