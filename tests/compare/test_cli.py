@@ -98,15 +98,19 @@ def test_refusals_are_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
-    "content", ['{"version": 1, "runs": []}', '{"version": 1, "runs": [5], "groups": {}}']
+    ("content", "message"),
+    [
+        ('{"version": 1, "runs": []}', "malformed: "),
+        ('{"version": 1, "runs": [5], "groups": {}}', "not the results of a comparison"),
+    ],
 )
 def test_results_that_cannot_be_reported(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.json").write_text(content)
     assert cli.main(["compare", "--report_only", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'results.json'} is malformed: " in error
+    assert f"{tmp_path / 'results.json'} is {message}" in error
     assert error.count("\n") == 1
 
 
