@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
-from torch.distributed import is_available
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, DeadCriterion
@@ -28,6 +26,7 @@ from sae_lens_auxk.dead_latents import (
     count_tokens,
     fired_in_batch,
     over_ranks,
+    ranks_of_step,
 )
 from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
@@ -226,7 +225,9 @@ class AuxTraining(_Base):
         }
         aux = self.cfg.aux_loss
         n_rows = feature_acts.shape[0]
-        bound = self._dead_bound(dead, n_rows) if aux.uses_dead_latents else dead.numel()
+        bound = dead.numel()
+        if aux.uses_dead_latents:
+            bound = self._dead_bound(dead, n_rows, step_input.again)
         loss = sae_out.new_zeros(())
         if coefficient == 0 or bound == 0:
             return loss, metrics
@@ -260,7 +261,7 @@ class AuxTraining(_Base):
         """Count the batch; the dead latents (d_sae,), and how many were revived."""
         fired = fired_in_batch(feature_acts, self.by_magnitude) & step_input.usable.some
         n_tokens = step_input.usable.n
-        if (ranks := _ranks()) is not None:
+        if (ranks := ranks_of_step()) is not None:
             fired, n_tokens = over_ranks(fired, n_tokens, ranks)
         criterion: DeadCriterion = self.cfg.resolved_dead_criterion
         threshold = self.cfg.resolved_dead_threshold_tokens if criterion == "tokens" else 1
@@ -277,22 +278,28 @@ class AuxTraining(_Base):
                 dead = ~fired
         return dead, (was_dead & fired).sum()
 
-    def _dead_bound(self, dead: torch.Tensor, n_rows: int) -> int:
+    def _dead_bound(self, dead: torch.Tensor, n_rows: int, again: bool) -> int:
         """An upper bound on the number of dead latents, called at every step if at all.
 
-        The number itself, except on CUDA, where reading it would wait for the device.
+        On CUDA the number itself is known late: reading it waits for the device, which only
+        ``dead_criterion="steps"`` does, whose mask is SAELens's. Under DistributedDataParallel
+        every rank must have the same number of rows.
         """
         match self.cfg.resolved_dead_criterion:
-            case "tokens" if dead.is_cuda:
-                n_rows *= 1 if (ranks := _ranks()) is None else ranks.size()
-                bound = self._dead_count_ahead.bound(n_rows)
-                threshold = self.cfg.resolved_dead_threshold_tokens
-                self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
+            case "tokens" if self._knows_late():
+                n_rows *= 1 if (ranks := ranks_of_step()) is None else ranks.size()
+                ahead, threshold = self._dead_count_ahead, self.cfg.resolved_dead_threshold_tokens
+                bound = ahead.latest if again else ahead.bound(n_rows)
+                if not again:
+                    ahead.note(self.tokens_since_fired, threshold, n_rows)
                 return int(dead.sum()) if bound is None else bound
-            case "batch" if dead.is_cuda:
+            case "batch" if self._knows_late():
                 return dead.numel()
             case _:
                 return int(dead.sum())
+
+    def _knows_late(self) -> bool:
+        return self.W_dec.is_cuda
 
     def _record(
         self,
@@ -371,15 +378,6 @@ class AuxTraining(_Base):
 def _in_backward_pass() -> bool:
     """Whether autograd is running, which a forward pass within means gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _ranks() -> Any:
-    """The process group of the DistributedDataParallel whose forward pass this is, or None.
-
-    Ranks without one may train SAEs of their own, which must not wait for each other.
-    """
-    ddp = DistributedDataParallel._active_ddp_module if is_available() else None
-    return None if ddp is None else ddp.process_group
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")

@@ -8,6 +8,8 @@ the same at every batch size (Gao et al. 2024 count 10 million tokens).
 from typing import Any
 
 import torch
+from torch.distributed import is_available
+from torch.nn.parallel import DistributedDataParallel
 
 DEFAULT_THRESHOLD = 10_000_000
 """Gao et al. 2024, section 2.2."""
@@ -38,6 +40,15 @@ def fired_in_batch(feature_acts: torch.Tensor, by_magnitude: bool = False) -> to
     # abs().amax().
     fired = acts.amax(dim=0) > 0
     return fired | (acts.amin(dim=0) < 0) if by_magnitude else fired
+
+
+def ranks_of_step() -> Any:
+    """The process group of the DistributedDataParallel whose forward pass this is, or None.
+
+    Ranks without one may train SAEs of their own, which must not wait for each other.
+    """
+    ddp = DistributedDataParallel._active_ddp_module if is_available() else None
+    return None if ddp is None else ddp.process_group
 
 
 @torch.no_grad()
@@ -74,6 +85,8 @@ class DeadCountAhead:
 
     def __init__(self) -> None:
         self._noted: tuple[torch.Tensor, torch.cuda.Event | None, int] | None = None
+        self.latest: int | None = None
+        """What :meth:`bound` returned last, for a step that is computed a second time."""
 
     @torch.no_grad()
     def note(self, tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> None:
@@ -88,12 +101,13 @@ class DeadCountAhead:
 
     def bound(self, n_tokens: int) -> int | None:
         """The bound for a step with ``n_tokens``; None where nothing is known."""
-        if self._noted is None or n_tokens > self._noted[2]:
-            return None
-        count, arrived, _ = self._noted
-        if arrived is not None:
-            arrived.synchronize()
-        return int(count)
+        self.latest = None
+        if self._noted is not None and n_tokens <= self._noted[2]:
+            count, arrived, _ = self._noted
+            if arrived is not None:
+                arrived.synchronize()
+            self.latest = int(count)
+        return self.latest
 
     def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:
         # A copy of an SAE, or one sent to another process, starts without it.

@@ -154,6 +154,18 @@ def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
     sae.cfg.rescale_acts_by_decoder_norm = wanted
 
 
+def sae_to_go_on_from(cfg: Any) -> Any:
+    """The SAE that a run's config names, None where there is nothing for this package to load.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_pretrained`.
+    """
+    path = cfg.from_pretrained_path
+    if path is None or not isinstance(cfg.sae, AuxConfig):
+        return None
+    return load_pretrained(cfg.sae, path)
+
+
 def fine_tune_in_every_runner() -> None:
     """Make SAELens's ``LanguageModelSAETrainingRunner`` go on from ``from_pretrained_path``."""
     runner_init = LanguageModelSAETrainingRunner.__init__
@@ -168,9 +180,8 @@ def fine_tune_in_every_runner() -> None:
         override_model: Any = None,
         override_sae: Any = None,
     ) -> None:
-        path = cfg.from_pretrained_path
-        if path is not None and override_sae is None and isinstance(cfg.sae, AuxConfig):
-            override_sae = load_pretrained(cfg.sae, path)
+        if override_sae is None:
+            override_sae = sae_to_go_on_from(cfg)
         runner_init(self, cfg, override_dataset, override_model, override_sae)
 
     init.fine_tunes = True  # type: ignore[attr-defined]

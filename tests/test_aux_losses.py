@@ -227,7 +227,7 @@ def test_a_bound_above_zero_with_no_dead_latents(architecture: str, variant: str
     if (architecture, variant) not in PAIRS:
         pytest.skip("not for this architecture")
     sae = build_sae(architecture, aux_variant=variant, dead_criterion="steps")
-    sae._dead_bound = lambda dead, n_rows: 20
+    sae._dead_bound = lambda dead, n_rows, again: 20
     output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
     if sae.cfg.aux_loss.uses_dead_latents:
         assert output.losses["aux_loss"] == 0
@@ -267,7 +267,7 @@ def test_without_a_dead_latent_the_value_of_a_loss_does_not_matter() -> None:
     register_aux_loss("mean_over_dead", mean_over_dead, sync_free=True)
     try:
         sae = build_sae("auxk-topk", aux_variant="mean_over_dead", dead_criterion="steps")
-        sae._dead_bound = lambda dead, n_rows: 20  # as where the number is not known yet
+        sae._dead_bound = lambda dead, n_rows, again: 20  # as where the number is not known yet
         output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
         assert output.losses["aux_loss"] == 0
         assert output.loss.isfinite()

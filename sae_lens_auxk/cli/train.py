@@ -21,6 +21,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
+from sae_lens_auxk.fine_tuning import sae_to_go_on_from
 from sae_lens_auxk.runner import field_names
 from sae_lens_auxk.saved_sae import silent_latents
 from sae_lens_auxk.validation import nearest, require_choice, require_device
@@ -38,7 +39,11 @@ def train(args: Sequence[str]) -> int:
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
     try:
-        runner = LanguageModelSAETrainingRunner(cfg)
+        trained = sae_to_go_on_from(cfg)
+    except (ValueError, OSError) as error:
+        return refuse(str(error))
+    try:
+        runner = LanguageModelSAETrainingRunner(cfg, override_sae=trained)
     # A model or data set that cannot be found raises one of these, at times with pages of names.
     except (ValueError, OSError) as error:
         given = f"model_name={cfg.model_name!r}, dataset_path={cfg.dataset_path!r}"

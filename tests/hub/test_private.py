@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from sae_lens import SAE
 
+from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.hub import HubError, upload_sae
+from sae_lens_auxk.hub.private import publishable_file
+from tests.compare.fake_results import fake_results
 from tests.helpers import build_sae
 from tests.hub.saes import comparison
 from tests.hub.server import Hub
@@ -187,3 +190,15 @@ def test_an_sae_with_a_link_out_of_its_folder(client: Hub, tmp_path: Path) -> No
     with pytest.raises(HubError, match=r"runner_cfg\.json leads out of"):
         upload_sae(folder, REPO)
     assert client.writes() == []
+
+
+def test_a_real_report_may_go(tmp_path: Path) -> None:
+    """It holds plotly.js, in which words stand that a secret's name has."""
+    write_report(fake_results(), tmp_path)
+    assert publishable_file(tmp_path / "report.html", tmp_path) == tmp_path / "report.html"
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").write_text(
+        page.replace("<h1>", '<p>{"password": "hunter22"}</p><h1>')
+    )
+    with pytest.raises(HubError, match="secret: remove the value of 'password'"):
+        publishable_file(tmp_path / "report.html", tmp_path)
