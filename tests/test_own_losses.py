@@ -126,7 +126,7 @@ def test_train_imports_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop(Exception):
         pass
 
-    def keep(cfg: Any) -> None:
+    def keep(cfg: Any, override_sae: Any) -> None:
         configs.append(cfg)
         raise Stop
 
