@@ -36,7 +36,7 @@ def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
 def silent_latents(folder: Path) -> int | None:
     """Latents that never fired since the last ``feature_sampling_window`` of training began.
 
-    None if there is no file of firing rates in the folder.
+    None where the folder has no file of firing rates.
     """
     path = folder / SPARSITY_FILENAME
     if not path.is_file():
