@@ -22,10 +22,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.saved_sae import fold_scaling
-
-# In these modes SAELens scales the data, and folds the scale into the weights when a run ends.
-_OF_THE_DATA = ("expected_average_only_in", "covariance_whitening")
+from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling
 
 # SAELens's defaults, for a folder that does not say.
 _SAME = {
@@ -58,7 +55,7 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
     given = handle_config_defaulting(given)
     _require_architecture(cfg, given, path)
     mode = given.get("normalize_activations")
-    if mode in _OF_THE_DATA:
+    if mode in ESTIMATED_SCALING:
         given["normalize_activations"] = "none"
     _require_same(cfg, given, path)
     _share_threshold(cfg, given, state, path)
@@ -73,7 +70,7 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
         ) from error
     if hasattr(cfg, "rescale_acts_by_decoder_norm"):
         sae.cfg.rescale_acts_by_decoder_norm = given.get("rescale_acts_by_decoder_norm", False)
-    if mode in _OF_THE_DATA:
+    if mode in ESTIMATED_SCALING:
         sae.cfg.normalize_activations = mode
         _fold_scale(sae, path)
     if hasattr(cfg, "rescale_acts_by_decoder_norm"):
