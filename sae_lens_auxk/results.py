@@ -5,7 +5,8 @@ A comparison's folder:
     results.json               every number and the whole configuration
     report.html, report.md     what came out, and figures/*.png
     runs/seed-0/pass.json      the runs of a finished pass
-    runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity
+    runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
+                               the lives of its latents
     runs/seed-0.partial/       a pass that is running or was interrupted
     .lock                      the process that is at work
 
@@ -23,6 +24,9 @@ from sae_lens_auxk.files import read_json, write_json
 
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
+LIVES_FILENAME = "lives.safetensors"
+"""Of an SAE's latents: ``dead`` and ``ever_dead``, (d_sae,) bool, and ``alive_since``, (d_sae,)
+int64, the training sample at which it last came back from the dead, 0 for one that never died."""
 PAGE_FILENAME = "report.html"
 MARKDOWN_FILENAME = "report.md"
 FIGURES_FOLDER = "figures"

@@ -31,6 +31,7 @@ from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
 from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.results import (
+    LIVES_FILENAME,
     PASS_FILENAME,
     RESULTS_FILENAME,
     RUNS_FOLDER,
@@ -201,6 +202,9 @@ def _train(
         sae.save_inference_model(partial / slug)
         sparsity = trainer.trainers[slug].log_feature_sparsity
         save_file({"sparsity": sparsity}, partial / slug / SPARSITY_FILENAME)
+        log = trainer.logs[slug]
+        lives = {"dead": log.dead, "ever_dead": log.ever_dead, "alive_since": log.alive_since}
+        save_file(lives, partial / slug / LIVES_FILENAME)
     return trainer.logs
 
 

@@ -42,6 +42,9 @@ class TrainingLog:
         dead_after: number of silent samples after which a latent is dead.
         tokens_since_fired: (d_sae,) int64.
         ever_dead: (d_sae,) bool, latents that were dead at some time.
+        alive_since: (d_sae,) int64, the training sample at which the latent last came back from
+            the dead; 0 for one that never died.
+        n_samples: number of samples counted.
         history: one list for each quantity, all of the same length.
         step_seconds: durations of the steps at the points of the history.
         step_bytes: CUDA memory of the same steps; empty on other devices.
@@ -51,6 +54,8 @@ class TrainingLog:
     dead_after: int
     tokens_since_fired: torch.Tensor
     ever_dead: torch.Tensor
+    alive_since: torch.Tensor
+    n_samples: int = 0
     history: dict[str, list[Any]] = field(
         default_factory=lambda: {
             name: []
@@ -65,7 +70,7 @@ class TrainingLog:
     def of(cls, sae: TrainingSAE[Any], dead_after: int) -> "TrainingLog":
         """An empty log for this SAE."""
         zeros = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
-        return cls(dead_after, zeros, zeros.bool())
+        return cls(dead_after, zeros, zeros.bool(), zeros.clone())
 
     @property
     def dead(self) -> torch.Tensor:
@@ -74,6 +79,8 @@ class TrainingLog:
 
     def count(self, fired: torch.Tensor, n_samples: int) -> None:
         """Count a batch of ``n_samples`` rows; ``fired`` (d_sae,) bool says which latents fired."""
+        self.n_samples += n_samples
+        self.alive_since.masked_fill_(self.dead & fired, self.n_samples)
         count_tokens(self.tokens_since_fired, fired, n_samples)
         self.ever_dead |= self.dead
 

@@ -39,6 +39,7 @@ class ByHand:
             dead_after=100,
             tokens_since_fired=torch.tensor([0, 99, 100, 0, 0, 0, 0, 250]),
             ever_dead=torch.tensor([True, True, True, False, False, False, False, True]),
+            alive_since=torch.zeros(8, dtype=torch.int64),
             step_seconds=[0.004, 0.002, 0.030],
             step_bytes=[2**30, 3 * 2**29],
         )

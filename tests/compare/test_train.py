@@ -64,12 +64,16 @@ def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
     silent = torch.zeros(24, dtype=torch.long)
     ever_dead = torch.zeros(24, dtype=torch.bool)
     dead_fractions: list[float] = []
-    for row in fired:
+    alive_since = torch.zeros(24, dtype=torch.long)
+    for n, row in enumerate(fired, 1):
+        alive_since[row & (silent >= 128)] = 32 * n
         silent = torch.where(row, 0, silent + 32)
         ever_dead |= silent >= 128
         dead_fractions.append((silent >= 128).float().mean().item())
     assert torch.equal(log.tokens_since_fired, silent)
     assert torch.equal(log.ever_dead, ever_dead)
+    assert torch.equal(log.alive_since, alive_since)
+    assert alive_since.any(), "no latent came back, so the test would see nothing"
     assert 0 < int(ever_dead.sum()) < 24, "the test would see nothing"
     assert log.history["samples"] == [32 * n for n in range(1, 101)]
     assert log.history["dead_fraction"] == dead_fractions
@@ -128,6 +132,7 @@ def test_a_point_of_the_history_by_hand() -> None:
         dead_after=4,
         tokens_since_fired=torch.tensor([0, 4, 5, 3]),
         ever_dead=torch.zeros(4, dtype=torch.bool),
+        alive_since=torch.zeros(4, dtype=torch.int64),
     )
     # The samples are 1 and -1 in the first place around their mean (2, 2): a variance of 2.
     x = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
