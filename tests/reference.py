@@ -90,20 +90,25 @@ def _pursuit(step: Step, cfg: Any) -> torch.Tensor:
     """A loss with pursuit's gradient, not its value."""
     total = torch.zeros((), dtype=torch.float64)
     for b in _rows(step):
-        residual = _residual(step, b)
-        lengths = [_latent(step, i).pow(2).sum().sqrt().item() for i in range(len(step.dead))]
+        residual, scale = _residual(step, b), step.scale[b]
+        squares = [_latent(step, i).pow(2).sum().item() for i in range(len(step.dead))]
         products = [(residual * _latent(step, i)).sum().item() for i in range(len(step.dead))]
-        projections = [dot / length for dot, length in zip(products, lengths, strict=True)]
+        for j in _nearest(step, b, cfg):
+            h = step.h[b, j].item()
+            if h > 0 or step.by_magnitude:
+                downhill = products[j] - scale * h * squares[j]
+                if downhill * h < 0:
+                    total = total - 2 * scale * downhill * step.h[b, j]
+
+        projections = [p / math.sqrt(square) for p, square in zip(products, squares, strict=True)]
         i = max(range(len(projections)), key=lambda j: _nearness(step, projections[j]))
-        best = projections[i]
-        if not step.dead[i] or _nearness(step, best) <= 0:
+        if not step.dead[i] or _nearness(step, projections[i]) <= 0:
             continue
         # sae_out = scale (a W + b), so what explains most is a = p / |W| in the decoder's units.
-        a = best / lengths[i] / step.scale[b]
+        a = products[i] / squares[i] / scale
         norm = step.W_dec[i].detach().pow(2).sum().sqrt() if step.rescaled else 1.0
-        fired = step.scale[b] * a / norm * step.W_dec[i]
-        pull = 2 * step.scale[b] * products[i]
-        total = total - pull * step.h[b, i] - 2 * (residual * fired).sum()
+        fired = scale * a / norm * step.W_dec[i]
+        total = total - 2 * scale * products[i] * step.h[b, i] - 2 * (residual * fired).sum()
     return total / len(_rows(step))
 
 

@@ -55,13 +55,15 @@ def test_only_the_k_aux_latents_nearest_to_firing_move() -> None:
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("rescaled", [True, False])
 def test_pursuit_moves_the_best_latent_as_if_it_had_fired(sparse: bool, rescaled: bool) -> None:
-    sae = build("auxk-topk", aux_variant="pursuit", rescale_acts_by_decoder_norm=rescaled)
+    fields = {"dtype": "float64", "rescale_acts_by_decoder_norm": rescaled}
+    sae = build("auxk-topk", aux_variant="pursuit", **fields)
     sae._can_be_sparse = lambda sae_in: sparse
+    kill_latents(sae, N_DEAD)  # none is near to firing, so none is pushed down
     alpha = sae.cfg.aux_coefficient_at(0)
     directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     n_moved = 0
     for _ in range(20):
-        x = torch.randn(1, 8)
+        x = torch.randn(1, 8, dtype=torch.float64)
         acts, h = sae.encode_with_hidden_pre(x)
         residual = (x - sae.decode(acts))[0].detach()
         best = int((directions @ residual).argmax())
@@ -89,12 +91,47 @@ def test_pursuit_moves_the_best_latent_as_if_it_had_fired(sparse: bool, rescaled
     assert 0 < n_moved < 20
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_pursuit_pushes_down_what_is_near_to_firing_where_it_should_not(
+    sparse: bool, rescaled: bool
+) -> None:
+    """As the main loss would if one latent fired alone, on top of the reconstruction."""
+    sae = build("auxk-topk", aux_variant="pursuit", k_aux=3, rescale_acts_by_decoder_norm=rescaled)
+    sae._can_be_sparse = lambda sae_in: sparse
+    alpha = sae.cfg.aux_coefficient_at(0)
+    n_pushed = n_left = 0
+    for _ in range(20):
+        x = torch.randn(1, 8)
+        acts, h = sae.encode_with_hidden_pre(x)
+        sae_out = sae.decode(acts).detach()
+        products = (x - sae_out) @ sae.W_dec.T.detach() / sae.W_dec.detach().norm(dim=1)
+        best = int(products.argmax())
+        gradient = aux_gradients(sae, x, DEAD)["b_enc"]
+        for latent in h[0, :N_DEAD].topk(3).indices.tolist():
+            if latent == best:
+                continue
+            h_alone = h[0, latent].detach().relu().requires_grad_()
+            row = sae.W_dec[latent].detach()
+            norm = row.norm() if rescaled else 1.0
+            error = (x - sae_out - h_alone * row / norm).square().sum()
+            (main,) = torch.autograd.grad(error, h_alone)
+            pushed = h_alone > 0 and main > 0
+            n_pushed, n_left = n_pushed + bool(pushed), n_left + (not pushed)
+            expected = alpha * main * norm if pushed else torch.zeros(())
+            torch.testing.assert_close(gradient[latent], expected, atol=1e-6, rtol=1e-4)
+    assert min(n_pushed, n_left) >= 5, "the test would see nothing"
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pursuit_does_not_depend_on_the_length_of_dead_rows(architecture: str) -> None:
     """Where decoder rows keep their lengths, those of dead latents stay short while others grow."""
     fields = {"rescale_acts_by_decoder_norm": False} if "topk" in architecture else {}
     sae = build(architecture, aux_variant="pursuit", dtype="float64", **fields)
     kill_latents(sae, N_DEAD)
+    if sae.by_magnitude:  # h of 0, so that none is pushed down: h does not become shorter with W
+        with torch.no_grad():
+            sae.W_enc[:, :N_DEAD] = sae.b_enc[:N_DEAD] = 0.0
     x = torch.randn(64, 8, dtype=torch.float64)
     before = aux_gradients(sae, x, DEAD)
     with torch.no_grad():
