@@ -68,6 +68,12 @@ class AuxConfig:
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.
         aux_decay_steps (int): Steps that the fall to 0 takes.
+        resample_every_steps (int | None): After every so many training steps dead latents start
+            anew from rows of the batch that are reconstructed badly (Bricken et al. 2023, who took
+            25000), beside the auxiliary loss. Dead is what dead_criterion says, but for "batch":
+            tokens are counted then. None: never.
+        resample_stop_step (int | None): The last training step, counted from 1, that dead latents
+            may be resampled after (Bricken et al. 2023: 100000). None: the end of the run.
     """
 
     aux_variant: str = "auxk"
@@ -81,6 +87,8 @@ class AuxConfig:
     aux_warm_up_steps: int = 0
     aux_decay_start_step: int | None = None
     aux_decay_steps: int = 0
+    resample_every_steps: int | None = None
+    resample_stop_step: int | None = None
 
     unsupported_normalizations: ClassVar[tuple[str, ...]] = ()
     """Values of ``normalize_activations`` that the architecture cannot be trained with."""
@@ -132,6 +140,11 @@ class AuxConfig:
         decayed = (step - self.aux_decay_start_step) / self.aux_decay_steps
         return coefficient * max(0.0, 1.0 - decayed)
 
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead latents are resampled after a training step, counted from 0."""
+        every, stop, n_steps = self.resample_every_steps, self.resample_stop_step, step + 1
+        return every is not None and n_steps % every == 0 and (stop is None or n_steps <= stop)
+
 
 def _validate(cfg: Any) -> None:
     """Raise a ValueError that names field, value and what is allowed."""
@@ -171,6 +184,17 @@ def _validate(cfg: Any) -> None:
         if cfg.aux_decay_start_step < cfg.aux_warm_up_steps:
             allowed = f">= aux_warm_up_steps ({cfg.aux_warm_up_steps}): warm-up must end first"
             raise reject("aux_decay_start_step", cfg.aux_decay_start_step, allowed)
+
+    every, stop = cfg.resample_every_steps, cfg.resample_stop_step
+    require_int("resample_every_steps", every, minimum=1, optional=True)
+    require_int("resample_stop_step", stop, minimum=1, optional=True)
+    if stop is not None and (every is None or stop < every):
+        allowed = (
+            "None unless resample_every_steps is set"
+            if every is None
+            else f"None or >= resample_every_steps ({every}), the first step that it could allow"
+        )
+        raise reject("resample_stop_step", stop, allowed)
 
     if is_topk:
         allowed = f"more than 0 and at most d_sae ({cfg.d_sae})"
