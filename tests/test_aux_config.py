@@ -40,6 +40,18 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
             {"aux_warm_up_steps": 20, "aux_decay_start_step": 10, "aux_decay_steps": 5},
             r"aux_decay_start_step=10 .* aux_warm_up_steps \(20\)",
         ),
+        ({"resample_every_steps": 0}, r"resample_every_steps=0 .* None or an integer >= 1"),
+        ({"resample_every_steps": 2.5}, r"resample_every_steps=2.5 .* None or an integer >= 1"),
+        ({"resample_every_steps": True}, r"resample_every_steps=True .* None or an integer >= 1"),
+        ({"resample_stop_step": 5}, r"resample_stop_step=5 .* unless resample_every_steps is set"),
+        (
+            {"resample_every_steps": 6, "resample_stop_step": 5},
+            r"resample_stop_step=5 .* >= resample_every_steps \(6\)",
+        ),
+        (
+            {"resample_every_steps": 6, "resample_stop_step": "6"},
+            r"resample_stop_step='6' .* None or an integer >= 1",
+        ),
         ({"k": 25}, r"k=25 .* at most d_sae \(24\)"),
         ({"k": 0}, r"k=0 .* more than 0"),
         ({"k": 2.5}, r"k=2.5 .* an integer >= 1"),
@@ -135,6 +147,8 @@ def test_to_dict_from_dict_round_trip(architecture: str, variant: str) -> None:
         aux_warm_up_steps=1,
         aux_decay_start_step=2,
         aux_decay_steps=3,
+        resample_every_steps=4,
+        resample_stop_step=8,
     )
     again = TrainingSAEConfig.from_dict(cfg.to_dict())
     assert type(again) is type(cfg)
@@ -156,3 +170,5 @@ def test_defaults_are_those_of_the_design(architecture: str) -> None:
     assert cfg.aux_warm_up_steps == 0
     assert cfg.aux_decay_start_step is None
     assert cfg.aux_decay_steps == 0
+    assert cfg.resample_every_steps is None
+    assert cfg.resample_stop_step is None
