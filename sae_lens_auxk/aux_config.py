@@ -51,6 +51,9 @@ class AuxConfig:
             with a gradient to b_dec. "none": nothing, as in Gao et al.'s paper and SAELens.
         aux_relu (bool): Whether auxk passes its activations through a ReLU, as Gao et al.'s code
             does. False: negative pre-activations count as they are.
+        aux_normalize (bool): Whether auxk is divided by the variance of what it reconstructs, as a
+            share of the input's, as in Gao et al.'s code: it counts the more, the better the SAE
+            is. False: it is in the units of SAELens's MSE, as in Gao et al.'s paper.
         dead_criterion (Literal["tokens", "steps", "batch"] | None): When a latent is dead.
             "tokens": silent for dead_threshold_tokens. "steps": by SAELens's own mask (silent
             for more than dead_feature_window steps). "batch": silent in this batch. None:
@@ -81,6 +84,7 @@ class AuxConfig:
     k_aux: int | None = 512
     aux_bias: AuxBias = "decoder"
     aux_relu: bool = False
+    aux_normalize: bool = False
     dead_criterion: DeadCriterion | None = None
     dead_threshold_tokens: int | None = None
     aux_batch_fraction: float = 1.0
@@ -165,6 +169,7 @@ def _validate(cfg: Any) -> None:
     require_int("k_aux", cfg.k_aux, minimum=1, optional=True)
     require_choice("aux_bias", cfg.aux_bias, get_args(AuxBias))
     require_bool("aux_relu", cfg.aux_relu)
+    require_bool("aux_normalize", cfg.aux_normalize)
     if cfg.dead_criterion is not None:
         require_choice("dead_criterion", cfg.dead_criterion, get_args(DeadCriterion), " or None")
     require_int("dead_threshold_tokens", cfg.dead_threshold_tokens, minimum=1, optional=True)

@@ -25,6 +25,7 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
         ({"aux_bias": "match"}, r"Did you mean matched\?"),
         ({"aux_bias": np.array([1, 2])}, r"aux_bias=array\(\[1, 2\]\) .* decoder, matched, none"),
         ({"aux_relu": 1}, r"aux_relu=1 .* True or False"),
+        ({"aux_normalize": "residual"}, r"aux_normalize='residual' .* True or False"),
         ({"dead_criterion": "epochs"}, r"dead_criterion='epochs' .* tokens, steps, batch or None"),
         ({"dead_criterion": "token"}, r"Did you mean tokens\?"),
         ({"dead_threshold_tokens": 0}, r"dead_threshold_tokens=0 .* >= 1"),
@@ -142,6 +143,7 @@ def test_to_dict_from_dict_round_trip(architecture: str, variant: str) -> None:
         k_aux=None,
         aux_bias="matched",
         aux_relu=True,
+        aux_normalize=True,
         dead_criterion="steps",
         dead_threshold_tokens=123,
         aux_warm_up_steps=1,
@@ -164,6 +166,7 @@ def test_defaults_are_those_of_the_design(architecture: str) -> None:
     assert cfg.k_aux == 512
     assert cfg.aux_bias == "decoder"
     assert cfg.aux_relu is False
+    assert cfg.aux_normalize is False
     assert cfg.dead_criterion is None
     assert cfg.dead_threshold_tokens is None
     assert cfg.resolved_dead_threshold_tokens == 10_000_000
