@@ -64,7 +64,7 @@ class AuxTraining(_Base):
     the TopK family under SAELens's key ``"auxiliary_reconstruction_loss"`` too), and the metrics
     ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used`` (dead latents that the
     loss may use in a row), ``revived_latents`` (dead before the batch, active in it) and
-    ``nonfinite_rows``.
+    ``nonfinite_rows``. :mod:`sae_lens_auxk.resampling` adds ``resampled_latents``.
     """
 
     tokens_since_fired: torch.Tensor
