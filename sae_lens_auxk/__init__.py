@@ -28,6 +28,7 @@ from sae_lens_auxk.architectures import (
 from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 from sae_lens_auxk.fine_tuning import fine_tune_in_every_runner
+from sae_lens_auxk.resampling import resample, resample_in_every_trainer
 from sae_lens_auxk.run_length import fit_in_every_trainer
 from sae_lens_auxk.runner import runner_config
 
@@ -49,6 +50,7 @@ __all__ = [
     "AuxKTopKTrainingSAEConfig",
     "AuxLossInputs",
     "register_aux_loss",
+    "resample",
     "runner_config",
 ]
 
@@ -62,4 +64,5 @@ if "auxk-abstopk" in ARCHITECTURES:
 
 register_architectures()
 fit_in_every_trainer()
+resample_in_every_trainer()
 fine_tune_in_every_runner()

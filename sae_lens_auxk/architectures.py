@@ -50,10 +50,11 @@ from typing_extensions import override
 
 from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs
-from sae_lens_auxk.aux_training import AuxStepInput, AuxTraining
+from sae_lens_auxk.aux_training import AuxTraining
 from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
 from sae_lens_auxk.ops.activations import smallest_active
 from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
+from sae_lens_auxk.step_data import AuxStepInput
 
 # SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
 # and fails the second time; Gated's own losses compare raw with normalised activations.
@@ -190,6 +191,10 @@ class AuxKJumpReLUTrainingSAE(AuxTraining, JumpReLUTrainingSAE):
         """(d_sae,): the learned thresholds, with their graph."""
         return self.threshold
 
+    @override
+    def initial_biases(self) -> dict[str, float]:
+        return {"b_enc": 0.0, "threshold": self.cfg.jumprelu_init_threshold}
+
 
 @dataclass
 class AuxKStandardTrainingSAEConfig(AuxConfig, StandardTrainingSAEConfig):
@@ -231,6 +236,10 @@ class AuxKGatedTrainingSAE(AuxTraining, GatedTrainingSAE):
     ``h`` is SAELens's ``hidden_pre``: the magnitude path's pre-activation. A latent whose gate
     is closed gets its gradient through the weights that both paths share.
     """
+
+    @override
+    def initial_biases(self) -> dict[str, float]:
+        return {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
 
 
 class _TopKFromCheckpoint(InferenceFromCheckpoint, TopKSAE):

@@ -51,6 +51,9 @@ class AuxConfig:
             with a gradient to b_dec. "none": nothing, as in Gao et al.'s paper and SAELens.
         aux_relu (bool): Whether auxk passes its activations through a ReLU, as Gao et al.'s code
             does. False: negative pre-activations count as they are.
+        aux_normalize (bool): Whether auxk is divided by the variance of what it reconstructs, as a
+            share of the input's, as in Gao et al.'s code: it counts the more, the better the SAE
+            is. False: it is in the units of SAELens's MSE, as in Gao et al.'s paper.
         dead_criterion (Literal["tokens", "steps", "batch"] | None): When a latent is dead.
             "tokens": silent for dead_threshold_tokens. "steps": by SAELens's own mask (silent
             for more than dead_feature_window steps). "batch": silent in this batch. None:
@@ -68,6 +71,12 @@ class AuxConfig:
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.
         aux_decay_steps (int): Steps that the fall to 0 takes.
+        resample_every_steps (int | None): After every so many training steps dead latents start
+            anew from rows of the batch that are reconstructed badly (Bricken et al. 2023, who took
+            25000), beside the auxiliary loss. Dead is what dead_criterion says, but for "batch":
+            tokens are counted then. None: never.
+        resample_stop_step (int | None): The last training step, counted from 1, that dead latents
+            may be resampled after (Bricken et al. 2023: 100000). None: the end of the run.
     """
 
     aux_variant: str = "auxk"
@@ -75,12 +84,15 @@ class AuxConfig:
     k_aux: int | None = 512
     aux_bias: AuxBias = "decoder"
     aux_relu: bool = False
+    aux_normalize: bool = False
     dead_criterion: DeadCriterion | None = None
     dead_threshold_tokens: int | None = None
     aux_batch_fraction: float = 1.0
     aux_warm_up_steps: int = 0
     aux_decay_start_step: int | None = None
     aux_decay_steps: int = 0
+    resample_every_steps: int | None = None
+    resample_stop_step: int | None = None
 
     unsupported_normalizations: ClassVar[tuple[str, ...]] = ()
     """Values of ``normalize_activations`` that the architecture cannot be trained with."""
@@ -132,6 +144,11 @@ class AuxConfig:
         decayed = (step - self.aux_decay_start_step) / self.aux_decay_steps
         return coefficient * max(0.0, 1.0 - decayed)
 
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead latents are resampled after a training step, counted from 0."""
+        every, stop, n_steps = self.resample_every_steps, self.resample_stop_step, step + 1
+        return every is not None and n_steps % every == 0 and (stop is None or n_steps <= stop)
+
 
 def _validate(cfg: Any) -> None:
     """Raise a ValueError that names field, value and what is allowed."""
@@ -152,6 +169,7 @@ def _validate(cfg: Any) -> None:
     require_int("k_aux", cfg.k_aux, minimum=1, optional=True)
     require_choice("aux_bias", cfg.aux_bias, get_args(AuxBias))
     require_bool("aux_relu", cfg.aux_relu)
+    require_bool("aux_normalize", cfg.aux_normalize)
     if cfg.dead_criterion is not None:
         require_choice("dead_criterion", cfg.dead_criterion, get_args(DeadCriterion), " or None")
     require_int("dead_threshold_tokens", cfg.dead_threshold_tokens, minimum=1, optional=True)
@@ -171,6 +189,17 @@ def _validate(cfg: Any) -> None:
         if cfg.aux_decay_start_step < cfg.aux_warm_up_steps:
             allowed = f">= aux_warm_up_steps ({cfg.aux_warm_up_steps}): warm-up must end first"
             raise reject("aux_decay_start_step", cfg.aux_decay_start_step, allowed)
+
+    every, stop = cfg.resample_every_steps, cfg.resample_stop_step
+    require_int("resample_every_steps", every, minimum=1, optional=True)
+    require_int("resample_stop_step", stop, minimum=1, optional=True)
+    if stop is not None and (every is None or stop < every):
+        allowed = (
+            "None unless resample_every_steps is set"
+            if every is None
+            else f"None or >= resample_every_steps ({every}), the first step that it could allow"
+        )
+        raise reject("resample_stop_step", stop, allowed)
 
     if is_topk:
         allowed = f"more than 0 and at most d_sae ({cfg.d_sae})"

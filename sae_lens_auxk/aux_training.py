@@ -5,12 +5,10 @@ of it: it puts a batch into one shape, keeps bad rows out, and hands the step on
 or to a sparse one. Either calls ``_aux_loss``, which counts dead latents, builds the record that a
 loss may see, calls the loss by its name and multiplies it by the scheduled coefficient.
 
-What belongs to one step travels in arguments. SAELens hands the step's input through to
-``calculate_aux_loss``, so :class:`AuxStepInput` carries what has to get there.
+What belongs to one step travels in arguments: see :mod:`sae_lens_auxk.step_data`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -31,6 +29,9 @@ from sae_lens_auxk.dead_latents import (
 from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 from sae_lens_auxk.ops.activations import unflatten
+from sae_lens_auxk.resampling import NewLatents, new_latents
+from sae_lens_auxk.step_data import AuxStepInput, AuxStepOutput
+from sae_lens_auxk.targets import Targets, targets_of
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import TrainingSAE
@@ -51,21 +52,6 @@ def never_compiled(method: _Method) -> _Method:
     return torch.compiler.disable(method)  # type: ignore[no-any-return]
 
 
-@dataclass(kw_only=True)
-class AuxStepInput(TrainStepInput):
-    """A step's input, with what SAELens has to hand on to ``calculate_aux_loss`` and back.
-
-    Attributes:
-        usable: the rows that can be trained on.
-        again: whether gradient checkpointing runs the step a second time, for its backward pass.
-        metrics: the auxiliary loss's metrics, for the output of SAELens's own step.
-    """
-
-    usable: UsableRows
-    again: bool
-    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
 class AuxTraining(_Base):
     """Mixin in front of a SAELens training SAE; see the module docstring.
 
@@ -78,7 +64,7 @@ class AuxTraining(_Base):
     the TopK family under SAELens's key ``"auxiliary_reconstruction_loss"`` too), and the metrics
     ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used`` (dead latents that the
     loss may use in a row), ``revived_latents`` (dead before the batch, active in it) and
-    ``nonfinite_rows``.
+    ``nonfinite_rows``. :mod:`sae_lens_auxk.resampling` adds ``resampled_latents``.
     """
 
     tokens_since_fired: torch.Tensor
@@ -86,6 +72,9 @@ class AuxTraining(_Base):
 
     by_magnitude: ClassVar[bool] = False
     """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
+
+    resampled_length: ClassVar[float] = 0.2
+    """Length of a resampled latent's encoder vector, in mean lengths of the living latents'."""
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -125,10 +114,13 @@ class AuxTraining(_Base):
         again = _in_backward_pass()
         if not again:
             self._count_bad_rows(usable, step_input.n_training_steps)
-        aux_input = AuxStepInput(**vars(step_input), usable=usable, again=again)
+        step = self._schedule_step(step_input)
+        aux_input = AuxStepInput(**vars(step_input), usable=usable, again=again, step=step)
         aux_input.sae_in = replace_rows(flat, usable)
 
-        output = self._forward(aux_input)
+        plain = self._forward(aux_input)
+
+        output = AuxStepOutput(**vars(plain), new_latents=self._new_latents(aux_input, plain))
 
         output.loss = output.loss * usable.some
         output.metrics["nonfinite_rows"] = usable.n_bad
@@ -181,6 +173,10 @@ class AuxTraining(_Base):
         """What ``h``, or ``|h|``, must exceed to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
+    def initial_biases(self) -> dict[str, float]:
+        """What a new SAE has for each latent beside its weights: parameters (d_sae,), values."""
+        return {"b_enc": 0.0}
+
     def _levels(
         self,
         record: AuxLossInputs,
@@ -212,7 +208,7 @@ class AuxTraining(_Base):
             sae_out: (B, d_in) the reconstruction.
             inner: (B, d_in) each, Matryoshka's inner reconstructions, where they are known.
         """
-        step = self._schedule_step(step_input)
+        step = step_input.step
         coefficient = self.cfg.aux_coefficient_at(step)
         dead, revived = self._update_dead_latents(step_input, feature_acts)
         n_dead = dead.sum()
@@ -310,26 +306,43 @@ class AuxTraining(_Base):
         dead: torch.Tensor,
         dead_bound: int,
     ) -> AuxLossInputs:
-        precise = torch.promote_types(self.dtype, torch.float32)
-        d_in = self.cfg.d_in
-        x = step_input.sae_in.detach().reshape(-1, d_in).to(precise)
-        residual = x - sae_out.detach().reshape(-1, d_in)
-        scale, shift = _output_units(x, self.cfg.normalize_activations)
+        target = self._targets(step_input, sae_out)
         return AuxLossInputs(
-            x=x if shift is None else x - shift,
-            residual=residual,
+            x=target.x,
+            residual=target.residual,
             dead=dead,
             dead_bound=dead_bound,
             access=access,
             W_dec=self.W_dec,
             b_dec=self.b_dec,
-            output_scale=scale,
+            output_scale=target.scale,
             firing_threshold=lambda: self.firing_threshold(feature_acts),
             level=slice(None),
         )
 
+    def _targets(self, step_input: TrainStepInput, sae_out: torch.Tensor) -> Targets:
+        precise = torch.promote_types(self.dtype, torch.float32)
+        return targets_of(step_input.sae_in, sae_out, self.cfg.normalize_activations, precise)
+
+    @never_compiled
+    def _new_latents(self, step_input: AuxStepInput, output: TrainStepOutput) -> NewLatents | None:
+        """What dead latents start anew from after this step, where they do."""
+        if step_input.again or not self.cfg.resamples_after(step_input.step):
+            return None
+        if self.cfg.resolved_dead_criterion == "steps":
+            dead = step_input.dead_neuron_mask
+        else:  # "batch", too: of the latents that are silent in one batch most are alive
+            dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
+        if dead is None:
+            return None
+        target = self._targets(step_input, output.sae_out)
+        return new_latents(self, target, step_input.usable.mask, dead, step_input.step)
+
+    # --- schedules and checkpoints -----------------------------------------------------------
+
+    @never_compiled
     def _schedule_step(self, step_input: TrainStepInput) -> int:
-        """The step that the coefficient's schedule is at, the same in a resumed run.
+        """The step that schedules are at, the same in a resumed run.
 
         SAELens saves a checkpoint before it counts the step that the checkpoint ends with, so
         its ``n_training_steps`` is one behind after resuming. The first step after loading a
@@ -346,8 +359,6 @@ class AuxTraining(_Base):
     @never_compiled
     def _count_bad_rows(self, usable: UsableRows, step: int) -> None:
         self._bad_rows.count(usable, step, self.cfg.normalize_activations)
-
-    # --- checkpoints -------------------------------------------------------------------------
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -381,17 +392,3 @@ def _in_backward_pass() -> bool:
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")
-
-
-def _output_units(
-    x: torch.Tensor, normalize_activations: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(B, 1) factor and offset that SAELens's run-time normalisation gives the decoder's output.
-
-    The two other modes of ``normalize_activations`` change the data before the SAE sees it.
-    """
-    if normalize_activations == "layer_norm":
-        return x.std(dim=-1, keepdim=True), x.mean(dim=-1, keepdim=True)
-    if normalize_activations == "constant_norm_rescale":
-        return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5, None
-    return None, None

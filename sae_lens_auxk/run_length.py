@@ -1,8 +1,8 @@
 """Fits dead latents to the length of a run, when its trainer is made.
 
 SAELens gives a training SAE no view of the run's length, but every one of its runners makes a
-``SAETrainer``. What it is made by is wrapped here; the only other wrap is in
-:mod:`sae_lens_auxk.fine_tuning`.
+``SAETrainer``. What it is made by is wrapped here; the only other wraps are in
+:mod:`sae_lens_auxk.fine_tuning` and :mod:`sae_lens_auxk.resampling`.
 """
 
 import functools
@@ -30,25 +30,43 @@ def fix_dead_threshold(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
 
 def warn_if_no_latent_can_die(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> None:
     """Warn if the dead-latent threshold is longer than the run, naming both numbers."""
-    if cfg.aux_variant == "none" or not cfg.aux_loss.uses_dead_latents:
-        return
-    n_samples = trainer_cfg.total_training_samples
-    # SAELens's trainer goes on until it has them all, so its last step may be one more.
-    n_steps = ceil(n_samples / trainer_cfg.train_batch_size_samples)
-    match cfg.resolved_dead_criterion:
-        case "tokens" if cfg.resolved_dead_threshold_tokens > n_samples:
-            threshold = f"dead_threshold_tokens={cfg.dead_threshold_tokens}"
-            length = f"{n_samples} training tokens"
-        case "steps" if trainer_cfg.dead_feature_window >= n_steps - 1:
-            threshold = f"dead_feature_window={trainer_cfg.dead_feature_window}"
-            length = f"{n_steps} training steps"
-        case _:
-            return
-    warnings.warn(
-        f"{threshold} is longer than this run of {length}: no latent can be dead, so the "
-        f"auxiliary loss {cfg.aux_variant!r} will stay 0",
-        stacklevel=4,
-    )
+    criterion = cfg.resolved_dead_criterion
+    in_vain: list[str] = []
+    if cfg.aux_variant != "none" and cfg.aux_loss.uses_dead_latents and criterion != "batch":
+        in_vain.append(f"the auxiliary loss {cfg.aux_variant!r} will stay 0")
+    if cfg.resample_every_steps is not None:
+        in_vain.append("none will be resampled")
+    n_samples, n_steps = trainer_cfg.total_training_samples, _n_steps(trainer_cfg)
+    if criterion == "steps":
+        threshold = f"dead_feature_window={trainer_cfg.dead_feature_window}"
+        length = f"{n_steps} training steps"
+        is_longer = trainer_cfg.dead_feature_window >= n_steps - 1
+    else:
+        threshold = f"dead_threshold_tokens={cfg.dead_threshold_tokens}"
+        length = f"{n_samples} training tokens"
+        is_longer = cfg.resolved_dead_threshold_tokens > n_samples
+    if is_longer and in_vain:
+        warnings.warn(
+            f"{threshold} is longer than this run of {length}: no latent can be dead, so "
+            f"{' and '.join(in_vain)}",
+            stacklevel=4,
+        )
+
+
+def warn_if_never_resampled(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> None:
+    """Warn if the run ends before its first resampling, naming both numbers."""
+    every, n_steps = cfg.resample_every_steps, _n_steps(trainer_cfg)
+    if every is not None and every > n_steps:
+        warnings.warn(
+            f"resample_every_steps={every} is longer than this run of {n_steps} training steps: "
+            "no latent will be resampled",
+            stacklevel=4,
+        )
+
+
+def _n_steps(trainer_cfg: SAETrainerConfig) -> int:
+    """Training steps of a run, whose last one SAELens may fill up with more samples."""
+    return ceil(trainer_cfg.total_training_samples / trainer_cfg.train_batch_size_samples)
 
 
 def fit_to_run(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
@@ -56,6 +74,7 @@ def fit_to_run(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
     if isinstance(sae.cfg, AuxConfig):
         fix_dead_threshold(sae, trainer_cfg)
         warn_if_no_latent_can_die(sae.cfg, trainer_cfg)
+        warn_if_never_resampled(sae.cfg, trainer_cfg)
 
 
 def fit_in_every_trainer() -> None:

@@ -12,11 +12,12 @@ looks every one of them up, so that a release without one fails by its name.
 What an SAE is made of:
 
     sae_lens.saes.sae.SAEMetadata                                    aux_config.py
-    sae_lens.saes.sae.TrainStepInput                                 aux_training.py
+    sae_lens.saes.sae.TrainStepInput                                 aux_training.py step_data.py
     sae_lens.saes.sae.TrainStepInput.sae_in                          aux_training.py
     sae_lens.saes.sae.TrainStepInput.dead_neuron_mask                aux_training.py
     sae_lens.saes.sae.TrainStepInput.n_training_steps                aux_training.py
-    sae_lens.saes.sae.TrainStepOutput                                aux_training.py sparse_topk.py
+    sae_lens.saes.sae.TrainStepOutput
+                                                     aux_training.py sparse_topk.py step_data.py
     sae_lens.saes.sae.TrainStepOutput.feature_acts                   aux_training.py sparse_topk.py
     sae_lens.saes.sae.TrainStepOutput.hidden_pre                     aux_training.py sparse_topk.py
     sae_lens.saes.sae.TrainStepOutput.losses                         compare/train.py sparse_topk.py
@@ -97,9 +98,9 @@ Trainers and runners:
     sae_lens.training.sae_trainer.SAETrainer.n_forward_passes_since_fired
                                                                      compare/train.py
     sae_lens.training.sae_trainer.SAETrainer.n_training_steps        compare/train.py
-    sae_lens.training.sae_trainer.SAETrainer.optimizer               compare/train.py
+    sae_lens.training.sae_trainer.SAETrainer.optimizer               compare/train.py resampling.py
     sae_lens.training.sae_trainer.SAETrainer.set_final_sae_metadata  compare/train.py
-    sae_lens.training.sae_trainer.SAETrainer.step                    compare/train.py
+    sae_lens.training.sae_trainer.SAETrainer.step                    compare/train.py resampling.py
     sae_lens.training.multi_sae_trainer.MultiSAETrainer              compare/train.py
     sae_lens.training.multi_sae_trainer.MultiSAETrainer._estimate_scaling_factors
                                                                      compare/train.py

@@ -13,14 +13,14 @@ selection only.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
-from sae_lens_auxk.aux_training import AUX_LOSS_KEY, AuxStepInput, never_compiled
+from sae_lens_auxk.aux_training import AUX_LOSS_KEY, never_compiled
 from sae_lens_auxk.ops import use_sparse_step
 from sae_lens_auxk.ops.activations import activations
 from sae_lens_auxk.ops.columns import gather_columns, indices_of
@@ -28,6 +28,7 @@ from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder
 from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
 from sae_lens_auxk.ops.topk import top_k, top_k_of_batch
+from sae_lens_auxk.step_data import AuxStepInput
 
 if TYPE_CHECKING:
     from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
@@ -189,6 +190,9 @@ class SparseTopK(_Base):
     A step is sparse unless something needs the dense tensors: hooks on the SAE, an input with a
     gradient, or parameters in half precision, for which torch has no gradient of the products.
     """
+
+    # A shorter one loses against the living latents in every row: see resampling.py.
+    resampled_length: ClassVar[float] = 1.0
 
     @override
     def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:

@@ -73,7 +73,20 @@ def _auxk(step: Step, cfg: Any) -> torch.Tensor:
         if cfg.aux_bias == "matched":
             error = error + step.scale[b] * (step.b_dec - step.b_dec.detach())
         total = total + (error * error).sum()
-    return total / len(_rows(step))
+    loss = total / len(_rows(step))
+    if not cfg.aux_normalize:
+        return loss
+    targets = [_residual(step, b) for b in _rows(step)]
+    if cfg.aux_bias == "matched":
+        targets = [r + step.scale[b] * step.b_dec.detach() for b, r in enumerate(targets)]
+    inputs = [step.x[b] - step.shift[b] for b in _rows(step)]
+    variance = _variance(targets)
+    return loss * (_variance(inputs) / variance if variance > 0 else 0.0)
+
+
+def _variance(rows: list[torch.Tensor]) -> float:
+    mean = sum(rows) / len(rows)
+    return sum(((row - mean) ** 2).sum().item() for row in rows) / len(rows)
 
 
 def _straight_through(step: Step, cfg: Any) -> torch.Tensor:

@@ -109,3 +109,32 @@ def test_equals_sparsify(variant: str) -> None:
 
     gradient = torch.autograd.grad(expected, coder.W_dec)[0] * total_variance / len(x)
     torch.testing.assert_close(gradients["W_dec"], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_the_published_code_of_gao_et_al() -> None:
+    """Its sum of two normalised losses, times the batch's variance, is SAELens's MSE and ours."""
+    sae = build_sae(
+        "auxk-topk",
+        d_in=D_IN,
+        d_sae=D_SAE,
+        aux_bias="matched",
+        aux_relu=True,
+        aux_normalize=True,
+        k_aux=4,
+        dead_criterion="steps",
+        rescale_acts_by_decoder_norm=False,
+    )
+    x, dead = torch.randn(32, D_IN), torch.arange(D_SAE) % 3 == 0
+    output = forward(sae, x, dead)
+    h = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    auxk_vals, auxk_inds = h.masked_fill(~dead, -torch.inf).topk(4)
+    auxk_recons = (auxk_vals.relu().unsqueeze(2) * sae.W_dec[auxk_inds]).sum(dim=1) + sae.b_dec
+    mse = torch.nn.functional.mse_loss
+    xs = x - output.sae_out.detach() + sae.b_dec.detach()
+    normalized_mse = mse(auxk_recons, xs) / mse(xs.mean(dim=0).expand_as(xs), xs)
+    mse_scale = 1 / mse(x.mean(dim=0).expand_as(x), x)
+    theirs = (mse_scale * mse(output.sae_out, x) + 1 / 32 * normalized_mse) * D_IN / mse_scale
+    torch.testing.assert_close(output.loss, theirs)
+    expected = gradients_of(theirs, sae)
+    for name, gradient in gradients_of(forward(sae, x, dead).loss, sae).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)

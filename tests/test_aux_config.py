@@ -25,6 +25,7 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
         ({"aux_bias": "match"}, r"Did you mean matched\?"),
         ({"aux_bias": np.array([1, 2])}, r"aux_bias=array\(\[1, 2\]\) .* decoder, matched, none"),
         ({"aux_relu": 1}, r"aux_relu=1 .* True or False"),
+        ({"aux_normalize": "residual"}, r"aux_normalize='residual' .* True or False"),
         ({"dead_criterion": "epochs"}, r"dead_criterion='epochs' .* tokens, steps, batch or None"),
         ({"dead_criterion": "token"}, r"Did you mean tokens\?"),
         ({"dead_threshold_tokens": 0}, r"dead_threshold_tokens=0 .* >= 1"),
@@ -39,6 +40,18 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
         (
             {"aux_warm_up_steps": 20, "aux_decay_start_step": 10, "aux_decay_steps": 5},
             r"aux_decay_start_step=10 .* aux_warm_up_steps \(20\)",
+        ),
+        ({"resample_every_steps": 0}, r"resample_every_steps=0 .* None or an integer >= 1"),
+        ({"resample_every_steps": 2.5}, r"resample_every_steps=2.5 .* None or an integer >= 1"),
+        ({"resample_every_steps": True}, r"resample_every_steps=True .* None or an integer >= 1"),
+        ({"resample_stop_step": 5}, r"resample_stop_step=5 .* unless resample_every_steps is set"),
+        (
+            {"resample_every_steps": 6, "resample_stop_step": 5},
+            r"resample_stop_step=5 .* >= resample_every_steps \(6\)",
+        ),
+        (
+            {"resample_every_steps": 6, "resample_stop_step": "6"},
+            r"resample_stop_step='6' .* None or an integer >= 1",
         ),
         ({"k": 25}, r"k=25 .* at most d_sae \(24\)"),
         ({"k": 0}, r"k=0 .* more than 0"),
@@ -130,11 +143,14 @@ def test_to_dict_from_dict_round_trip(architecture: str, variant: str) -> None:
         k_aux=None,
         aux_bias="matched",
         aux_relu=True,
+        aux_normalize=True,
         dead_criterion="steps",
         dead_threshold_tokens=123,
         aux_warm_up_steps=1,
         aux_decay_start_step=2,
         aux_decay_steps=3,
+        resample_every_steps=4,
+        resample_stop_step=8,
     )
     again = TrainingSAEConfig.from_dict(cfg.to_dict())
     assert type(again) is type(cfg)
@@ -150,9 +166,12 @@ def test_defaults_are_those_of_the_design(architecture: str) -> None:
     assert cfg.k_aux == 512
     assert cfg.aux_bias == "decoder"
     assert cfg.aux_relu is False
+    assert cfg.aux_normalize is False
     assert cfg.dead_criterion is None
     assert cfg.dead_threshold_tokens is None
     assert cfg.resolved_dead_threshold_tokens == 10_000_000
     assert cfg.aux_warm_up_steps == 0
     assert cfg.aux_decay_start_step is None
     assert cfg.aux_decay_steps == 0
+    assert cfg.resample_every_steps is None
+    assert cfg.resample_stop_step is None

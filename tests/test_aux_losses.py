@@ -102,6 +102,7 @@ def test_loss_and_gradients_equal_the_reference(
         "k_aux": data.draw(st.one_of(st.none(), st.integers(1, 30)), "k_aux"),
         "aux_bias": data.draw(st.sampled_from(["decoder", "matched", "none"]), "aux_bias"),
         "aux_relu": data.draw(st.booleans(), "aux_relu"),
+        "aux_normalize": data.draw(st.booleans(), "aux_normalize"),
         "apply_b_dec_to_input": data.draw(st.booleans(), "apply_b_dec_to_input"),
         "aux_loss_coefficient": data.draw(st.sampled_from([None, 0.25, 3.0])),
     }

@@ -19,9 +19,10 @@ def test_every_field_reaches_the_config() -> None:
     flags = (
         "--architecture auxk-topk --d_in 16 --d_sae 64 --k 8 --aux_variant straight_through "
         "--aux_loss_coefficient 0.25 --k_aux 7 --aux_bias matched --aux_relu true "
+        "--aux_normalize true "
         "--dead_criterion steps --dead_threshold_tokens 5000 --aux_warm_up_steps 3 "
         "--aux_decay_start_step 10 --aux_decay_steps 5 --log_to_wandb false "
-        "--aux_batch_fraction 0.25 "
+        "--aux_batch_fraction 0.25 --resample_every_steps 100 --resample_stop_step 400 "
         "--training_tokens 77"
     )
     cfg: Any = _parse_cfg_args(flags.split())
@@ -32,7 +33,8 @@ def test_every_field_reaches_the_config() -> None:
     assert (sae.aux_bias, sae.aux_relu, sae.dead_criterion) == ("matched", True, "steps")
     assert (sae.dead_threshold_tokens, sae.aux_warm_up_steps) == (5000, 3)
     assert (sae.aux_decay_start_step, sae.aux_decay_steps) == (10, 5)
-    assert sae.aux_batch_fraction == 0.25
+    assert (sae.aux_normalize, sae.aux_batch_fraction) == (True, 0.25)
+    assert (sae.resample_every_steps, sae.resample_stop_step) == (100, 400)
 
 
 def test_defaults_are_the_configs() -> None:

@@ -117,6 +117,7 @@ def test_a_step_does_not_wait_for_the_device(
             aux_batch_fraction=fraction,
             dead_threshold_tokens=dead_threshold_tokens,
             dead_criterion="tokens",
+            resample_every_steps=1000,  # steps between two resamplings
             randomize=False,
         )
         kill_latents(sae, 5000)

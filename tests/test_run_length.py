@@ -23,6 +23,14 @@ from tests.tiny_model import run
             {"dead_criterion": "steps", "dead_feature_window": 19},
             r"dead_feature_window=19 .* 20 training steps",
         ),
+        (
+            {"aux_variant": "none", "dead_threshold_tokens": 5000, "resample_every_steps": 5},
+            r"dead_threshold_tokens=5000 .* 1280 training tokens.* so none will be resampled",
+        ),
+        (
+            {"resample_every_steps": 21},
+            r"resample_every_steps=21 is longer than this run of 20 training steps",
+        ),
     ],
 )
 def test_a_threshold_longer_than_the_run_is_warned_about(
@@ -40,6 +48,7 @@ def test_a_threshold_longer_than_the_run_is_warned_about(
         {"aux_variant": "multi_topk"},
         {"aux_variant": "reanimation"},
         {"dead_criterion": "steps", "dead_feature_window": 10},
+        {"aux_variant": "none", "resample_every_steps": 20},
     ],
 )
 def test_other_runs_are_not_warned_about(fields: dict[str, Any]) -> None:

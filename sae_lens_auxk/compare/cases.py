@@ -145,7 +145,12 @@ def folders_of(cases: Sequence[Case]) -> dict[str, Case]:
 
 def _label(architecture: str, given: Mapping[str, Any]) -> str:
     """A short name that says what differs from the defaults."""
-    short = {"aux_bias": "bias", "aux_loss_coefficient": "alpha"}
+    short = {
+        "aux_bias": "bias",
+        "aux_loss_coefficient": "alpha",
+        "resample_every_steps": "resample every",
+        "resample_stop_step": "resample until",
+    }
     ours = architecture in ARCHITECTURES
     defaults = {f.name: f.default for f in fields(AuxConfig)} if ours else {}
     aux_variant = given.get("aux_variant", AuxConfig.aux_variant)

@@ -112,10 +112,12 @@ def test_explicit_cases_and_shared_fields() -> None:
             {"name": "mine", "aux_variant": "auxk", "k_aux": 3},
             {"architecture": "jumprelu", "l0_coefficient": 0.5},
             {"aux_variant": "auxk", "k": 5, "aux_bias": "none"},
+            {"aux_variant": "none", "resample_every_steps": 100, "resample_stop_step": 400},
         ],
         sae={"apply_b_dec_to_input": False, "k_aux": 7},
     )
-    mine, jumprelu, last = cases_of(comparison)
+    mine, jumprelu, last, resampled = cases_of(comparison)
+    assert resampled.name == "none, resample every 100, resample until 400"
     assert (mine.name, jumprelu.name) == ("mine", "SAELens jumprelu, l0_coefficient 0.5")
     assert (last.name, last.k) == ("auxk, bias none", 5)
     configs: list[Any] = [case.sae_config(comparison, 12) for case in (mine, jumprelu, last)]

@@ -46,16 +46,20 @@ def test_a_case_trains_as_it_would_alone_in_saelens() -> None:
             assert torch.equal(parameter, dict(together[case.name].named_parameters())[name])
 
 
-def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
-    comparison = tiny(aux_variant=["auxk"], training_samples=3200)
+@pytest.mark.parametrize("sae", [{}, {"resample_every_steps": 7}])
+def test_history_and_ever_dead_against_a_count_of_our_own(sae: dict[str, Any]) -> None:
+    """A resampled latent comes back from the dead when it fires, not when it gets new weights."""
+    comparison = tiny(aux_variant=["auxk"], training_samples=3200, sae=sae)
     trainer = trainer_of(comparison)
     fired: list[torch.Tensor] = []
+    resampled: list[int] = []
     (single,) = trainer.trainers.values()
     step = single.step
 
     def watched(batch: torch.Tensor) -> Any:
         output = step(batch)
         fired.append((output.feature_acts.to_dense() != 0).any(0))
+        resampled.append(output.metrics.get("resampled_latents", 0))
         return output
 
     single.step = watched
@@ -74,6 +78,7 @@ def test_history_and_ever_dead_against_a_count_of_our_own() -> None:
     assert torch.equal(log.ever_dead, ever_dead)
     assert torch.equal(log.alive_since, alive_since)
     assert alive_since.any(), "no latent came back, so the test would see nothing"
+    assert any(resampled) == bool(sae)
     assert 0 < int(ever_dead.sum()) < 24, "the test would see nothing"
     assert log.history["samples"] == [32 * n for n in range(1, 101)]
     assert log.history["dead_fraction"] == dead_fractions
