@@ -1,7 +1,7 @@
 """Runs a whole comparison: one pass per seed, and the results of all passes.
 
-A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.results`` describes the
-files.
+A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.result_files`` describes
+the files.
 """
 
 import json
@@ -30,24 +30,18 @@ from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
 from sae_lens_auxk.files import partial_file
-from sae_lens_auxk.results import (
+from sae_lens_auxk.result_files import (
     LIVES_FILENAME,
     PASS_FILENAME,
     RESULTS_FILENAME,
     RUNS_FOLDER,
-    VERSION,
-    Group,
-    MeanAndStd,
-    Measured,
-    Numbers,
-    Results,
-    Run,
     pass_folder,
     read_pass,
     read_results,
     write_pass,
     write_results,
 )
+from sae_lens_auxk.results import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
 
 EXTENDABLE = ("seeds",)
 """Fields that may change when a comparison is continued: each pass has one seed."""
