@@ -25,6 +25,13 @@ JUNK = 0.5
 NEAR_DUPLICATE = 0.7
 """Two latents whose decoder rows have a larger cosine are near duplicates: at this cosine, two
 rows have half of their energy in common."""
+FOUND_AGAIN = 0.7
+"""A latent is found again by a seed that has a decoder row with a larger cosine."""
+MATCHED = 2048
+"""Of more latents, so many are drawn for the one-to-one matching, whose time grows with the cube
+of their number."""
+AGES = 10
+"""Number of equal parts of training that latents are grouped by."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,29 @@ METRICS = {
         "Share of the true features that are nearest to a latent that fires, with an absolute "
         f"cosine above {JUNK}; at most d_sae / n_features.",
         percent=True,
+        better="up",
+    ),
+    "found_again": Metric(
+        "found again",
+        1,
+        "Share of the alive latents (not dead when training ended) whose decoder row has a cosine "
+        f"above {FOUND_AGAIN} with that of an alive latent of another seed, mean over the other "
+        "seeds (after Paulo and Belrose 2025). AbsTopK: the absolute cosine.",
+        percent=True,
+        better="up",
+    ),
+    "mean_best_cosine": Metric(
+        "best cosine",
+        3,
+        "Mean over the alive latents of the best cosine that found again is about.",
+        better="up",
+    ),
+    "matched_cosine": Metric(
+        "matched cosine",
+        3,
+        "Mean cosine of the best one-to-one matching of the alive latents of two seeds, over as "
+        "many pairs as the seed with fewer has, mean over the other seeds (PW-MCC of Song et al. "
+        f"2025); of more than {MATCHED:,} there, so many are drawn. AbsTopK: the absolute cosine.",
         better="up",
     ),
     "junk_share": Metric(
@@ -210,6 +240,20 @@ PEEKING = {
         "Probability that a sample on which the latent fires is reconstructed worse than one on "
         "which it does not.",
     ),
+    "found_again": Metric(
+        "found again",
+        1,
+        "Share of all alive latents of the group that have a cosine above "
+        f"{FOUND_AGAIN} with an alive latent, of any group, of another seed.",
+        percent=True,
+        better="up",
+    ),
+    "mean_best_cosine": Metric(
+        "best cosine",
+        3,
+        "Mean of that cosine over all alive latents of the group.",
+        better="up",
+    ),
 }
 """Means over a group of latents, the entry ``peeking`` of a run; see docs/peeking.md."""
 
@@ -250,7 +294,18 @@ class Measured(TypedDict):
     peeking: dict[str, Numbers] | None
 
 
-class Run(Measured):
+class AcrossSeeds(TypedDict, total=False):
+    """What needs a second seed, and is no part of a pass.
+
+    ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
+    of training, from the first on. Latents that never died belong to the first. None where there
+    are too few.
+    """
+
+    found_again_by_age: list[float | None]
+
+
+class Run(Measured, AcrossSeeds):
     """One SAE: an entry of ``runs`` in results.json.
 
     ``folder`` is relative to that of the results. The lists in ``history`` are equally long.

@@ -27,6 +27,7 @@ from sae_lens_auxk.compare.claim import LOCK_FILENAME, claim
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.reproducibility import with_reproducibility
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
 from sae_lens_auxk.files import partial_file
@@ -294,6 +295,9 @@ def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
         else:
             continue
         seeds.append(seed)
+    # Not kept in a pass, as a seed that is added later changes the numbers of all others.
+    if comparison.has_one_model:
+        runs = with_reproducibility(runs, folder, comparison.device)
     return {
         **results,
         "comparison": {**comparison.to_dict(), "seeds": seeds},
