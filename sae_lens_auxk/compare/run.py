@@ -100,6 +100,10 @@ def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
                     write_results(folder, _collect(results, comparison, folder))
     finally:
         results = _collect(results, comparison, folder)
+        if comparison.has_one_model:
+            # Not kept in a pass: a seed that is added later changes the numbers of all others.
+            runs = with_reproducibility(results["runs"], folder, comparison.device)
+            results = {**results, "runs": runs, "groups": list(groups_of(runs))}
         write_results(folder, results)
         report = write_report(results, folder)
     return report
@@ -295,9 +299,6 @@ def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
         else:
             continue
         seeds.append(seed)
-    # Not kept in a pass, as a seed that is added later changes the numbers of all others.
-    if comparison.has_one_model:
-        runs = with_reproducibility(runs, folder, comparison.device)
     return {
         **results,
         "comparison": {**comparison.to_dict(), "seeds": seeds},
