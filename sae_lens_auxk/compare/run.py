@@ -103,7 +103,7 @@ def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
         if comparison.has_one_model:
             # Not kept in a pass: a seed that is added later changes the numbers of all others.
             runs = with_reproducibility(results["runs"], folder, comparison.device)
-            results = {**results, "runs": runs, "groups": list(groups_of(runs))}
+            results["runs"], results["groups"] = runs, list(groups_of(runs))
         write_results(folder, results)
         report = write_report(results, folder)
     return report
