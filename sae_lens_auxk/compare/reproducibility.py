@@ -78,7 +78,7 @@ def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list
         if run["status"] == "finished":
             cases.setdefault((run["case"], run["architecture"], run["k"]), []).append(i)
     for (_, architecture, _), members in cases.items():
-        loaded = {i: _load(runs[i], folder, device) for i in members}
+        loaded = {i: alive_latents(runs[i], folder, device) for i in members}
         alive = {i: latents for i, latents in loaded.items() if latents is not None}
         if len(alive) < 2:
             continue
@@ -96,7 +96,7 @@ def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list
     return measured
 
 
-def _load(run: Run, folder: Path, device: str) -> Alive | None:
+def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
     """The alive latents of a finished run; None if there are none or its files are gone."""
     sae = folder / (run["folder"] or "")
     weights, lives = sae / SAE_WEIGHTS_FILENAME, sae / LIVES_FILENAME

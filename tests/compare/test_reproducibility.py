@@ -211,7 +211,7 @@ def test_the_architecture_says_whether_signs_count(tmp_path: Path) -> None:
 def test_ages_are_tenths_of_the_training(tmp_path: Path) -> None:
     """Latent i of a record came alive at sample 100 i, so each tenth of 1000 has one."""
     (entry, _) = (record(tmp_path, seed, torch.eye(16)[:11]) for seed in (0, 1))
-    latents = module._load(entry, tmp_path, "cpu")
+    latents = module.alive_latents(entry, tmp_path, "cpu")
     assert latents is not None
     assert latents.age.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
 

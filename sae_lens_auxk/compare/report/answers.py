@@ -104,17 +104,25 @@ def footnote(results: Results) -> str:
         parts.append(f"{spread} {count} seeds; level: spreads overlap.")
     if any(cell.best for row in main_table(results).rows for cell in row):
         parts.append("Bold: the best of its k, level with no other.")
-    if "found_again" not in columns(results):
-        if seeds and seeds[-1] == 1:
-            parts.append("Whether latents are found again can be measured from two seeds on.")
-        elif _every_seed_has_a_model(results):
-            parts.append(
-                "Each seed has a synthetic model of its own, in which no latent can be found "
-                "again; with synthetic_model: {seed: 0} all seeds share one."
-            )
+    parts += _about_other_seeds(results, seeds)
     if k := one_of_several_k(results):
         parts.append(f"The answer compares at k {k}; the table has every k.")
     return " ".join(parts)
+
+
+def _about_other_seeds(results: Results, seeds: Sequence[int]) -> list[str]:
+    """What to know of the measures that compare a run with other seeds, or why there are none."""
+    if "found_again" in columns(results):
+        said = "Two seeds are one pair: the spread of what is found again says nothing."
+        return [said] if seeds == [2] else []
+    if seeds == [1]:
+        return ["Whether latents are found again can be measured from two seeds on."]
+    if seeds and _every_seed_has_a_model(results):
+        return [
+            "Each seed has a synthetic model of its own, in which no latent can be found again; "
+            "with synthetic_model: {seed: 0} all seeds share one."
+        ]
+    return []
 
 
 def _every_seed_has_a_model(results: Results) -> bool:
