@@ -12,7 +12,8 @@ from typing import Any
 
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.run import groups_of
-from sae_lens_auxk.results import Results, Run, read_results, write_results
+from sae_lens_auxk.result_files import read_results, write_results
+from sae_lens_auxk.results import Results, Run
 
 MAY_DIFFER = ("architecture", "preset", "aux_variant", "aux_loss_coefficient", "cases", "seeds")
 

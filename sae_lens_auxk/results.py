@@ -1,38 +1,13 @@
-"""The results of a comparison: their files, their format, and the table of metrics.
-
-A comparison's folder:
-
-    results.json               every number and the whole configuration
-    report.html, report.md     what came out, and figures/*.png
-    runs/seed-0/pass.json      the runs of a finished pass
-    runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
-                               the lives of its latents
-    runs/seed-0.partial/       a pass that is running or was interrupted
-    .lock                      the process that is at work
+"""The results of a comparison: their format, and the table of metrics.
 
 A new metric needs two things: the code that computes it, and a row of ``METRICS`` (for a whole
 SAE) or ``PEEKING`` (for a group of latents). Reports and model cards take their columns,
 number formats and definitions from these rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
-
-from sae_lens_auxk.files import read_json, write_json
-
-RESULTS_FILENAME = "results.json"
-PASS_FILENAME = "pass.json"
-LIVES_FILENAME = "lives.safetensors"
-"""Of an SAE's latents: ``dead`` and ``ever_dead``, (d_sae,) bool, and ``alive_since``, (d_sae,)
-int64, the training sample at which it last came back from the dead, 0 for one that never died."""
-PAGE_FILENAME = "report.html"
-MARKDOWN_FILENAME = "report.md"
-FIGURES_FOLDER = "figures"
-RUNS_FOLDER = "runs"
-REPORT_FILES = (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME, f"{FIGURES_FOLDER}/*.png")
-"""Patterns of the files that tell the whole story without the SAEs."""
+from typing import Any, Literal, TypedDict
 
 VERSION = 1
 """Of the format of results.json."""
@@ -50,6 +25,13 @@ JUNK = 0.5
 NEAR_DUPLICATE = 0.7
 """Two latents whose decoder rows have a larger cosine are near duplicates: at this cosine, two
 rows have half of their energy in common."""
+FOUND_AGAIN = 0.7
+"""A latent is found again by a seed that has a decoder row with a larger cosine."""
+MATCHED = 2048
+"""Of more latents, so many are drawn for the one-to-one matching, whose time grows with the cube
+of their number."""
+AGES = 10
+"""Number of equal parts of training that latents are grouped by."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +123,29 @@ METRICS = {
         "Share of the true features that are nearest to a latent that fires, with an absolute "
         f"cosine above {JUNK}; at most d_sae / n_features.",
         percent=True,
+        better="up",
+    ),
+    "found_again": Metric(
+        "found again",
+        1,
+        "Share of the alive latents (not dead when training ended) whose decoder row has a cosine "
+        f"above {FOUND_AGAIN} with that of an alive latent of another seed, mean over the other "
+        "seeds (after Paulo and Belrose 2025). AbsTopK: the absolute cosine.",
+        percent=True,
+        better="up",
+    ),
+    "mean_best_cosine": Metric(
+        "best cosine",
+        3,
+        "Mean over the alive latents of the best cosine that found again is about.",
+        better="up",
+    ),
+    "matched_cosine": Metric(
+        "matched cosine",
+        3,
+        "Mean cosine of the best one-to-one matching of the alive latents of two seeds, over as "
+        "many pairs as the seed with fewer has, mean over the other seeds (PW-MCC of Song et al. "
+        f"2025); of more than {MATCHED:,} there, so many are drawn. AbsTopK: the absolute cosine.",
         better="up",
     ),
     "junk_share": Metric(
@@ -235,6 +240,20 @@ PEEKING = {
         "Probability that a sample on which the latent fires is reconstructed worse than one on "
         "which it does not.",
     ),
+    "found_again": Metric(
+        "found again",
+        1,
+        "Share of all alive latents of the group that have a cosine above "
+        f"{FOUND_AGAIN} with an alive latent, of any group, of another seed.",
+        percent=True,
+        better="up",
+    ),
+    "mean_best_cosine": Metric(
+        "best cosine",
+        3,
+        "Mean of that cosine over all alive latents of the group.",
+        better="up",
+    ),
 }
 """Means over a group of latents, the entry ``peeking`` of a run; see docs/peeking.md."""
 
@@ -275,7 +294,18 @@ class Measured(TypedDict):
     peeking: dict[str, Numbers] | None
 
 
-class Run(Measured):
+class AcrossSeeds(TypedDict, total=False):
+    """What needs a second seed, and is no part of a pass.
+
+    ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
+    of training, from the first on. Latents that never died belong to the first. None where there
+    are too few.
+    """
+
+    found_again_by_age: list[float | None]
+
+
+class Run(Measured, AcrossSeeds):
     """One SAE: an entry of ``runs`` in results.json.
 
     ``folder`` is relative to that of the results. The lists in ``history`` are equally long.
@@ -325,71 +355,3 @@ class Results(TypedDict):
     data: dict[str, Any]
     runs: list[Run]
     groups: list[Group]
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-def pass_folder(folder: Path, seed: int) -> Path:
-    """The folder of the pass with this seed, in the folder of a comparison."""
-    return folder / RUNS_FOLDER / f"seed-{seed}"
-
-
-def read_results(folder: Path) -> Results:
-    """Read results.json.
-
-    Raises:
-        ValueError: the folder has no results.json, or it cannot be read, or it is not the
-            results of a comparison in this version.
-    """
-    path = folder / RESULTS_FILENAME
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
-    content = read_json(path)
-    values = content if isinstance(content, dict) else {}
-    if values.get("version") != VERSION or not _are_mappings(values.get("runs")):
-        raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
-    return cast(Results, content)
-
-
-def write_results(folder: Path, results: Results) -> None:
-    """Write results.json.
-
-    Raises:
-        ValueError: a run has a metric that is not in the table.
-    """
-    _require_rows_of(results["runs"])
-    write_json(folder / RESULTS_FILENAME, results)
-
-
-def read_pass(folder: Path) -> list[Run]:
-    """The runs of a finished pass.
-
-    Raises:
-        ValueError: the folder has no pass.json, or it cannot be read, or it is not the runs of a
-            pass.
-    """
-    path = folder / PASS_FILENAME
-    try:
-        runs = read_json(path)
-        if not runs or not _are_mappings(runs) or any(Run.__required_keys__ - {*r} for r in runs):
-            raise ValueError(f"{path} is not the runs of a pass.")
-    except ValueError as error:
-        raise ValueError(f"{error} Move {folder} away, and the pass is trained again.") from error
-    return runs
-
-
-def _are_mappings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
-
-
-def write_pass(folder: Path, runs: list[Run]) -> None:
-    """Write the runs of a finished pass; raises what :func:`write_results` raises."""
-    _require_rows_of(runs)
-    write_json(folder / PASS_FILENAME, runs)
-
-
-def _require_rows_of(runs: Iterable[Run]) -> None:
-    for run in runs:
-        groups = (run["peeking"] or {}).values()
-        require_in_table(run["metrics"], (key for group in groups for key in group))

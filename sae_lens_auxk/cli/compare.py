@@ -17,7 +17,7 @@ from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
-from sae_lens_auxk.results import RESULTS_FILENAME, read_results
+from sae_lens_auxk.result_files import RESULTS_FILENAME, read_results
 from sae_lens_auxk.validation import require_known
 from sae_lens_auxk_cli import refuse
 

@@ -142,6 +142,13 @@ class Resolved(Comparison):
         """``dead_after`` in steps, as SAELens counts: a latent silent for more steps is dead."""
         return ceil(self.dead_after / self.batch_size) - 1
 
+    @property
+    def has_one_model(self) -> bool:
+        """Whether all seeds see one model: a synthetic one without a seed is made anew for each."""
+        if self.model_name:
+            return True
+        return self.synthetic_model_config(seed=0) == self.synthetic_model_config(seed=1)
+
     def synthetic_model_config(self, seed: int) -> SyntheticModelConfig | str:
         """SAELens's config, or the folder or name, of the synthetic model of a pass."""
         if isinstance(self.synthetic_model, str):

@@ -1,7 +1,7 @@
 """Runs a whole comparison: one pass per seed, and the results of all passes.
 
-A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.results`` describes the
-files.
+A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.result_files`` describes
+the files.
 """
 
 import json
@@ -27,27 +27,22 @@ from sae_lens_auxk.compare.claim import LOCK_FILENAME, claim
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.reproducibility import with_reproducibility
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
 from sae_lens_auxk.files import partial_file
-from sae_lens_auxk.results import (
+from sae_lens_auxk.result_files import (
     LIVES_FILENAME,
     PASS_FILENAME,
     RESULTS_FILENAME,
     RUNS_FOLDER,
-    VERSION,
-    Group,
-    MeanAndStd,
-    Measured,
-    Numbers,
-    Results,
-    Run,
     pass_folder,
     read_pass,
     read_results,
     write_pass,
     write_results,
 )
+from sae_lens_auxk.results import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
 
 EXTENDABLE = ("seeds",)
 """Fields that may change when a comparison is continued: each pass has one seed."""
@@ -105,6 +100,10 @@ def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
                     write_results(folder, _collect(results, comparison, folder))
     finally:
         results = _collect(results, comparison, folder)
+        if comparison.has_one_model:
+            # Not kept in a pass: a seed that is added later changes the numbers of all others.
+            runs = with_reproducibility(results["runs"], folder, comparison.device)
+            results["runs"], results["groups"] = runs, list(groups_of(runs))
         write_results(folder, results)
         report = write_report(results, folder)
     return report

@@ -24,14 +24,8 @@ from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.hub.errors import HubError
-from sae_lens_auxk.results import (
-    REPORT_FILES,
-    RESULTS_FILENAME,
-    RUNS_FOLDER,
-    Results,
-    Run,
-    read_results,
-)
+from sae_lens_auxk.result_files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
+from sae_lens_auxk.results import Results, Run
 from sae_lens_auxk.saelens import ACTIVATION_WHITENING_FILENAME
 from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling, silent_latents
 

@@ -27,7 +27,7 @@ from sae_lens_auxk.hub.sae_folder import (
     inference_folder,
     samples_trained,
 )
-from sae_lens_auxk.results import RESULTS_FILENAME
+from sae_lens_auxk.result_files import RESULTS_FILENAME
 
 
 @dataclass(frozen=True)

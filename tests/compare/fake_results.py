@@ -22,11 +22,19 @@ def fake_results(
 ) -> dict[str, Any]:
     runs = [
         _run(case, i / max(len(cases) - 1, 1), architecture, k, seed, ground_truth, peeking)
+        | (_ages(case, k, seed) if len(seeds) > 1 else {})
         for i, case in enumerate(cases)
         for architecture in architectures
         for k in ks
         for seed in seeds
     ]
+    if len(seeds) > 1:
+        for run in runs:
+            share = run["found_again_by_age"][0]
+            run["metrics"] |= {"found_again": share, "mean_best_cosine": 0.3 + share / 2,
+                               "matched_cosine": 0.2 + share / 2}  # fmt: skip
+            for group in (run["peeking"] or {}).values():
+                group["found_again"] = None if run["case"] == "none" else share
     kind = "synthetic" if ground_truth else "language_model"
     return {
         "version": 1,
@@ -116,6 +124,12 @@ def _run(
     }
 
 
+def _ages(case: str, k: int | None, seed: int) -> dict[str, Any]:
+    start = 0.2 + 0.05 * len(case) + random.Random(f"{case} {k} {seed}").gauss(0, 0.01)
+    return {"found_again_by_age": [start * (1 - i / 12) for i in range(9)] + [None]}
+
+
 def failed(run: dict[str, Any], status: str, error: str | None) -> None:
     run.update(status=status, error=error, sae_config={}, history={}, metrics={}, density=None,
                silent_latents=None, peeking=None, training_samples=0)  # fmt: skip
+    run.pop("found_again_by_age", None)

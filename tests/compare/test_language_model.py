@@ -12,7 +12,7 @@ from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.compare.sources import LanguageModel, SamePrompts
-from sae_lens_auxk.results import read_results
+from sae_lens_auxk.result_files import read_results
 from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
 
 

@@ -11,9 +11,12 @@ from sae_lens_auxk.compare.report.answers import answer, footnote
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.run import groups_of
+from sae_lens_auxk.results import METRICS, PEEKING
 from tests.compare.fake_results import failed, fake_results
 
-FIGURES = ["dead_latents", "density", "pareto", "peeking"]
+FIGURES = ["dead_latents", "density", "explained_variance", "found_again", "found_again_by_age",
+           "pareto", "peeking"]  # fmt: skip
+AT_ONE_K = [name for name in FIGURES if name != "pareto"]
 HOSTILE = "</script><script>alert('x')</script> <b>a</b> | $x_1$ $ `c` [d](e)"
 
 
@@ -87,7 +90,7 @@ def test_only_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
     (tmp_path / "figures" / "mine.png").touch()
     report(fake_results(peeking=False), tmp_path)
     left = sorted(path.stem for path in (tmp_path / "figures").iterdir())
-    assert left == ["dead_latents", "density", "mine", "pareto"]
+    assert left == ["dead_latents", "density", "found_again_by_age", "mine", "pareto"]
 
 
 def test_the_page_loads_nothing_and_may_not(tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
                 values = [factor * run["metrics"][key] for run in runs]
                 unit = "%" if factor == 100 else ""
                 shown = f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}{unit}"
-                assert row[head.index(column)] == shown
+                assert row[head.index(column)].strip("*") == shown
 
 
 def test_the_peeking_table_holds_the_numbers_of_the_runs(tmp_path: Path) -> None:
@@ -146,9 +149,10 @@ def test_every_case_is_in_every_figure_of_its_own_colour() -> None:
 
 
 def test_images_are_written_and_stale_ones_removed(tmp_path: Path) -> None:
+    report(fake_results(ks=(16, 25)), tmp_path)
     report(fake_results(ks=(25,), seeds=(0, 1)), tmp_path)
     images = sorted((tmp_path / "figures").iterdir())
-    assert [image.name for image in images] == [f"{name}.png" for name in FIGURES]
+    assert [image.name for image in images] == [f"{name}.png" for name in AT_ONE_K]
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
     page, markdown = report(fake_results(ks=(25,), peeking=False), tmp_path)
     assert not (tmp_path / "figures" / "peeking.png").exists()
@@ -156,7 +160,8 @@ def test_images_are_written_and_stale_ones_removed(tmp_path: Path) -> None:
     assert "too few latents were dead and came back" in page.text
     assert len(page.tables) == 1
     left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert left == sorted(["report.html", "report.md", *(f"{name}.png" for name in FIGURES[:3])])
+    names = ("dead_latents", "density", "explained_variance", "found_again_by_age")
+    assert left == sorted(["report.html", "report.md", *(f"{name}.png" for name in names)])
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     results = fake_results(cases=("auxk", HOSTILE), ks=(25,), seeds=(0,))
     page, markdown = report(results, tmp_path)
     # The scripts of the page: plotly, one a figure with its loader, sorting.
-    assert page.tags.count("script") == 2 + len(FIGURES)
+    assert page.tags.count("script") == 2 + 4  # one seed: no latent can be found again
     assert "b" not in page.tags
     assert page.tables[0][2][0] == HOSTILE
     assert len(markdown_tables(markdown)[0][2]) == len(page.tables[0][2])
@@ -253,3 +258,89 @@ def test_cases_are_compared_at_one_k() -> None:
     assert "compares at k 25" in footnote(results)
     ks = {group["k"] for group in results["groups"]}
     assert ks == {16, 25, 50, None}
+
+
+def test_the_best_of_a_column_is_bold_unless_another_is_level(tmp_path: Path) -> None:
+    results = fake_results(cases=("a", "b", "c"), ks=(16, 50))
+    values: Any = {
+        # case: explained variance, dead fraction, L0, MSE
+        "a": ((0.5, 0.01), (0.2, 0.02), (9.0, 0.0), (1.0, 0.1)),
+        "b": ((0.6, 0.01), (0.1, 0.02), (8.0, 0.0), (1.1, 0.1)),
+        "c": ((0.4, 0.01), (0.3, 0.02), (7.0, 0.0), (None, None)),
+    }
+    keys = ("explained_variance", "dead_fraction", "l0", "mse")
+    for group in results["groups"]:
+        for key, (value, spread) in zip(keys, values[group["case"]], strict=True):
+            group["mean"][key], group["std"][key] = value, spread
+    _, markdown = report(results, tmp_path)
+    head, *rows = markdown_tables(markdown)[0]
+    for row in rows:  # of each k
+        bold = [name for name, cell in zip(head, row, strict=True) if cell.startswith("**")]
+        assert ("EV" in bold) == ("dead" in bold) == (row[0] == "b")
+        assert not {"L0", "MSE"} & set(bold)  # neither is better; a and b are level
+    assert "Bold: the best of its k" in footnote(results)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('class="number best"') == markdown.count("**") // 2 - len(answer(results))
+
+
+def test_without_true_features_reproducibility_comes_first(tmp_path: Path) -> None:
+    results = fake_results(ks=(25,), ground_truth=False)
+    page, _ = report(results, tmp_path)
+    assert page.tables[0][0][4:7] == ["found again", "best cosine", "matched cosine"]
+    assert answer(results)[0][0] == "Most latents found again by other seeds"
+    assert [figure.name for figure in figures_of(results)][0] == "found_again"
+
+    page, _ = report(fake_results(ks=(25,)), tmp_path)
+    assert page.tables[0][0].index("found again") > page.tables[0][0].index("F1")
+    assert [figure.name for figure in figures_of(fake_results())][0] == "pareto"
+
+
+def test_what_it_takes_to_find_latents_again() -> None:
+    needs_two = "can be measured from two seeds on"
+    shares_one = "with synthetic_model: {seed: 0} all seeds share one"
+    one = fake_results(ks=(25,), seeds=(0,))
+    assert needs_two in footnote(one)
+    two = fake_results(ks=(25,), seeds=(0, 1))
+    assert needs_two not in footnote(two)
+    assert shares_one not in footnote(two)
+    for group in two["groups"]:
+        del group["mean"]["found_again"]
+    assert shares_one in footnote(two)
+    two["comparison"]["synthetic_model"] = {"seed": 42}
+    assert shares_one not in footnote(two)
+
+
+def test_with_one_k_explained_variance_is_drawn_by_case() -> None:
+    results = fake_results(ks=(25,))
+    (figure,) = (f for f in figures_of(results) if f.name == "explained_variance")
+    assert figure.panels[0].categories == results["comparison"]["cases"]
+    for series, group in zip(figure.panels[0].series, results["groups"], strict=True):
+        assert list(series.x) == [group["mean"]["explained_variance"]]
+        assert list(series.x_error) == [group["std"]["explained_variance"]]
+    for ks in ((16, 25), (None,), (25, None)):
+        assert "pareto" in {figure.name for figure in figures_of(fake_results(ks=ks))}
+
+
+def test_found_again_by_group_and_by_age() -> None:
+    results = fake_results(ks=(25,), ground_truth=False)
+    made = {figure.name: figure for figure in figures_of(results)}
+    (panel,) = made["found_again"].panels
+    assert panel.title == "found again, %"
+    assert panel.categories == results["comparison"]["cases"][1:]
+    assert [series.filled for series in panel.series[:2]] == [False, True]
+    assert "Of random directions at most 0% would be found again." in made["found_again"].caption
+    assert "found again, %" not in {panel.title for panel in made["peeking"].panels}
+    for series, group in zip(
+        made["found_again_by_age"].panels[0].series, results["groups"], strict=True
+    ):
+        assert list(series.x) == pytest.approx([0.05 + i / 10 for i in range(9)])
+        assert series.y[0] == pytest.approx(group["mean"]["found_again"])
+        assert series.band is not None
+
+
+def test_the_page_defines_every_column_that_it_shows(tmp_path: Path) -> None:
+    page, _ = report(fake_results(ks=(25,)), tmp_path)
+    shown = [METRICS[key] for key in ("found_again", "f1", "explained_variance")]
+    for metric in (*shown, PEEKING["rows_hurt"]):
+        assert page.text.count(metric.definition) == 1
+    assert METRICS["ce_loss_recovered"].definition not in page.text

@@ -12,14 +12,8 @@ from sae_lens_auxk.compare.report.page import page_of
 from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.files import replace_file, write_json
 from sae_lens_auxk.hub.model_card import comparison_part
-from sae_lens_auxk.results import (
-    METRICS,
-    PEEKING,
-    Metric,
-    read_results,
-    write_pass,
-    write_results,
-)
+from sae_lens_auxk.result_files import read_results, write_pass, write_results
+from sae_lens_auxk.results import METRICS, PEEKING, Metric
 from tests.compare.fake_results import fake_results
 from tests.helpers import build_sae
 

@@ -12,7 +12,7 @@ from sae_lens_auxk.compare import run
 from sae_lens_auxk.compare.claim import claim
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
-from sae_lens_auxk.results import read_results
+from sae_lens_auxk.result_files import read_results
 from tests.compare.conftest import tiny
 
 RUN_KEYS = {

@@ -13,12 +13,8 @@ from sae_lens_auxk.compare.report.figures import FIGURES, figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
 from sae_lens_auxk.files import replace_file
-from sae_lens_auxk.results import (
-    FIGURES_FOLDER,
-    MARKDOWN_FILENAME,
-    PAGE_FILENAME,
-    Results,
-)
+from sae_lens_auxk.result_files import FIGURES_FOLDER, MARKDOWN_FILENAME, PAGE_FILENAME
+from sae_lens_auxk.results import Results
 
 
 def write_report(results: Results, folder: Path) -> Path:

@@ -2,14 +2,24 @@
 
 from collections.abc import Sequence
 
+from sae_lens_auxk.compare.report.tables import main_table
 from sae_lens_auxk.compare.report.vocabulary import (
+    are_level,
+    columns,
     compared,
     label,
     number,
     one_of_several_k,
 )
-from sae_lens_auxk.results import METRICS, PEEKING, Metric, Results
+from sae_lens_auxk.results import PEEKING, Metric, Results
 
+QUESTIONS = {
+    "found_again": "Most latents found again by other seeds",
+    "dead_fraction": "Fewest dead latents",
+    "explained_variance": "Best explained variance",
+    "ce_loss_recovered": "Best CE loss recovered",
+    "f1": "Best F1 with true features",
+}
 Entry = tuple[str, float, float | None]
 """A group and its number as text, the number, and its spread."""
 
@@ -19,14 +29,9 @@ def answer(results: Results) -> list[tuple[str, str]]:
     if not results["groups"]:
         return [("No answer yet", "no run has finished.")]
     lines = [
-        (question, _ranking(entries, METRICS[key]))
-        for question, key in (
-            ("Fewest dead latents", "dead_fraction"),
-            ("Best explained variance", "explained_variance"),
-            ("Best CE loss recovered", "ce_loss_recovered"),
-            ("Best F1 with true features", "f1"),
-        )
-        if (entries := _best_first(results, key, METRICS[key]))
+        (QUESTIONS[key], _ranking(entries, metric))
+        for key, metric in columns(results).items()
+        if key in QUESTIONS and (entries := _best_first(results, key, metric))
     ]
     return [*lines, ("Residual peeking", _peeking(results))]
 
@@ -77,7 +82,7 @@ def _peeking(results: Results) -> str:
 
 
 def _level(a: Entry, b: Entry) -> bool:
-    return abs(a[1] - b[1]) <= (a[2] or 0.0) + (b[2] or 0.0)
+    return are_level(a[1:], b[1:])
 
 
 def _list(entries: Sequence[Entry]) -> str:
@@ -97,9 +102,33 @@ def footnote(results: Results) -> str:
         count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         spread = "Mean ± sample standard deviation over"
         parts.append(f"{spread} {count} seeds; level: spreads overlap.")
+    if any(cell.best for row in main_table(results).rows for cell in row):
+        parts.append("Bold: the best of its k, level with no other.")
+    parts += _about_other_seeds(results, seeds)
     if k := one_of_several_k(results):
         parts.append(f"The answer compares at k {k}; the table has every k.")
     return " ".join(parts)
+
+
+def _about_other_seeds(results: Results, seeds: Sequence[int]) -> list[str]:
+    """What to know of the measures that compare a run with other seeds, or why there are none."""
+    if "found_again" in columns(results):
+        said = "Two seeds are one pair: the spread of what is found again says nothing."
+        return [said] if seeds == [2] else []
+    if seeds == [1]:
+        return ["Whether latents are found again can be measured from two seeds on."]
+    if seeds and _every_seed_has_a_model(results):
+        return [
+            "Each seed has a synthetic model of its own, in which no latent can be found again; "
+            "with synthetic_model: {seed: 0} all seeds share one."
+        ]
+    return []
+
+
+def _every_seed_has_a_model(results: Results) -> bool:
+    given = results["comparison"].get("synthetic_model") or {}
+    is_synthetic = results["data"].get("kind") == "synthetic"
+    return is_synthetic and isinstance(given, dict) and given.get("seed") is None
 
 
 def troubles(results: Results) -> list[str]:

@@ -6,22 +6,31 @@ from statistics import mean, stdev
 from typing import Any
 
 from sae_lens_auxk.compare.report.vocabulary import (
+    ACROSS_SEEDS,
     colours,
+    columns,
     compared,
     label,
-    measured,
     number,
     one_of_several_k,
-    with_revived,
 )
-from sae_lens_auxk.results import PEEKING, Group, Results, Run
+from sae_lens_auxk.compare.reproducibility import by_chance
+from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Metric, Results, Run
 
-FIGURES = ("pareto", "dead_latents", "density", "peeking")
+FIGURES = (
+    "pareto",
+    "explained_variance",
+    "dead_latents",
+    "density",
+    "found_again",
+    "found_again_by_age",
+    "peeking",
+)
 """Names of all figures that a report can have."""
 MAX_POINTS = 300
 MAX_COLUMNS = 4
-NO_PANEL = ("n_latents", "firing_rate")
-"""These say which latents a group has. They do not tell a feature from an error corrector."""
+NO_PANEL = ("n_latents", "firing_rate", *ACROSS_SEEDS)
+"""The first two only say which latents a group has; the last have a figure of their own."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +92,24 @@ def figures_of(results: Results) -> list[Figure]:
     """The figures for which there are data."""
     k = one_of_several_k(results)
     at_k = f" At k {k}." if k else ""
-    made = (
+    again = (
         Figure(
-            "pareto",
-            "Explained variance against L0",
-            "Up and to the left is better. Bars: standard deviation over seeds.",
-            [Panel([*_pareto(results)], "L0: latents that fire on a sample", "explained variance")],
+            "found_again",
+            "Found again: latents that came back (filled) and that never died (hollow)",
+            "A direction that other seeds find too is in the data. Means over the alive latents of "
+            f"a group; docs/reproducibility.md says what they do not show.{_chance(results)}{at_k}",
+            [*_by_group(results, ("found_again", "mean_best_cosine"))],
         ),
+        Figure(
+            "found_again_by_age",
+            "Found again, by the time at which a latent last came alive",
+            "Latents that never died belong to the first tenth of training. A latent that came "
+            f"back late has had less time to learn. Shaded: standard deviation over seeds.{at_k}",
+            [Panel([*_by_age(results)], "share of training", "share found again")],
+        ),
+    )
+    others = (
+        _reconstruction(results),
         Figure(
             "dead_latents",
             "Dead latents over training",
@@ -109,8 +129,12 @@ def figures_of(results: Results) -> list[Figure]:
             "The removal of an error corrector hurts a bit of many features, rows or latents. What "
             "counts is the difference from latents that never died; docs/peeking.md has each "
             f"measure's definition and where it fails.{at_k}",
-            [*_peeking(results)],
+            [*_by_group(results, [key for key in PEEKING if key not in NO_PANEL])],
         ),
+    )
+    # As in the tables: where no true features are known, this is the best evidence.
+    made = (
+        (*again, *others) if next(iter(columns(results)), "") in ACROSS_SEEDS else (*others, *again)
     )
     return [figure for figure in made if any(panel.series for panel in figure.panels)]
 
@@ -135,6 +159,24 @@ def _finished(results: Results, group: Group) -> list[Run]:
         for run in results["runs"]
         if run["status"] == "finished" and (run["case"], run["architecture"], run["k"]) == key
     ]
+
+
+def _reconstruction(results: Results) -> Figure:
+    """Explained variance against L0, or by case where all have the same k, and so about one L0."""
+    groups = results["groups"]
+    if len({group["k"] for group in groups}) == 1 and groups[0]["k"] is not None:
+        return Figure(
+            "explained_variance",
+            "Explained variance",
+            "To the right is better. Bars: standard deviation over seeds.",
+            [_of_cases(groups, results, METRICS["explained_variance"], "explained_variance", [""])],
+        )
+    return Figure(
+        "pareto",
+        "Explained variance against L0",
+        "Up and to the left is better. Bars: standard deviation over seeds.",
+        [Panel([*_pareto(results)], "L0: latents that fire on a sample", "explained variance")],
+    )
 
 
 def _pareto(results: Results) -> Iterator[Series]:
@@ -197,27 +239,69 @@ def _density(results: Results) -> Iterator[Series]:
         yield _line(group, results, edges, y, steps=True, hover=hover)
 
 
-def _peeking(results: Results) -> Iterator[Panel]:
+def _by_age(results: Results) -> Iterator[Series]:
+    for group in compared(results):
+        runs = [run.get("found_again_by_age") for run in _finished(results, group)]
+        ages = [run for run in runs if run]
+        x: list[float] = []
+        y: list[float] = []
+        spread: list[float] = []
+        for age, shares in enumerate(zip(*ages, strict=True)):
+            known = [share for share in shares if share is not None]
+            if known:
+                x.append((age + 0.5) / AGES)
+                y.append(mean(known))
+                spread.append(stdev(known) if len(known) > 1 else 0.0)
+        if x:
+            low = [max(v - s, 0.0) for v, s in zip(y, spread, strict=True)]
+            high = [min(v + s, 1.0) for v, s in zip(y, spread, strict=True)]
+            yield _line(group, results, x, y, mode="lines+markers", band=(x, low, high))
+
+
+def _chance(results: Results) -> str:
+    """What random directions would have, at most: as if all latents of the largest were alive."""
+    shares = [
+        by_chance(run["sae_config"]["d_sae"], run["sae_config"]["d_in"])["found_again"]
+        for run in results["runs"]
+        if run["status"] == "finished"
+    ]
+    chance = max((share for share in shares if share is not None), default=0.0)
+    return f" Of random directions at most {100 * chance:.2g}% would be found again."
+
+
+def _by_group(results: Results, keys: Sequence[str]) -> Iterator[Panel]:
+    """A panel for each measure of the latents that came back and of those that never died."""
+    which = ("never_died", "revived")
+    groups = [
+        group
+        for group in compared(results)
+        if any(number(group, key, latents)[0] is not None for key in keys for latents in which)
+    ]
+    for key in keys:
+        if any(number(group, key, "revived")[0] is not None for group in groups):
+            yield _of_cases(groups, results, PEEKING[key], key, which)
+
+
+def _of_cases(
+    groups: Sequence[Group], results: Results, metric: Metric, key: str, latents: Sequence[str]
+) -> Panel:
+    """A row for each case, with a point, and its spread, for each group of its latents."""
     colour = colours(results)
-    groups = with_revived(compared(results))
     names = [label(group, results) for group in groups]
-    for key, metric in measured(groups, PEEKING, "revived").items():
-        if key in NO_PANEL:
-            continue
-        factor, unit = (100, ", %") if metric.percent else (1, "")
-        series = [
-            Series(
-                f"{name}, {latents.replace('_', ' ')}",
-                colour[group["case"]],
-                [None if value is None else factor * value],
-                [row],
-                mode="markers",
-                filled=latents == "revived",
-                in_legend=False,
-                x_error=[None if spread is None else factor * spread],
-            )
-            for row, (name, group) in enumerate(zip(names, groups, strict=True))
-            for latents in ("never_died", "revived")
-            for value, spread in [number(group, key, latents)]
-        ]
-        yield Panel(series, title=metric.label + unit, categories=names)
+    factor, unit = (100, ", %") if metric.percent else (1, "")
+    series = [
+        Series(
+            f"{name}, {which.replace('_', ' ')}" if which else name,
+            colour[group["case"]],
+            [None if value is None else factor * value],
+            [row],
+            mode="markers",
+            filled=which != "never_died",
+            in_legend=False,
+            x_error=[None if spread is None else factor * spread],
+        )
+        for row, (name, group) in enumerate(zip(names, groups, strict=True))
+        for which in latents
+        for value, spread in [number(group, key, which)]
+    ]
+    return Panel(series, title=metric.label + unit, categories=names)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
 from sae_lens_auxk.compare.report.figures import Figure
-from sae_lens_auxk.compare.report.tables import Table, main_table, peeking_table
+from sae_lens_auxk.compare.report.tables import Cell, Table, main_table, peeking_table
 from sae_lens_auxk.results import Results
 from sae_lens_auxk_cli import printable
 
@@ -22,8 +22,13 @@ def markdown_of(results: Results, drawn: Sequence[Figure]) -> str:
 
 def _table(table: Table) -> str:
     lines = [table.columns, ["---"] * len(table.columns)]
-    lines += [[_escaped(cell.text).replace("|", "\\|") for cell in row] for row in table.rows]
+    lines += [[_cell(cell) for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(cell: Cell) -> str:
+    text = _escaped(cell.text).replace("|", "\\|")
+    return f"**{text}**" if cell.best else text
 
 
 def _escaped(text: str) -> str:

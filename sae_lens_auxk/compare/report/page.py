@@ -36,6 +36,7 @@ small { display: block; font-size: 10px; line-height: 1; color: #595959; }
 th, td { padding: 3px 7px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 0; }
 th.text, td.text { text-align: left; }
+td.best { font-weight: 700; }
 td.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
 th button { font: inherit; border: 0; background: none; cursor: pointer; padding: 2px 5px;
             text-decoration: underline dotted #767676; }
@@ -118,20 +119,28 @@ def _table(table: Table) -> str:
         f'<button type="button">{escape(column)}</button></th>'
         for column, kind in zip(table.columns, kinds, strict=True)
     )
+    meanings = "".join(
+        f"<dt>{escape(metric.label)}</dt><dd>{escape(metric.definition)}</dd>"
+        for metric in table.metrics
+    )
     rows: list[str] = []
     for row in table.rows:
         cells = ""
         for cell, kind in zip(row, kinds, strict=True):
             value = cell.text if kind == "text" else "" if cell.value is None else repr(cell.value)
+            classes = " ".join(
+                [kind, *(["name"] if cell.colour else []), *(["best"] if cell.best else [])]
+            )
             key = f'<span class="key" style="background:{cell.colour}"></span>'
             cells += (
-                f'<td class="{kind}{" name" if cell.colour else ""}" data-value="{escape(value)}">'
+                f'<td class="{classes}" data-value="{escape(value)}">'
                 f"{key if cell.colour else ''}{_small_spread(escape(cell.text))}</td>"
             )
         rows.append(f"<tr>{cells}</tr>")
     return (
         f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
     )
 
 

@@ -1,16 +1,18 @@
 """The tables of a report: every number, and residual peeking's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sae_lens_auxk.compare.report.vocabulary import (
     colours,
+    columns,
+    is_best,
     label,
     measured,
     number,
     with_revived,
 )
-from sae_lens_auxk.results import METRICS, PEEKING, Group, Metric, Results
+from sae_lens_auxk.results import PEEKING, Metric, Results
 
 TEXT_COLUMNS = 2
 """Number of columns at the left that hold text; the others hold numbers."""
@@ -18,37 +20,46 @@ TEXT_COLUMNS = 2
 
 @dataclass(frozen=True)
 class Cell:
-    """A text. Numbers are sorted by ``value``, and a case has its ``colour``."""
+    """A text. Numbers are sorted by ``value``, a case has its ``colour``, the best is bold."""
 
     text: str
     value: float | None = None
     colour: str = ""
+    best: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; each row has one cell per column."""
+    """A table; each row has one cell per column, the last ones for the ``metrics``."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    metrics: Sequence[Metric]
 
 
 def main_table(results: Results) -> Table:
     """One row per group, and one column for each metric that a group has."""
     colour = colours(results)
-    metrics = measured(results["groups"], METRICS)
+    metrics = columns(results)
     rows = [
         [
             Cell(group["case"], colour=colour[group["case"]]),
             Cell(group["architecture"]),
             Cell("–" if group["k"] is None else str(group["k"]), group["k"]),
             Cell(str(group["n_seeds"]), group["n_seeds"]),
-            *_numbers(group, metrics),
+            *(
+                Cell(
+                    metric.show(*number(group, key)),
+                    number(group, key)[0],
+                    best=is_best(group, key, metric, results),
+                )
+                for key, metric in metrics.items()
+            ),
         ]
         for group in results["groups"]
     ]
     labels = [metric.label for metric in metrics.values()]
-    return Table(["case", "architecture", "k", "seeds", *labels], rows)
+    return Table(["case", "architecture", "k", "seeds", *labels], rows, [*metrics.values()])
 
 
 def peeking_table(results: Results) -> Table:
@@ -60,14 +71,13 @@ def peeking_table(results: Results) -> Table:
         [
             Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
             Cell(latents.replace("_", " ")),
-            *_numbers(group, metrics, latents),
+            *(
+                Cell(metric.show(*number(group, key, latents)), number(group, key, latents)[0])
+                for key, metric in metrics.items()
+            ),
         ]
         for group in groups
         for latents in ("revived", "never_died")
     ]
-    return Table(["case", "group", *(metric.label for metric in metrics.values())], rows)
-
-
-def _numbers(group: Group, metrics: Mapping[str, Metric], latents: str = "") -> list[Cell]:
-    numbers = {key: number(group, key, latents) for key in metrics}
-    return [Cell(metrics[key].show(*pair), pair[0]) for key, pair in numbers.items()]
+    labels = [metric.label for metric in metrics.values()]
+    return Table(["case", "group", *labels], rows, [*metrics.values()])

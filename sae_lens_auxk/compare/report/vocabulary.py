@@ -8,14 +8,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median_low
 
-from sae_lens_auxk.results import Group, Metric, Results
+from sae_lens_auxk.results import METRICS, Group, Metric, Results
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#8c6d1f")
 """Okabe and Ito's colours, which colour-blind people tell apart, with grey and brown for their
 black and yellow: yellow is hard to see on white. More cases get them darkened, then lightened."""
 
+ACROSS_SEEDS = ("found_again", "mean_best_cosine", "matched_cosine")
+"""The metrics, of a whole SAE and of a group of latents, that compare a run with other seeds."""
+Number = tuple[float | None, float | None]
+"""A mean and its spread."""
 
-def number(group: Group, key: str, latents: str = "") -> tuple[float | None, float | None]:
+
+def number(group: Group, key: str, latents: str = "") -> Number:
     """Mean and spread of a metric, or of a peeking measure of "revived" or "never_died" latents."""
     numbers = group["peeking"].get(latents, {}) if latents else group
     return numbers.get("mean", {}).get(key), numbers.get("std", {}).get(key)
@@ -30,6 +35,38 @@ def measured(
         for key, metric in metrics.items()
         if any(number(group, key, latents)[0] is not None for group in groups)
     }
+
+
+def columns(results: Results) -> dict[str, Metric]:
+    """The metrics of a whole SAE that a group has, in the order in which they are shown.
+
+    Where no true features are known, reproducibility is the best evidence, and comes first.
+    """
+    metrics = measured(results["groups"], METRICS)
+    first = () if "f1" in metrics else ACROSS_SEEDS
+    return {key: metrics[key] for key in dict.fromkeys((*first, *metrics)) if key in metrics}
+
+
+def are_level(a: Number, b: Number) -> bool:
+    """Whether two numbers differ by no more than their spreads together."""
+    return abs((a[0] or 0.0) - (b[0] or 0.0)) <= (a[1] or 0.0) + (b[1] or 0.0)
+
+
+def is_best(group: Group, key: str, metric: Metric, results: Results) -> bool:
+    """Whether a group is better than every other with its k, and level with none."""
+    own = number(group, key)
+    if metric.better is None or own[0] is None:
+        return False
+    others = [
+        number(other, key)
+        for other in results["groups"]
+        if other is not group and other["k"] == group["k"]
+    ]
+    known = [other for other in others if other[0] is not None]
+    sign = 1 if metric.better == "up" else -1
+    return bool(known) and all(
+        sign * (own[0] - (other[0] or 0.0)) > 0 and not are_level(own, other) for other in known
+    )
 
 
 def with_revived(groups: Iterable[Group]) -> list[Group]:

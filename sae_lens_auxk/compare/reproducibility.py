@@ -1,0 +1,221 @@
+"""Reproducibility: are the latents of a run found again by the runs of other seeds?
+
+A direction that is learnt again from other weights and other samples is in the data; one that is
+not may be an accident of its run. docs/reproducibility.md has the sources, checks the measures on
+known features, and says where they fail.
+
+Only alive latents count, on both sides: those that were not dead when training ended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.util import cosine_similarities
+from safetensors import safe_open
+from safetensors.torch import load_file
+from scipy.optimize import linear_sum_assignment
+from scipy.special import betainc
+
+from sae_lens_auxk.compare.peeking import MIN_LATENTS
+from sae_lens_auxk.result_files import LIVES_FILENAME
+from sae_lens_auxk.results import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
+
+ROWS_PER_CHUNK = 1024
+"""At 36,864 latents, so many rows of cosines take 150 MB."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The latents of a run that were not dead when its training ended.
+
+    Attributes:
+        decoder: (n, d_in) their decoder rows.
+        ever_dead: (n,) bool, those that were dead before.
+        age: (n,) int64, the part of training, from 0 to AGES - 1, in which each last came alive;
+            0 for a latent that never died.
+    """
+
+    decoder: torch.Tensor
+    ever_dead: torch.Tensor
+    age: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reproducibility:
+    """What is measured of a run; see ``METRICS``, ``PEEKING`` and ``AcrossSeeds``.
+
+    Attributes:
+        metrics: of all alive latents.
+        groups: of those that were "revived" and those that "never_died"; None for a group of
+            fewer than MIN_LATENTS.
+        found_again_by_age: AGES shares, None as in ``groups``.
+    """
+
+    metrics: Numbers
+    groups: dict[str, Numbers]
+    found_again_by_age: list[float | None]
+
+
+def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list[Run]:
+    """The runs; those whose case has another finished seed get the numbers of this module.
+
+    A run whose files are gone, or that has no alive latent, gets none and counts as no seed.
+
+    Args:
+        runs: of all passes of a comparison. They are left as they are.
+        folder: of the comparison.
+        device: where to compute.
+    """
+    measured = list(runs)
+    cases: dict[tuple[str, str, float | None], list[int]] = {}
+    for i, run in enumerate(runs):
+        if run["status"] == "finished":
+            cases.setdefault((run["case"], run["architecture"], run["k"]), []).append(i)
+    for (_, architecture, _), members in cases.items():
+        loaded = {i: alive_latents(runs[i], folder, device) for i in members}
+        alive = {i: latents for i, latents in loaded.items() if latents is not None}
+        if len(alive) < 2:
+            continue
+        # A latent of AbsTopK fires in both directions: with its row negated it is the same.
+        signed = not architecture.endswith("abstopk")
+        for i, found in zip(alive, reproducibility([*alive.values()], signed), strict=True):
+            peeking = runs[i]["peeking"] or {}
+            measured[i] = {
+                **runs[i],
+                "metrics": runs[i]["metrics"] | found.metrics,
+                "peeking": peeking
+                | {name: peeking.get(name, {}) | own for name, own in found.groups.items()},
+                "found_again_by_age": found.found_again_by_age,
+            }
+    return measured
+
+
+def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
+    """The alive latents of a finished run; None if there are none or its files are gone."""
+    sae = folder / (run["folder"] or "")
+    weights, lives = sae / SAE_WEIGHTS_FILENAME, sae / LIVES_FILENAME
+    if not (weights.is_file() and lives.is_file()):
+        return None
+    lived = load_file(lives)
+    alive = ~lived["dead"]
+    if not alive.any():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        decoder = file.get_tensor("W_dec")[alive].float()
+    age = AGES * lived["alive_since"][alive] // max(run["training_samples"], 1)
+    return Alive(decoder.to(device), lived["ever_dead"][alive], age.clamp(max=AGES - 1))
+
+
+def reproducibility(runs: Sequence[Alive], signed: bool = True) -> list[Reproducibility]:
+    """Compare each of two or more runs with all the others.
+
+    Args:
+        runs: the alive latents of the runs, all with the same d_in.
+        signed: whether a row and its negative are two different latents.
+
+    Returns:
+        For each run, numbers that are means over the other runs.
+    """
+    best: list[list[torch.Tensor]] = [[] for _ in runs]
+    matched: list[list[float]] = [[] for _ in runs]
+    for i, j in combinations(range(len(runs)), 2):
+        a, b = runs[i].decoder, runs[j].decoder
+        of_a, of_b = best_cosines(a, b, signed)
+        best[i].append(of_a.cpu())
+        best[j].append(of_b.cpu())
+        cosine = matched_cosine(a, b, signed)
+        matched[i].append(cosine)
+        matched[j].append(cosine)
+    return [
+        _summary(run, torch.stack(of_run), mean(of_pairs))
+        for run, of_run, of_pairs in zip(runs, best, matched, strict=True)
+    ]
+
+
+def best_cosines(
+    a: torch.Tensor, b: torch.Tensor, signed: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row of ``a`` (n, d_in) its best cosine with a row of ``b`` (m, d_in), as (n,), and
+    for each row of ``b`` that with a row of ``a``, as (m,)."""
+    of_a: list[torch.Tensor] = []
+    of_b = a.new_full((b.shape[0],), -1.0)
+    for rows in a.split(ROWS_PER_CHUNK):
+        cosines = _cosines(rows, b, signed)
+        of_a.append(cosines.amax(dim=1))
+        of_b = of_b.maximum(cosines.amax(dim=0))
+    return torch.cat(of_a), of_b
+
+
+def matched_cosine(a: torch.Tensor, b: torch.Tensor, signed: bool = True) -> float:
+    """Mean cosine of the one-to-one matching of rows (n, d_in) and (m, d_in) that makes it largest.
+
+    It has min(n, m) pairs. Of more than MATCHED, so many rows of the smaller side are drawn, and
+    matched with all rows of the other. A draw has fewer rivals for each row, so it raises the mean,
+    which stays below that of the best cosines of these rows.
+
+    Source: PW-MCC of Song et al. 2025 (arXiv 2505.20254), whose code has signed cosines too, but
+    takes all latents of two SAEs of the same size.
+    """
+    few, many = sorted((a, b), key=len)
+    if len(few) > MATCHED:
+        order = torch.randperm(len(few), generator=torch.Generator().manual_seed(0))
+        few = few[order[:MATCHED].to(few.device)]
+    cosines = _cosines(few, many, signed).cpu().numpy()
+    return float(cosines[linear_sum_assignment(cosines, maximize=True)].mean())
+
+
+def by_chance(n_latents: int, d_in: int, signed: bool = True) -> Numbers:
+    """What ``found_again`` and ``mean_best_cosine`` are for random directions.
+
+    Args:
+        n_latents: number of directions on the other side, all independent and uniform.
+        d_in: 2 or more.
+        signed: whether the cosine has its sign.
+
+    Source: the squared cosine of a direction with a random one has a Beta(1/2, (d_in - 1)/2)
+    distribution; the largest of n independent cosines is below t with the n-th power of the
+    probability that one is.
+    """
+
+    t = np.append(np.linspace(-1, 1, 20_001), FOUND_AGAIN)
+    beyond = betainc((d_in - 1) / 2, 0.5, 1 - t**2)  # the probability of |cosine| > |t|
+    below = np.where(t < 0, beyond / 2, 1 - beyond / 2) if signed else (1 - beyond) * (t >= 0)
+    best_below = below**n_latents
+    return {
+        "found_again": float(1 - best_below[-1]),
+        # The mean of a number between -1 and 1 is 1 minus the integral of its distribution.
+        "mean_best_cosine": float(1 - 2 * best_below[:-1].mean()),
+    }
+
+
+def _cosines(a: torch.Tensor, b: torch.Tensor, signed: bool) -> torch.Tensor:
+    cosines = cosine_similarities(a, b)
+    return cosines if signed else cosines.abs()
+
+
+def _summary(run: Alive, best: torch.Tensor, matched: float) -> Reproducibility:
+    """``best`` (n_others, n) has each latent's best cosine with each of the other runs."""
+    found = (best > FOUND_AGAIN).float().mean(dim=0)
+    cosine = best.mean(dim=0)
+
+    def of(values: torch.Tensor, group: torch.Tensor) -> float | None:
+        return values[group].mean().item() if group.sum() >= MIN_LATENTS else None
+
+    return Reproducibility(
+        metrics={
+            "found_again": found.mean().item(),
+            "mean_best_cosine": cosine.mean().item(),
+            "matched_cosine": matched,
+        },
+        groups={
+            name: {"found_again": of(found, group), "mean_best_cosine": of(cosine, group)}
+            for name, group in (("revived", run.ever_dead), ("never_died", ~run.ever_dead))
+        },
+        found_again_by_age=[of(found, run.age == age) for age in range(AGES)],
+    )

@@ -1,0 +1,98 @@
+"""The files of a comparison, and how its results are read and written.
+
+A comparison's folder:
+
+    results.json               every number and the whole configuration
+    report.html, report.md     what came out, and figures/*.png
+    runs/seed-0/pass.json      the runs of a finished pass
+    runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
+                               the lives of its latents
+    runs/seed-0.partial/       a pass that is running or was interrupted
+    .lock                      the process that is at work
+
+:mod:`sae_lens_auxk.results` has the format of the results.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from sae_lens_auxk.files import read_json, write_json
+from sae_lens_auxk.results import VERSION, Results, Run, require_in_table
+
+RESULTS_FILENAME = "results.json"
+PASS_FILENAME = "pass.json"
+LIVES_FILENAME = "lives.safetensors"
+"""Of an SAE's latents: ``dead`` and ``ever_dead``, (d_sae,) bool, and ``alive_since``, (d_sae,)
+int64, the training sample at which it last came back from the dead, 0 for one that never died."""
+PAGE_FILENAME = "report.html"
+MARKDOWN_FILENAME = "report.md"
+FIGURES_FOLDER = "figures"
+RUNS_FOLDER = "runs"
+REPORT_FILES = (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME, f"{FIGURES_FOLDER}/*.png")
+"""Patterns of the files that tell the whole story without the SAEs."""
+
+
+def pass_folder(folder: Path, seed: int) -> Path:
+    """The folder of the pass with this seed, in the folder of a comparison."""
+    return folder / RUNS_FOLDER / f"seed-{seed}"
+
+
+def read_results(folder: Path) -> Results:
+    """Read results.json.
+
+    Raises:
+        ValueError: the folder has no results.json, or it cannot be read, or it is not the
+            results of a comparison in this version.
+    """
+    path = folder / RESULTS_FILENAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
+    content = read_json(path)
+    values = content if isinstance(content, dict) else {}
+    if values.get("version") != VERSION or not _are_mappings(values.get("runs")):
+        raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
+    return cast(Results, content)
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write results.json.
+
+    Raises:
+        ValueError: a run has a metric that is not in the table.
+    """
+    _require_rows_of(results["runs"])
+    write_json(folder / RESULTS_FILENAME, results)
+
+
+def read_pass(folder: Path) -> list[Run]:
+    """The runs of a finished pass.
+
+    Raises:
+        ValueError: the folder has no pass.json, or it cannot be read, or it is not the runs of a
+            pass.
+    """
+    path = folder / PASS_FILENAME
+    try:
+        runs = read_json(path)
+        if not runs or not _are_mappings(runs) or any(Run.__required_keys__ - {*r} for r in runs):
+            raise ValueError(f"{path} is not the runs of a pass.")
+    except ValueError as error:
+        raise ValueError(f"{error} Move {folder} away, and the pass is trained again.") from error
+    return runs
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+
+
+def write_pass(folder: Path, runs: list[Run]) -> None:
+    """Write the runs of a finished pass; raises what :func:`write_results` raises."""
+    _require_rows_of(runs)
+    write_json(folder / PASS_FILENAME, runs)
+
+
+def _require_rows_of(runs: Iterable[Run]) -> None:
+    for run in runs:
+        groups = (run["peeking"] or {}).values()
+        require_in_table(run["metrics"], (key for group in groups for key in group))
