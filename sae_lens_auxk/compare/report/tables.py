@@ -1,6 +1,6 @@
 """The tables of a report: every number, and residual peeking's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sae_lens_auxk.compare.report.vocabulary import (
@@ -52,22 +52,34 @@ def main_table(results: Results) -> Table:
 
 
 def peeking_table(results: Results) -> Table:
-    """Two rows for each group with revived latents: these, and the latents that never died."""
+    """A row for each set of revived latents, with the latents that never died in brackets."""
     colour = colours(results)
     groups = with_revived(results["groups"])
     metrics = measured(groups, PEEKING, "revived")
     rows = [
         [
             Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
-            Cell(latents.replace("_", " ")),
-            *_numbers(group, metrics, latents),
+            Cell(latents.replace("_", ", ")),
+            *_against_never_died(group, metrics, latents),
         ]
         for group in groups
-        for latents in ("revived", "never_died")
+        for latents in ("revived", "revived_young", "revived_old")
+        if latents in group["peeking"]
     ]
     return Table(["case", "group", *(metric.label for metric in metrics.values())], rows)
 
 
-def _numbers(group: Group, metrics: Mapping[str, Metric], latents: str = "") -> list[Cell]:
-    numbers = {key: number(group, key, latents) for key in metrics}
+def _numbers(group: Group, metrics: Mapping[str, Metric]) -> list[Cell]:
+    numbers = {key: number(group, key) for key in metrics}
     return [Cell(metrics[key].show(*pair), pair[0]) for key, pair in numbers.items()]
+
+
+def _against_never_died(
+    group: Group, metrics: Mapping[str, Metric], latents: str
+) -> Iterator[Cell]:
+    never_died = latents.replace("revived", "never_died")
+    for key, metric in metrics.items():
+        value, spread = number(group, key, latents)
+        control, _ = number(group, key, never_died)
+        text = metric.show(value, spread)
+        yield Cell(text if control is None else f"{text} ({metric.show(control)})", value)
