@@ -22,9 +22,6 @@ DENSE = 0.1
 """A latent that fires on a larger share of the samples is dense."""
 JUNK = 0.5
 """A latent whose best cosine with a true feature is smaller is junk."""
-NEAR_DUPLICATE = 0.7
-"""Two latents whose decoder rows have a larger cosine are near duplicates: at this cosine, two
-rows have half of their energy in common."""
 FOUND_AGAIN = 0.7
 """A latent is found again by a seed that has a decoder row with a larger cosine."""
 MATCHED = 2048
@@ -186,9 +183,22 @@ METRICS = {
 """Metrics of a whole SAE, the entry ``metrics`` of a run, in the order of the columns."""
 
 PEEKING = {
-    "n_latents": Metric("latents", 0, "Number of different latents that the group has."),
+    "n_alive": Metric("alive", 0, "Number of latents that were revived, or never died."),
+    "n_firing": Metric("fire", 0, "Number of those that fire on a held-out sample."),
+    "n_latents": Metric(
+        "measured",
+        0,
+        "Number of different latents that the numbers after it are from; of those that never "
+        "died, the ones that fire as often as the revived.",
+    ),
     "firing_rate": Metric(
         "firing rate", 4, "Median share of the samples on which a latent of the group fires."
+    ),
+    "age": Metric(
+        "age",
+        1,
+        "Median share of the training since the latents of the group last came back from the dead.",
+        percent=True,
     ),
     "junk_share": Metric(
         "junk",
@@ -212,33 +222,26 @@ PEEKING = {
         "Effective number of true features that are recovered less well without the latent.",
         better="down",
     ),
-    "rows_hurt": Metric(
-        "rows hurt",
+    "split": Metric(
+        "split",
         3,
-        "Effective share of the samples over which the error along the latent's direction is "
-        "spread when the latent is removed; 1/3 for a random direction.",
+        "How much more of the variance of the nearest true feature's activation the latent and "
+        "one other explain together than the better of the two alone; over latents that are not "
+        "junk.",
         better="down",
     ),
-    "latents_hurt": Metric(
-        "latents hurt",
-        2,
-        "Effective number of alive latents whose directions lose when the latent is removed, "
-        "itself included.",
-        better="down",
-    ),
-    "near_duplicate_share": Metric(
-        "near duplicates",
-        1,
-        "Share of the group whose decoder row has a cosine above "
-        f"{NEAR_DUPLICATE} with that of another alive latent.",
-        percent=True,
-        better="down",
-    ),
-    "error_auc": Metric(
-        "error AUC",
+    "direction_spread": Metric(
+        "spread",
         3,
-        "Probability that a sample on which the latent fires is reconstructed worse than one on "
-        "which it does not.",
+        "Effective share of the samples that vary along the latent's direction; 1/3 for a random "
+        "direction.",
+        better="down",
+    ),
+    "nearest_cosine": Metric(
+        "nearest latent",
+        3,
+        "Cosine of the latent's decoder row with the nearest one of another alive latent.",
+        better="down",
     ),
     "found_again": Metric(
         "found again",
@@ -284,8 +287,9 @@ class Measured(TypedDict):
     """The measurements of a run; unless it is finished, ``metrics`` is empty and the rest None.
 
     ``density`` is a histogram, ``log10_edges`` and ``counts``, of the firing rates.
-    ``silent_latents`` is a number of latents. ``peeking`` has the numbers of the ``revived`` and
-    of the ``never_died`` latents.
+    ``silent_latents`` is a number of latents. ``peeking`` has the numbers of ``revived`` latents
+    and of the ``never_died`` ones that they are compared with, and of the halves of both by age,
+    ``revived_young``, ``never_died_young``, ``revived_old`` and ``never_died_old``.
     """
 
     metrics: Numbers

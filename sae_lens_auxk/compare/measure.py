@@ -52,7 +52,10 @@ def measure(sae: SAE[Any], data: Pass, x: torch.Tensor, log: TrainingLog) -> Mea
         x,
         revived=revived,
         never_died=~log.ever_dead,
+        alive_since=log.alive_since,
+        training_samples=log.n_samples,
         true_features=data.true_features,
+        feature_acts=data.held_out_features,
     )
     require_in_table(metrics, (key for group in peeking.values() for key in group))
     return {

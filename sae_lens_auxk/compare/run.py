@@ -329,7 +329,7 @@ def groups_of(runs: list[Run]) -> Iterator[Group]:
             **_mean_and_std([run["metrics"] for run in members]),
             "peeking": {
                 which: _mean_and_std([measured[which] for measured in peeking])
-                for which in ("revived", "never_died")
+                for which in (peeking[0] if peeking else ())
             },
         }
 

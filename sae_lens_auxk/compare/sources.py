@@ -58,6 +58,12 @@ class Pass(Protocol):
         """Training batches (batch_size, d_in), by the name of the hook; endless."""
         ...
 
+    @property
+    def held_out_features(self) -> list[torch.Tensor]:
+        """Batches (n, n_features) of the true features' activations in the samples of
+        :meth:`held_out`, sparse; none where they are not known."""
+        ...
+
     def held_out(self) -> torch.Tensor:
         """(eval_samples, d_in): activations after those that were trained on."""
         ...
@@ -172,6 +178,10 @@ class SyntheticPass:
         rows = torch.arange(self.comparison.eval_samples)
         batches = rows.split(self.trainer_config.train_batch_size_samples)
         return [self.model.activation_generator(len(batch)).to_sparse() for batch in batches]
+
+    @property
+    def held_out_features(self) -> list[torch.Tensor]:
+        return self._held_out_features
 
     @torch.no_grad()
     def held_out(self) -> torch.Tensor:
@@ -302,6 +312,7 @@ class LanguageModelPass:
         self.trainer_config = runner.cfg.to_sae_trainer_config()
         self.hook_name = next(iter(runner.cfg.hook_names_per_sae.values()))
         self.true_features = None
+        self.held_out_features: list[torch.Tensor] = []
         self._comparison = comparison
         self._runner = runner
         self._batches = runner.activations_store.get_multi_hook_data_loader()

@@ -8,8 +8,11 @@ from typing import Any
 from sae_lens_auxk.compare.run import groups_of
 
 CASES = ("none", "SAELens topk", "auxk", "auxk, bias none", "straight_through", "reanimation")
-PEEKING = ("junk_share", "duplicate_share", "features_hurt", "rows_hurt", "latents_hurt",
-           "near_duplicate_share", "error_auc")  # fmt: skip
+PEEKING = {
+    "junk_share": 0.2, "duplicate_share": 0.05, "features_hurt": 8, "split": 0.02,
+    "direction_spread": 0.2, "nearest_cosine": 0.3,
+}  # fmt: skip
+WITH_TRUTH = ("junk_share", "duplicate_share", "features_hurt", "split")
 
 
 def fake_results(
@@ -82,17 +85,19 @@ def _run(
     measured = None
     if peeking:
         measured = {
-            which: {
+            f"{which}{part}": {
                 "n_latents": 0 if case == "none" else rng.randint(100, 900),
                 "firing_rate": None if case == "none" else 0.004,
+                "age": None if case == "none" else 0.5 if which == "revived" else 1.0,
                 **{
                     key: None
-                    if case == "none" or (not ground_truth and key in PEEKING[:3])
+                    if case == "none" or (not ground_truth and key in WITH_TRUTH)
                     else abs(base * (1.5 - badness) + rng.gauss(0, base / 20)) * share
-                    for key, base in zip(PEEKING, (0.2, 0.05, 8, 0.2, 1.3, 0.03, 0.55), strict=True)
+                    for key, base in PEEKING.items()
                 },
             }
             for which, share in (("revived", 1.0), ("never_died", 0.6))
+            for part in ("", "_young", "_old")
         }
     return {
         "name": f"{case}, {architecture}, k={k}, seed {seed}",

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.synthetic import eval_sae_on_synthetic_data
 
+from sae_lens_auxk.compare import peeking
 from sae_lens_auxk.compare.cases import cases_of
 from sae_lens_auxk.compare.measure import coverage, density_histogram, measure, reconstruction
 from sae_lens_auxk.compare.sources import HELD_OUT_SEED, SyntheticPass, source_of
@@ -39,13 +40,15 @@ class ByHand:
             dead_after=100,
             tokens_since_fired=torch.tensor([0, 99, 100, 0, 0, 0, 0, 250]),
             ever_dead=torch.tensor([True, True, True, False, False, False, False, True]),
-            alive_since=torch.zeros(8, dtype=torch.int64),
+            alive_since=torch.tensor([600, 700, 0, 0, 0, 0, 0, 0]),
+            n_samples=1000,
             step_seconds=[0.004, 0.002, 0.030],
             step_bytes=[2**30, 3 * 2**29],
         )
         self.data: Any = SimpleNamespace(
             trainer_config=SimpleNamespace(train_batch_size_samples=64),
             true_features=features,
+            held_out_features=list((self.x @ features.T).split(64)),
             metrics=lambda _: {"f1": 0.25},
         )
 
@@ -75,18 +78,35 @@ def test_every_number_of_a_run_by_hand() -> None:
     filled = {edge: n for edge, n in zip(edges[:-1], counts, strict=True) if n}
     assert filled == {-1.75: 1, -1.5: 1, -1.0: 2, -0.75: 3}
     assert measured["silent_latents"] == 1
-    # 0 and 1 came back, 2 did not; 3 and 4 are the others that fire often enough.
+    # 0 and 1 came back, 2 and 7 did not; 3 to 6 never died.
     groups = measured["peeking"]
-    assert {name: group["n_latents"] for name, group in groups.items()} == {
-        "revived": 2,
-        "never_died": 2,
-    }
+    assert {name: (groups[name]["n_alive"], groups[name]["n_firing"]) for name in
+            ("revived", "never_died")} == {"revived": (2, 2), "never_died": (4, 4)}  # fmt: skip
+
+
+def test_peeking_is_measured_of_the_right_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peeking, "MIN_LATENTS", 1)
+    groups = ByHand().measure()["peeking"]
+    # The first true features are those of latents 0 and 1, the fourth lies between 3 and 4.
+    for name, age, junk in (
+        ("revived", 0.3, 0), ("revived_young", 0.3, 0), ("revived_old", 0.4, 0),
+        ("never_died", 1, 0.5),
+    ):  # fmt: skip
+        assert groups[name]["age"] == pytest.approx(age)
+        assert groups[name]["junk_share"] == junk
+    assert groups["revived"]["split"] == pytest.approx(0, abs=1e-4)
+
+
+def test_peeking_is_measured_without_the_true_features() -> None:
+    by_hand = ByHand()
+    by_hand.data.true_features, by_hand.data.held_out_features = None, []
+    assert by_hand.measure()["peeking"]["revived"]["n_alive"] == 2
 
 
 def test_memory_and_truth_are_left_out_where_there_are_none() -> None:
     by_hand = ByHand()
     by_hand.log.step_bytes = []
-    by_hand.data.true_features = None
+    by_hand.data.true_features, by_hand.data.held_out_features = None, []
     missing = {"peak_memory_gib", "features_covered", "junk_share"}
     assert not missing & set(by_hand.measure()["metrics"])
 

@@ -8,11 +8,12 @@ import pytest
 
 from sae_lens_auxk.compare.report import figures, write_report
 from sae_lens_auxk.compare.report.answers import answer, footnote
+from sae_lens_auxk.compare.report.drawing import plotly_figure
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.run import groups_of
-from sae_lens_auxk.results import METRICS, PEEKING
-from tests.compare.fake_results import failed, fake_results
+from sae_lens_auxk.results import METRICS
+from tests.compare.fake_results import PEEKING, failed, fake_results
 
 FIGURES = ["dead_latents", "density", "explained_variance", "found_again", "found_again_by_age",
            "pareto", "peeking"]  # fmt: skip
@@ -130,10 +131,16 @@ def test_the_peeking_table_holds_the_numbers_of_the_runs(tmp_path: Path) -> None
     page, _ = report(results, tmp_path)
     head, *rows = page.tables[1]
     assert {row[0] for row in rows} == {f"{c}, k 25" for c in results["comparison"]["cases"][1:]}
-    row = next(r for r in rows if r[0] == "auxk, k 25" and r[1] == "never died")
     runs = [r for r in results["runs"] if r["case"] == "auxk"]
-    values = [run["peeking"]["never_died"]["rows_hurt"] for run in runs]
-    assert row[head.index("rows hurt")] == f"{mean(values):.3f} ± {stdev(values):.3f}"
+    for group, never_died, shown in (
+        ("revived", "never_died", "revived"),
+        ("revived_old", "never_died_old", "revived, old"),
+    ):
+        (row,) = (r for r in rows if r[:2] == ["auxk, k 25", shown])
+        values = [run["peeking"][group]["direction_spread"] for run in runs]
+        control = mean(run["peeking"][never_died]["direction_spread"] for run in runs)
+        text = f"{mean(values):.3f} ± {stdev(values):.3f} ({control:.3f})"
+        assert row[head.index("spread")] == text
 
 
 def test_every_case_is_in_every_figure_of_its_own_colour() -> None:
@@ -157,7 +164,7 @@ def test_images_are_written_and_stale_ones_removed(tmp_path: Path) -> None:
     page, markdown = report(fake_results(ks=(25,), peeking=False), tmp_path)
     assert not (tmp_path / "figures" / "peeking.png").exists()
     assert "peeking.png" not in markdown
-    assert "too few latents were dead and came back" in page.text
+    assert "too few latents that were dead and came back" in page.text
     assert len(page.tables) == 1
     left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     names = ("dead_latents", "density", "explained_variance", "found_again_by_age")
@@ -245,11 +252,41 @@ def test_ties_within_the_spread_are_called_level(values: dict[str, Any], text: s
     assert answer(groups(**values))[0] == ("Fewest dead latents", text)
 
 
-def test_a_case_with_more_false_latents_peeks_more() -> None:
+def test_peeking_is_the_difference_from_latents_that_never_died() -> None:
     lines = dict(answer(fake_results(ks=(25,))))
     assert re.search(r"least reanimation .*most SAELens topk", lines["Residual peeking"])
     without_truth = dict(answer(fake_results(ks=(25,), ground_truth=False)))
-    assert "rows" in without_truth["Residual peeking"]
+    assert "share of samples that vary along" in without_truth["Residual peeking"]
+
+
+def peeking_of(**junk: tuple[float, float, float]) -> str:
+    """The line on cases whose revived latents, and those that never died, are junk this often."""
+    results = groups(**dict.fromkeys(junk, (0.0, 0.01)))
+    for group in results["groups"]:
+        *shares, spread = junk[group["case"]]
+        for which, n, share in zip(("revived", "never_died"), (90, 30), shares, strict=True):
+            numbers = {"junk_share": share, "n_latents": n}
+            group["peeking"][which] = {"mean": numbers, "std": {"junk_share": spread}}
+    return dict(answer(results))["Residual peeking"]
+
+
+def test_the_peeking_line_by_hand() -> None:
+    what = "revived latents that match no true feature, above latents that never died"
+    mixed = "a (50.0 ± 1.0% of 90; never died 49.0 ± 1.0% of 30)"
+    worse = "b (20.0 ± 1.0% of 90; never died 1.0 ± 1.0% of 30)"
+    assert peeking_of(b=(0.2, 0.01, 0.01), a=(0.5, 0.49, 0.01)) == (
+        f"{what}: least {mixed}; most {worse}."
+    )
+    # The spreads of both groups of both cases: 0.18 <= 4 * 0.05.
+    assert "all level" in peeking_of(b=(0.2, 0.01, 0.05), a=(0.5, 0.49, 0.05))
+
+
+def test_the_axes_of_peeking_start_at_zero() -> None:
+    (peeking,) = (f for f in figures_of(fake_results(ks=(25,))) if f.name == "peeking")
+    titles = {panel.title for panel in peeking.panels}
+    assert not titles & {"alive", "fire", "measured", "firing rate", "age, %"}
+    axes = [*plotly_figure(peeking).select_xaxes()][: len(peeking.panels)]
+    assert [axis.rangemode for axis in axes] == ["tozero"] * len(PEEKING)
 
 
 def test_cases_are_compared_at_one_k() -> None:

@@ -52,7 +52,7 @@ def test_a_row_in_the_table_is_all_that_a_metric_needs(
     assert "| new |" in report
     assert "| 37.5% |" in report
     assert "| spikes |" in report
-    assert "| 1.25 |" in report
+    assert "| 1.25 (1.25) |" in report
     (peeking,) = (figure for figure in figures_of(results) if figure.name == "peeking")
     assert "spikes" in [panel.title for panel in peeking.panels]
     assert "new</button>" in page_of(results, [])

@@ -11,7 +11,7 @@ from sae_lens_auxk.compare.report.vocabulary import (
     number,
     one_of_several_k,
 )
-from sae_lens_auxk.results import PEEKING, Metric, Results
+from sae_lens_auxk.results import PEEKING, Group, Metric, Results
 
 QUESTIONS = {
     "found_again": "Most latents found again by other seeds",
@@ -36,18 +36,33 @@ def answer(results: Results) -> list[tuple[str, str]]:
     return [*lines, ("Residual peeking", _peeking(results))]
 
 
-def _best_first(results: Results, key: str, metric: Metric, latents: str = "") -> list[Entry]:
+def _best_first(results: Results, key: str, metric: Metric) -> list[Entry]:
     entries: list[Entry] = []
     for group in compared(results):
-        value, spread = number(group, key, latents)
-        if value is None:
-            continue
-        said = metric.show(value, spread)
-        never = number(group, key, "never_died")
-        if latents and never[0] is not None:
-            said += f"; never died {metric.show(*never)}"
-        entries.append((f"{label(group, results)} ({said})", value, spread))
+        value, spread = number(group, key)
+        if value is not None:
+            said = f"{label(group, results)} ({metric.show(value, spread)})"
+            entries.append((said, value, spread))
     return sorted(entries, key=lambda entry: entry[1], reverse=metric.better == "up")
+
+
+def _by_difference(results: Results, key: str) -> list[Entry]:
+    """Revived latents less those that never died and fire as often: the smallest first."""
+
+    def said(group: Group, latents: str) -> str:
+        n_latents, _ = number(group, "n_latents", latents)
+        return f"{PEEKING[key].show(*number(group, key, latents))} of {n_latents:.0f}"
+
+    entries: list[Entry] = []
+    for group in compared(results):
+        value, spread = number(group, key, "revived")
+        never, never_spread = number(group, key, "never_died")
+        if value is None or never is None:
+            continue
+        both = f"{said(group, 'revived')}; never died {said(group, 'never_died')}"
+        spreads = None if spread is None or never_spread is None else spread + never_spread
+        entries.append((f"{label(group, results)} ({both})", value - never, spreads))
+    return sorted(entries, key=lambda entry: entry[1])
 
 
 def _ranking(entries: Sequence[Entry], metric: Metric) -> str:
@@ -65,20 +80,21 @@ def _ranking(entries: Sequence[Entry], metric: Metric) -> str:
 def _peeking(results: Results) -> str:
     for key, what in (
         ("junk_share", "revived latents that match no true feature"),
-        ("rows_hurt", "share of rows that removing a revived latent hurts (noise: 0.333)"),
+        ("direction_spread", "share of samples that vary along a revived latent (noise: 1/3)"),
     ):
-        entries = _best_first(results, key, PEEKING[key], "revived")
+        entries = _by_difference(results, key)
         if not entries:
             continue
         least, most = entries[0], entries[-1]
         if len(entries) == 1:
             return f"{what}: {least[0]}."
+        what += ", above latents that never died"
         if _level(least, most):
             return f"{what}: all level, {_list(entries)}."
         level = sum(_level(least, entry) for entry in entries[1:])
         also = f" and {level} level with it" if level else ""
         return f"{what}: least {least[0]}{also}; most {most[0]}."
-    return "nothing to measure it on: too few latents were dead and came back."
+    return "not measured, or on too few latents that were dead and came back."
 
 
 def _level(a: Entry, b: Entry) -> bool:

@@ -51,6 +51,8 @@ def plotly_figure(figure: Figure) -> go.Figure:
                 automargin=True,
                 **at,
             )
+            # An axis that starts elsewhere makes results of small differences.
+            fig.update_xaxes(rangemode="tozero", **at)
     fig.update_layout(
         template="plotly_white",
         height=figure.height,
@@ -129,6 +131,7 @@ def png(figure: Figure, path: Path) -> None:
                 [_no_math(_short(name)) for name in panel.categories],
             )
             axes.set_ylim(len(panel.categories) - 0.4, -0.6)
+            axes.set_xlim(left=min(0, axes.get_xlim()[0]))
     for axes in grid[:, 0]:
         axes.set_ylabel(figure.panels[0].y_title)
     for axes in list(grid.flat)[len(figure.panels) :]:

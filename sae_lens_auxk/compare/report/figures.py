@@ -29,8 +29,8 @@ FIGURES = (
 """Names of all figures that a report can have."""
 MAX_POINTS = 300
 MAX_COLUMNS = 4
-NO_PANEL = ("n_latents", "firing_rate", *ACROSS_SEEDS)
-"""The first two only say which latents a group has; the last have a figure of their own."""
+NO_PANEL = ("n_alive", "n_firing", "n_latents", "firing_rate", "age", *ACROSS_SEEDS)
+"""All but the last say which latents a group has; the last have a figure of their own."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; with ``categories`` y counts these from the top down."""
+    """One pair of axes; with ``categories`` y counts these from the top down and x starts at 0."""
 
     series: Sequence[Series]
     x_title: str = ""
@@ -126,9 +126,9 @@ def figures_of(results: Results) -> list[Figure]:
         Figure(
             "peeking",
             "Residual peeking: latents that came back (filled) and that never died (hollow)",
-            "The removal of an error corrector hurts a bit of many features, rows or latents. What "
-            "counts is the difference from latents that never died; docs/peeking.md has each "
-            f"measure's definition and where it fails.{at_k}",
+            "What counts is the difference from latents that never died and fire as often. In the "
+            "table these are in brackets, and the latents that came back are halved by their age. "
+            f"docs/peeking.md defines each measure and says where it fails.{at_k}",
             [*_by_group(results, [key for key in PEEKING if key not in NO_PANEL])],
         ),
     )

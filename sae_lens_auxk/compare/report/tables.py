@@ -1,6 +1,6 @@
 """The tables of a report: every number, and residual peeking's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sae_lens_auxk.compare.report.vocabulary import (
@@ -12,7 +12,7 @@ from sae_lens_auxk.compare.report.vocabulary import (
     number,
     with_revived,
 )
-from sae_lens_auxk.results import PEEKING, Metric, Results
+from sae_lens_auxk.results import PEEKING, Group, Metric, Results
 
 TEXT_COLUMNS = 2
 """Number of columns at the left that hold text; the others hold numbers."""
@@ -63,21 +63,30 @@ def main_table(results: Results) -> Table:
 
 
 def peeking_table(results: Results) -> Table:
-    """Two rows for each group with revived latents: these, and the latents that never died."""
+    """A row for each set of revived latents, with the latents that never died in brackets."""
     colour = colours(results)
     groups = with_revived(results["groups"])
     metrics = measured(groups, PEEKING, "revived")
     rows = [
         [
             Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
-            Cell(latents.replace("_", " ")),
-            *(
-                Cell(metric.show(*number(group, key, latents)), number(group, key, latents)[0])
-                for key, metric in metrics.items()
-            ),
+            Cell(latents.replace("_", ", ")),
+            *_against_never_died(group, metrics, latents),
         ]
         for group in groups
-        for latents in ("revived", "never_died")
+        for latents in ("revived", "revived_young", "revived_old")
+        if latents in group["peeking"]
     ]
     labels = [metric.label for metric in metrics.values()]
     return Table(["case", "group", *labels], rows, [*metrics.values()])
+
+
+def _against_never_died(
+    group: Group, metrics: Mapping[str, Metric], latents: str
+) -> Iterator[Cell]:
+    never_died = latents.replace("revived", "never_died")
+    for key, metric in metrics.items():
+        value, spread = number(group, key, latents)
+        control, _ = number(group, key, never_died)
+        text = metric.show(value, spread)
+        yield Cell(text if control is None else f"{text} ({metric.show(control)})", value)

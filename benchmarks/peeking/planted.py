@@ -1,34 +1,26 @@
-"""Do the measures of residual peeking tell an error corrector from a feature?
+"""Do the measures of a latent tell an error corrector from a feature? On planted latents.
 
 Builds SAEs whose latents are the true features of one of SAELens's synthetic models, plants
-latents of a known kind among them, and prints what ``measure_peeking`` says of each kind, mean ±
-standard deviation over seeds, and in brackets of the latents that it is compared with. The tables
+latents of a known kind among them, and measures these and the others latent by latent. The tables
 are in docs/peeking.md.
 
-    python benchmarks/peeking.py                # planted latents: about a minute on a CPU core
-    python benchmarks/peeking.py --trained      # latents of trained SAEs: 5 minutes more
+    python -m benchmarks.peeking.planted      # a minute on a CPU core
 """
 
 import argparse
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
-from sae_lens import LoggingConfig
-from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, ZipfianFiringProbabilityConfig
-from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
-from sae_lens.util import cosine_similarities
 
-import sae_lens_auxk  # noqa: F401  (registers the architectures)
-from sae_lens_auxk.compare.peeking import MIN_FIRINGS, _Data, measure_peeking
-from sae_lens_auxk.results import JUNK, PEEKING
+from sae_lens_auxk.compare.latents import count_firings, measure_latents
 
 N_FEATURES, D_IN, N_ROWS = 320, 128, 20_000
 N_PLANTED = 8
@@ -36,27 +28,47 @@ N_PLANTED = 8
 SPOILT = 6
 """Badly reconstructed features to each corrector."""
 KINDS = ("feature", "mean error", "error direction", "random", "duplicate")
-COLUMNS = tuple(key for key in PEEKING if key != "n_latents")
+COLUMNS = (
+    "junk_share",
+    "duplicate_share",
+    "features_hurt",
+    "split",
+    "direction_spread",
+    "nearest_cosine",
+)
 
 
 @dataclass
 class World:
-    """An SAE, ``x`` (N, d_in), the true features, and which latents (d_sae,) are in question."""
+    """An SAE, ``x`` (N, d_in), the true features and their activations (N, n_features), and which
+    latents (d_sae,) are in question."""
 
     sae: SAE[Any]
     x: torch.Tensor
     true_features: torch.Tensor
+    feature_acts: torch.Tensor
     in_question: torch.Tensor
 
-    def measure(self) -> dict[str, dict[str, float | None]]:
-        """The latents in question, as if revived, against all others."""
-        return measure_peeking(
-            self.sae,
-            self.x,
-            revived=self.in_question,
-            never_died=~self.in_question,
-            true_features=self.true_features,
+    def measure(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Each measure (n,) of the latents that fire, and which of these (n,) are in question."""
+        firings = count_firings(self.sae, self.x)
+        latents = (firings > 0).nonzero().flatten()
+        measured = measure_latents(
+            self.sae, self.x, latents, firings, self.true_features, [self.feature_acts]
         )
+        return measured, self.in_question[latents]
+
+
+def auc(values: torch.Tensor, of: torch.Tensor) -> float | None:
+    """Probability that a value (n,) in ``of`` (n,) bool is larger than one that is not.
+
+    Ties count half. NaN are left out; None where one side is empty.
+    """
+    known = ~values.isnan()
+    ours, others = values[known & of][:, None], values[known & ~of]
+    if not ours.numel() or not others.numel():
+        return None
+    return ((ours > others).float() + 0.5 * (ours == others).float()).mean().item()
 
 
 def planted(
@@ -151,7 +163,7 @@ def planted(
             torch.cat([decoder, torch.stack(decoders)]),
             torch.cat([threshold, torch.stack(thresholds)]),
         )
-        worlds[kind] = World(sae, x, features, torch.arange(sae.cfg.d_sae) >= len(held))
+        worlds[kind] = World(sae, x, features, acts, torch.arange(sae.cfg.d_sae) >= len(held))
     return worlds
 
 
@@ -189,63 +201,18 @@ def _reconstruct(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
     return sae.decode(sae.encode(x))
 
 
-def trained(architecture: str, d_sae: int, num_features: int, seed: int) -> World:
-    """An SAE trained as in examples/synthetic.py; its junk latents are in question."""
-    torch.manual_seed(seed)
-    fields = {} if architecture == "topk" else {"dead_threshold_tokens": 20_000}
-    runner = SyntheticSAERunner(
-        SyntheticSAERunnerConfig(
-            synthetic_model=SyntheticModelConfig(
-                num_features=num_features, hidden_dim=128, seed=seed
-            ),
-            sae=get_sae_training_class(architecture)[1](d_in=128, d_sae=d_sae, k=10, **fields),
-            training_samples=400_000,
-            batch_size=512,
-            lr=1e-3,
-            dead_feature_window=40,
-            eval_samples=1000,
-            output_path=None,
-            checkpoint_path=None,
-            logger=LoggingConfig(log_to_wandb=False),
-        )
-    )
-    sae = runner.run().sae
-    features = runner.synthetic_model.feature_dict.feature_vectors.detach()
-    best = cosine_similarities(sae.W_dec.detach(), features).amax(dim=1)
-    return World(sae, runner.synthetic_model.sample(N_ROWS), features, best < JUNK)
-
-
 def print_row(name: str, worlds: Sequence[World]) -> None:
-    """A row: mean ± standard deviation over seeds, and in brackets the never-dead latents'."""
-    results = [world.measure() for world in worlds]
+    """For each measure the mean of the latents in question, of the others, and the AUC."""
+    measured = [world.measure() for world in worlds]
     cells: list[str] = []
     for key in COLUMNS:
-        values, control = (
-            [group[key] for result in results if (group := result[which])[key] is not None]
-            for which in ("revived", "never_died")
+        ours, others = (
+            mean(values[key][which].nanmean().item() for values, which in side)
+            for side in (measured, [(values, ~which) for values, which in measured])
         )
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        cells.append(f"{mean(values):.3f}{spread} ({mean(control):.3f})")
+        aucs = [a for values, which in measured if (a := auc(values[key], which)) is not None]
+        cells.append(f"{ours:.3f} ({others:.3f}) {f'{mean(aucs):.2f}' if aucs else '–'}")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-@torch.no_grad()
-def print_ranking(name: str, world: World) -> None:
-    """For each measure the probability that it is larger for a latent in question than for another,
-    and its rank correlation with a latent's best cosine with a true feature."""
-    data = _Data(world.sae, world.x)
-    latents = (data.firings >= MIN_FIRINGS).nonzero().flatten()
-    measured = data.measure(latents, world.true_features)
-    best = cosine_similarities(data.directions[latents], world.true_features).amax(dim=1)
-    junk = world.in_question[latents]
-    cells: list[str] = []
-    for key in ("features_hurt", "rows_hurt", "latents_hurt", "error_auc"):
-        values = measured[key]
-        assert values is not None
-        larger = (values[junk][:, None] > values[~junk]).float().mean().item()
-        ranks = torch.stack([values, best]).argsort(dim=1).argsort(dim=1).float()
-        cells.append(f"{key} {larger:.2f} ({torch.corrcoef(ranks)[0, 1].item():.2f})")
-    print(f"{name}: {', '.join(cells)}", flush=True)
 
 
 def print_head(title: str) -> None:
@@ -253,12 +220,12 @@ def print_head(title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trained", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
-    args = parser.parse_args()
+    seeds = range(parser.parse_args().seeds)
     warnings.simplefilter("ignore")
-    seeds = range(args.seeds)
     for architecture in ("jumprelu", "topk"):
         for spoilt_by in ("rotation", "shrinkage"):
             worlds = [planted(architecture, spoilt_by, seed) for seed in seeds]
@@ -269,16 +236,6 @@ def main() -> None:
     for data in ("rare", "correlated", "absorbed"):
         worlds = [planted("jumprelu", "rotation", seed, data)["feature"] for seed in seeds]
         print_row(f"feature, {data}", worlds)
-    if not args.trained:
-        return
-    print_head("trained SAEs, junk latents against the others (3 seeds)")
-    for architecture in ("topk", "auxk-topk"):
-        for d_sae, num_features in ((512, 1024), (512, 512)):
-            worlds = [trained(architecture, d_sae, num_features, seed) for seed in range(3)]
-            print_row(f"{architecture}, {d_sae} latents, {num_features} features", worlds)
-    print("\nsingle latents, seed 0: how well each measure ranks junk above the others\n")
-    for architecture in ("topk", "auxk-topk"):
-        print_ranking(architecture, trained(architecture, 512, 1024, 0))
 
 
 if __name__ == "__main__":
