@@ -10,6 +10,7 @@ from sae_lens_auxk.compare.report import figures, write_report
 from sae_lens_auxk.compare.report.answers import answer, footnote
 from sae_lens_auxk.compare.report.drawing import plotly_figure
 from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.tables import main_table
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.results import METRICS
@@ -345,6 +346,15 @@ def test_what_it_takes_to_find_latents_again() -> None:
     assert shares_one in footnote(two)
     two["comparison"]["synthetic_model"] = {"seed": 42}
     assert shares_one not in footnote(two)
+
+
+def test_two_seeds_are_too_few_for_the_most_reproducible() -> None:
+    for seeds, some in (((0, 1), False), ((0, 1, 2), True)):
+        results = fake_results(cases=("a", "longer name"), ks=(25,), seeds=seeds)
+        table = main_table(results)
+        column = table.columns.index("found again")
+        assert any(row[column].best for row in table.rows) == some
+        assert ("Two seeds are one pair" in footnote(results)) != some
 
 
 def test_with_one_k_explained_variance_is_drawn_by_case() -> None:

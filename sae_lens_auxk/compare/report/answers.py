@@ -129,7 +129,7 @@ def footnote(results: Results) -> str:
 def _about_other_seeds(results: Results, seeds: Sequence[int]) -> list[str]:
     """What to know of the measures that compare a run with other seeds, or why there are none."""
     if "found_again" in columns(results):
-        said = "Two seeds are one pair: the spread of what is found again says nothing."
+        said = "Two seeds are one pair: the spread of latents found again says nothing."
         return [said] if seeds == [2] else []
     if seeds == [1]:
         return ["Whether latents are found again can be measured from two seeds on."]

@@ -57,6 +57,9 @@ def is_best(group: Group, key: str, metric: Metric, results: Results) -> bool:
     own = number(group, key)
     if metric.better is None or own[0] is None:
         return False
+    # Two seeds are one pair, whose numbers have no spread worth the name.
+    if key in ACROSS_SEEDS and group["n_seeds"] == 2:
+        return False
     others = [
         number(other, key)
         for other in results["groups"]
