@@ -6,9 +6,10 @@
 Takes any comparison on a synthetic model whose SAEs are there. For each case: how many latents
 fire, are junk and are duplicates, and for each measure the AUC, the probability that it is larger
 for a junk latent than for another, and for a duplicate than for a feature (a latent that is
-neither). The last column is split without the true features: the target of a latent is the
-activation of the nearest latent of the next seed's SAE, on the same samples. It has the AUC and the
-rank correlation with split. All are means over seeds.
+neither). "As often" is the same for junk within quarters of the latents by firing rate, since junk
+fires rarely and rare directions are spread. The last column is split without the true features: the
+target of a latent is the activation of the nearest latent of the next seed's SAE, on the same
+samples. It has the AUC and the rank correlation with split. All are means over seeds.
 """
 
 import argparse
@@ -86,6 +87,14 @@ def split_by_other(
     return split_gain(batches, latents)
 
 
+def auc_as_often(values: torch.Tensor, of: torch.Tensor, firing_rate: torch.Tensor) -> float | None:
+    """Mean AUC within quarters of the latents (n,) by firing rate that have both sides."""
+    quarter = firing_rate.argsort().argsort() * 4 // len(firing_rate)
+    areas = [auc(values[quarter == q], of[quarter == q]) for q in range(4)]
+    known = [area for area in areas if area is not None]
+    return mean(known) if known else None
+
+
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     """Spearman's, over pairs without NaN."""
     known = ~(a.isnan() | b.isnan())
@@ -108,8 +117,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     comparison = Comparison(args.folder, args.device)
     heads = [f"{key}: junk, duplicate" for key in MEASURES]
-    print(f"| | fire | junk | duplicates | {' | '.join(heads)} | other seed: duplicate, r |")
-    print(f"|---{'|---' * (len(heads) + 4)}|")
+    heads += ["direction_spread, as often: junk", "other seed: duplicate, r"]
+    print(f"| | fire | junk | duplicates | {' | '.join(heads)} |")
+    print(f"|---{'|---' * (len(heads) + 3)}|")
     for name, runs in comparison.cases():
         counts: list[torch.Tensor] = []
         aucs: dict[str, list[float | None]] = {}
@@ -124,6 +134,8 @@ def main() -> None:
                 values = measured[key]
                 aucs.setdefault(f"{key} junk", []).append(auc(values, junk))
                 aucs.setdefault(f"{key} duplicate", []).append(auc(values[~junk], duplicate[~junk]))
+            spread, rates = measured["direction_spread"], measured["firing_rate"]
+            aucs.setdefault("as often", []).append(auc_as_often(spread, junk, rates))
         for (sae, data, latents, measured), (other, *_) in pairwise(measured_of):
             by_other = split_by_other(sae, other, data.held_out(), latents)
             not_junk, duplicate = measured["junk_share"] == 0, measured["duplicate_share"] > 0
@@ -133,6 +145,7 @@ def main() -> None:
         numbers += [
             f"{cell(aucs[f'{key} junk'])}, {cell(aucs[f'{key} duplicate'])}" for key in MEASURES
         ]
+        numbers.append(cell(aucs["as often"]))
         numbers.append(f"{cell(aucs.get('other', []))}, {cell(aucs.get('r', []))}")
         print(f"| {name} | {' | '.join(numbers)} |", flush=True)
 
