@@ -25,7 +25,7 @@ What an SAE is made of:
     sae_lens.saes.sae.SAE.fold_activation_norm_scaling_factor        saved_sae.py
     sae_lens.saes.sae.SAE.hook_sae_recons                            sparse_topk.py
     sae_lens.saes.sae.SAE.hook_z_reshaping_mode                      aux_training.py sparse_topk.py
-    sae_lens.saes.sae.SAE.process_sae_in                             compare/peeking.py
+    sae_lens.saes.sae.SAE.process_sae_in                             compare/latents.py
     sae_lens.saes.sae.SAE.process_state_dict_for_loading             aux_training.py
     sae_lens.saes.sae.SAE.process_state_dict_for_saving              aux_training.py
     sae_lens.saes.sae.SAE.reshape_fn_out                             sparse_topk.py

@@ -206,12 +206,10 @@ def print_row(name: str, worlds: Sequence[World]) -> None:
     measured = [world.measure() for world in worlds]
     cells: list[str] = []
     for key in COLUMNS:
-        ours, others = (
-            mean(values[key][which].nanmean().item() for values, which in side)
-            for side in (measured, [(values, ~which) for values, which in measured])
-        )
-        aucs = [a for values, which in measured if (a := auc(values[key], which)) is not None]
-        cells.append(f"{ours:.3f} ({others:.3f}) {f'{mean(aucs):.2f}' if aucs else '–'}")
+        areas = [a for values, which in measured if (a := auc(values[key], which)) is not None]
+        ours = torch.cat([values[key][which] for values, which in measured]).nanmean()
+        others = torch.cat([values[key][~which] for values, which in measured]).nanmean()
+        cells.append(f"{ours:.3f} ({others:.3f}) {mean(areas):.2f}" if areas else "–")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
