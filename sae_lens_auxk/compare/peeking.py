@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-from sae_lens_auxk.results import JUNK, NEAR_DUPLICATE, Numbers
+from sae_lens_auxk.results import JUNK, NEAR_DUPLICATE, PEEKING, Numbers
 
 MIN_FIRINGS = 20
 """A latent that fires on fewer rows is not measured."""
@@ -104,6 +104,9 @@ def measure_peeking(
     control = control[_nearest(firings[came_back], firings[control])]
 
     latents = torch.cat([came_back, control]).unique()
+    if not latents.numel():  # often because none fires at all, which has no largest loss
+        no_numbers: Numbers = {**dict.fromkeys(PEEKING), "n_latents": 0}
+        return {"revived": no_numbers, "never_died": dict(no_numbers)}
     measured = data.measure(latents.to(x.device), true_features)
     return {
         "revived": _summary(measured, torch.searchsorted(latents, came_back)),

@@ -165,6 +165,13 @@ def test_latents_that_hardly_fire_are_not_measured() -> None:
     assert measure_peeking(sae, x, **split(16, 8))["revived"]["n_latents"] == 6
 
 
+def test_an_sae_of_which_nothing_fires_has_no_numbers() -> None:
+    sae, x = orthogonal(torch.eye(16), encoder=torch.zeros(16, 16))
+    measured = measure_peeking(sae, x, true_features=torch.eye(16), **split(16, 8))
+    none = {"n_latents": 0, **dict.fromkeys(("firing_rate", *FREE, *TRUTH))}
+    assert measured == {"revived": none, "never_died": none}
+
+
 def test_without_true_features_only_their_measures_are_missing() -> None:
     sae, x = orthogonal(torch.eye(16))
     group = measure_peeking(sae, x, **split(16, 8))["revived"]
