@@ -139,6 +139,12 @@ def test_numpy_numbers_of_a_sweep() -> None:
     assert json.loads(json.dumps(comparison.to_dict()))["seeds"] == [0, 1]
 
 
+def test_a_field_without_a_value_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("".join(f"{name}:\n" for name in vars(Comparison())))
+    assert Comparison.from_file(path) == Comparison()
+
+
 def test_numpy_numbers_of_a_case() -> None:
     comparison = tiny(cases=[{"k_aux": np.int64(8)}], sae={"aux_batch_fraction": np.float32(0.5)})
     assert json.loads(json.dumps(comparison.to_dict())) == comparison.to_dict()
