@@ -123,6 +123,8 @@ def require_device(name: str, value: Any) -> None:
     """Raise a ValueError unless torch can compute on the device here."""
     allowed = "cpu, cuda or another device that torch has here"
     try:
+        if value is None:  # torch's own default, which has no name to save
+            raise TypeError("None is not a device")
         # The device meta takes everything and computes nothing.
         torch.empty(0, device=value).tolist()
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:

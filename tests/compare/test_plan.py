@@ -199,6 +199,7 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"batch_size": 5000}, r"batch_size=5000.*training_samples \(1600\)"),
         ({"dead_after": 1600}, "dead_after=1600.*no latent is ever dead"),
         ({"device": "cudda"}, "device='cudda'"),
+        ({"device": None}, "device=None is not allowed"),
         ({"device": 10**30}, "device=10+ is not allowed"),
         ({"model_name": "gpt2"}, "dataset_path=None"),
         ({"hook_name": "x"}, "hook_name='x'.*model_name"),
