@@ -1,6 +1,6 @@
 """Kills trainings at random times, and spoils batches in the middle of them.
 
-    python -m benchmarks.attack_training --kills 60 --faults 2000
+    python -m benchmarks.attack_training --kills 60 --faults 960
 
 A kill: a small training with checkpoints, by SAELens's runner, gets SIGKILL at a random time, and
 once or twice more after it has resumed from its newest whole checkpoint. In the end its weights,
@@ -300,7 +300,7 @@ def attack_with_faults(rng: random.Random, n_faults: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--faults", type=int, default=2000)
+    parser.add_argument("--faults", type=int, default=960)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
