@@ -221,7 +221,7 @@ def _validate_matryoshka(cfg: Any, loss: AuxLoss) -> None:
     widths = cfg.matryoshka_widths
     increasing = (
         isinstance(widths, list)
-        and all(isinstance(width, int) for width in widths)
+        and all(type(width) is int for width in widths)  # True is an int as well
         and widths == sorted(set(widths))
         and all(1 <= width <= cfg.d_sae for width in widths)
     )

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting, sae_lens_disk_loader
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling
+from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling_beside
 
 # SAELens's defaults, for a folder that does not say.
 _SAME = {
@@ -72,7 +70,7 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
         sae.cfg.rescale_acts_by_decoder_norm = given.get("rescale_acts_by_decoder_norm", False)
     if mode in ESTIMATED_SCALING:
         sae.cfg.normalize_activations = mode
-        _fold_scale(sae, path)
+        fold_scaling_beside(sae, Path(path))
     if hasattr(cfg, "rescale_acts_by_decoder_norm"):
         _rescale_as(sae, cfg, path)
     return sae
@@ -122,20 +120,6 @@ def _share_threshold(
             f"latent, which {cfg.architecture()} does not have: auxk-jumprelu can go on from it."
         )
     state["topk_threshold"] = threshold[0]
-
-
-def _fold_scale(sae: Any, path: str | Path) -> None:
-    """Fold the scale of a checkpoint's data, which is in a file beside it, into the weights."""
-    scaler = ActivationScaler()
-    file = Path(path) / ACTIVATION_SCALER_CFG_FILENAME
-    if file.is_file():
-        scaler.load(file)
-    fold_scaling(sae, scaler)
-    if sae.cfg.normalize_activations != "none":
-        raise ValueError(
-            f"The SAE in {path} was trained on scaled activations, and the scale is not there: "
-            f"{ACTIVATION_SCALER_CFG_FILENAME} is missing or empty."
-        )
 
 
 def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:

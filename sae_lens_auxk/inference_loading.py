@@ -33,9 +33,9 @@ class InferenceFromCheckpoint(_Base):
             raise ValueError(
                 f"normalize_activations={cfg.normalize_activations!r}: SAE.load_from_disk does "
                 "not see the activation scaling that this training checkpoint keeps in "
-                f"{ACTIVATION_SCALER_CFG_FILENAME}. Load it with TrainingSAE.load_from_disk and "
-                "ActivationScaler().load, then call sae_lens_auxk.saved_sae.fold_scaling(sae, "
-                "scaler) and sae.save_inference_model; sae-lens-auxk upload does the same."
+                f"{ACTIVATION_SCALER_CFG_FILENAME}. Load it with TrainingSAE.load_from_disk, then "
+                "call sae_lens_auxk.saved_sae.fold_scaling_beside(sae, folder) and "
+                "sae.save_inference_model; sae-lens-auxk upload does the same."
             )
         self._training_cfg = cfg
         super().__init__(_inference_config(cfg), use_error_term)

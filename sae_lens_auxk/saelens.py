@@ -56,7 +56,7 @@ Registry, files and other pieces:
     sae_lens.registry.SAE_TRAINING_CLASS_REGISTRY                    architectures.py runner.py
     sae_lens.registry.get_sae_training_class                         inference_loading.py
     sae_lens.constants                                               saelens.py
-    sae_lens.constants.ACTIVATION_SCALER_CFG_FILENAME                hub/sae_folder.py
+    sae_lens.constants.ACTIVATION_SCALER_CFG_FILENAME                saved_sae.py
     sae_lens.constants.RUNNER_CFG_FILENAME                           hub/sae_folder.py
     sae_lens.constants.SAE_CFG_FILENAME                              hub/sae_folder.py
     sae_lens.constants.SAE_WEIGHTS_FILENAME                          hub/sae_folder.py

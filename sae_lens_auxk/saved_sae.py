@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
-from sae_lens_auxk.saelens import whitening_of
+from sae_lens_auxk.saelens import ACTIVATION_WHITENING_FILENAME, whitening_of
 
 ESTIMATED_SCALING = ("expected_average_only_in", "covariance_whitening")
 """Values of ``normalize_activations`` under which weights mean nothing without the scaler that
@@ -31,6 +31,28 @@ def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
             unwhitening_matrix=whitening.inverse_matrix,
         )
         scaler.whitening = None
+
+
+def fold_scaling_beside(sae: TrainingSAE[Any], checkpoint: Path) -> None:
+    """Fold the scaling in a training checkpoint's own files into the weights loaded from it.
+
+    Raises:
+        ValueError: the SAE was trained on scaled activations, and the scaling is missing.
+    """
+    mode = sae.cfg.normalize_activations
+    scaler, file = ActivationScaler(), checkpoint / ACTIVATION_SCALER_CFG_FILENAME
+    if file.is_file():
+        scaler.load(file)
+    whitens = mode == "covariance_whitening"
+    found = whitening_of(scaler) if whitens else scaler.scaling_factor
+    # SAELens writes the scaler after the weights: an interrupted checkpoint has none.
+    if mode in ESTIMATED_SCALING and found is None:
+        files = [file.name] + [ACTIVATION_WHITENING_FILENAME] * whitens
+        raise ValueError(
+            f"{checkpoint} has normalize_activations={mode!r}, but its scaling is missing: there "
+            f"must be {' and '.join(files)}. Use a checkpoint that was written to its end."
+        )
+    fold_scaling(sae, scaler)
 
 
 def silent_latents(folder: Path) -> int | None:

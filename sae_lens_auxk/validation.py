@@ -1,6 +1,7 @@
 """Errors that name a field, its value and what is allowed, with the nearest name there is."""
 
 import difflib
+import json
 from collections.abc import Callable, Collection, Iterable
 from math import isfinite
 from numbers import Integral, Real
@@ -12,12 +13,14 @@ INT64_MAX = 2**63 - 1
 
 
 def python_value(value: Any) -> Any:
-    """NumPy numbers as Python's, also inside lists and tuples; other values as they are.
+    """NumPy numbers as Python's, also inside lists, tuples and mappings; other values as they are.
 
     JSON has no NumPy numbers, so a config that keeps one cannot be saved.
     """
     if isinstance(value, list | tuple):
         return [python_value(item) for item in value]
+    if isinstance(value, dict):
+        return {name: python_value(item) for name, item in value.items()}
     if isinstance(value, bool):
         return value
     if isinstance(value, Integral):
@@ -55,6 +58,21 @@ def require_bool(name: str, value: Any) -> None:
     """Raise a ValueError if ``value`` is neither True nor False."""
     if not isinstance(value, bool):
         raise reject(name, value, "True or False")
+
+
+def require_text(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise a ValueError unless ``value`` is a text; ``optional``: None is allowed too."""
+    if not isinstance(value, str) and not (optional and value is None):
+        raise reject(name, value, f"{'None or ' if optional else ''}a text")
+
+
+def require_writable(name: str, value: Any) -> None:
+    """Raise a ValueError unless JSON has what ``value`` is made of."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        allowed = "made of what JSON has: texts, finite numbers, True, False, None, lists, mappings"
+        raise ValueError(f"{reject(name, value, allowed)} ({error})") from error
 
 
 def require_int(name: str, value: Any, *, minimum: int, optional: bool = False) -> None:
@@ -105,7 +123,9 @@ def require_device(name: str, value: Any) -> None:
     """Raise a ValueError unless torch can compute on the device here."""
     allowed = "cpu, cuda or another device that torch has here"
     try:
+        if value is None:  # torch's own default, which has no name to save
+            raise TypeError("None is not a device")
         # The device meta takes everything and computes nothing.
         torch.empty(0, device=value).tolist()
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{reject(name, value, allowed)} ({error})") from error

@@ -78,7 +78,9 @@ def test_normalisations_that_saelens_cannot_train_are_refused(architecture: str,
         build_config(architecture, normalize_activations=mode)
 
 
-@pytest.mark.parametrize("widths", [[0, 24], [10, 5], [10, 10], [48], [12.5, 24], "abc", 5])
+@pytest.mark.parametrize(
+    "widths", [[0, 24], [10, 5], [10, 10], [48], [12.5, 24], [True, 24], "abc", 5]
+)
 def test_bad_matryoshka_widths_are_refused(widths: Any) -> None:
     with pytest.raises(ValueError, match="matryoshka_widths=.* strictly increasing"):
         build_config("auxk-matryoshka-batchtopk", matryoshka_widths=widths)

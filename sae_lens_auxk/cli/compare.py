@@ -48,8 +48,9 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
             comparison = resolve(options.comparison)
             _use_threads_that_pay(comparison)
             report = run_comparison(comparison, options.output, command)
-    # A model or data set that cannot be found raises an OSError.
-    except (ValueError, TypeError, OSError, MemoryError, ArgumentError) as error:
+    # A model or data set that cannot be found raises an OSError. No input raises a TypeError: it
+    # would be a bug, whose traceback is worth more than its message.
+    except (ValueError, OSError, MemoryError, ArgumentError) as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print(

@@ -117,7 +117,8 @@ class Comparison:
         if not isinstance(values, dict):
             raise ValueError(f"{shown} is not allowed: it must hold fields and values.")
         require_known(values, (f.name for f in fields(cls)), "a comparison")
-        return cls(**values)
+        # A field without a value, as one may leave it in YAML, means its default.
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 # pyright objects to fields without a default after fields with one, but all are keyword-only.

@@ -23,6 +23,8 @@ from sae_lens_auxk.validation import (
     require_known,
     require_list,
     require_number,
+    require_text,
+    require_writable,
 )
 
 SYNTHETIC_DEFAULTS: dict[str, Any] = {
@@ -77,12 +79,13 @@ def resolve(comparison: Comparison) -> Resolved:
         ValueError: a field has a value that is not allowed; the message names the field, the
             value and what is allowed.
     """
-    defaults = LANGUAGE_MODEL_DEFAULTS if comparison.model_name else SYNTHETIC_DEFAULTS
-    if isinstance(comparison.synthetic_model, str):  # which knows its sizes
-        defaults = {k: v for k, v in defaults.items() if k not in ("n_features", "d_in")}
     given = {
         name: python_value(value) for name, value in vars(comparison).items() if value is not None
     }
+    _require_types(given)
+    defaults = LANGUAGE_MODEL_DEFAULTS if comparison.model_name else SYNTHETIC_DEFAULTS
+    if isinstance(comparison.synthetic_model, str):  # which knows its sizes
+        defaults = {k: v for k, v in defaults.items() if k not in ("n_features", "d_in")}
     values: dict[str, Any] = vars(comparison) | defaults | given
     if comparison.preset is None:
         values["preset"] = [] if comparison.cases or comparison.aux_variant else list(PRESETS)
@@ -92,6 +95,17 @@ def resolve(comparison: Comparison) -> Resolved:
     resolved = Resolved(**values)
     _validate(resolved)
     return resolved
+
+
+def _require_types(given: Mapping[str, Any]) -> None:
+    """Refuse what has no truth value or cannot be written, before anything is asked of it."""
+    for name in ("model_name", "dataset_path", "hook_name", "model_class_name"):
+        require_text(name, given.get(name), optional=True)
+    for name in ("preset", "aux_variant", "aux_loss_coefficient", "cases"):
+        if name in given and not isinstance(given[name], list):
+            raise reject(name, given[name], "a list of one or more values")
+    for name, value in given.items():
+        require_writable(name, value)
 
 
 def _validate(comparison: Resolved) -> None:
@@ -131,6 +145,9 @@ def _validate(comparison: Resolved) -> None:
             find_aux_loss(variant)
     if comparison.aux_loss_coefficient is not None:
         require_list("aux_loss_coefficient", comparison.aux_loss_coefficient)
+        for alpha in comparison.aux_loss_coefficient:
+            allowed = "a list of finite numbers >= 0"
+            require_number("aux_loss_coefficient", alpha, allowed, lambda alpha: alpha >= 0)
         if not comparison.aux_variant:
             raise reject(
                 "aux_loss_coefficient",

@@ -299,7 +299,15 @@ class LanguageModel:
         }
         config = MultiSAETrainingRunnerConfig(**comparison.language_model, **own)
         torch.manual_seed(seed)
-        runner = MultiSAETrainingRunner(config, override_model=self.model, override_saes=dict(saes))
+        try:
+            runner = MultiSAETrainingRunner(
+                config, override_model=self.model, override_saes=dict(saes)
+            )
+        except TypeError as error:  # SAELens does not check the types of its fields
+            if not comparison.language_model:
+                raise
+            given = f"language_model={comparison.language_model!r}"
+            raise ValueError(f"{given} cannot be used: {error}") from error
         # What run() does before it trains: without it a saved SAE would not know its model.
         runner._set_sae_metadata()
         return LanguageModelPass(comparison, runner)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
@@ -21,13 +20,11 @@ from sae_lens.constants import (
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
-from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.result_files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
 from sae_lens_auxk.results import Results, Run
-from sae_lens_auxk.saelens import ACTIVATION_WHITENING_FILENAME
-from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling, silent_latents
+from sae_lens_auxk.saved_sae import fold_scaling_beside, silent_latents
 
 SAE_FILES = (
     SAE_CFG_FILENAME,
@@ -203,14 +200,8 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
 def _convert(checkpoint: Path, target: Path) -> None:
     try:
         sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(checkpoint)
-        scaler = ActivationScaler()
-        if (checkpoint / ACTIVATION_SCALER_CFG_FILENAME).is_file():
-            scaler.load(checkpoint / ACTIVATION_SCALER_CFG_FILENAME)
-        _require_scaler(checkpoint, sae.cfg.normalize_activations, scaler)
-        fold_scaling(sae, scaler)
+        fold_scaling_beside(sae, checkpoint)
         sae.save_inference_model(target)
-    except HubError:
-        raise
     except Exception as error:  # an unknown architecture, other weights, a half-written file
         raise HubError(
             f"{checkpoint} is a training checkpoint that cannot be converted to an inference "
@@ -219,19 +210,6 @@ def _convert(checkpoint: Path, target: Path) -> None:
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, target / name)
-
-
-def _require_scaler(checkpoint: Path, mode: str, scaler: ActivationScaler) -> None:
-    files = [ACTIVATION_SCALER_CFG_FILENAME]
-    if mode == "covariance_whitening":
-        files.append(ACTIVATION_WHITENING_FILENAME)
-    found = (scaler.scaling_factor, scaler.whitening)[len(files) - 1]
-    # SAELens writes the scaler after the weights: an interrupted checkpoint has none.
-    if mode in ESTIMATED_SCALING and found is None:
-        raise HubError(
-            f"{checkpoint} has normalize_activations={mode!r}, but its scaling is missing: there "
-            f"must be {' and '.join(files)}. Publish a checkpoint that was written to its end."
-        )
 
 
 def samples_trained(folder: Path) -> int | None:

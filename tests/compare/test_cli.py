@@ -139,6 +139,15 @@ def test_a_lack_of_memory_is_one_line_and_not_status_0(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: Any) -> Path:
+        return Path(None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "run_comparison", run)
+    with pytest.raises(TypeError):
+        cli.main(["compare"])
+
+
 def test_a_report_alone_trains_nothing(
     asked_for: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

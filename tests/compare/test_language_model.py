@@ -1,5 +1,6 @@
 """A comparison on a (tiny) language model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,12 @@ def test_same_prompts_start_over() -> None:
 def test_what_is_refused(comparison: Resolved, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(Comparison(**{**vars(comparison), **fields}))
+
+
+def test_a_field_of_another_type_is_named(comparison: Resolved, tmp_path: Path) -> None:
+    given = {**comparison.language_model, "seqpos_slice": 5}
+    with pytest.raises(ValueError, match=r"language_model=.*'seqpos_slice': 5.* cannot be used"):
+        run_comparison(replace(comparison, language_model=given), tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", ["model_name", "synthetic_model"])

@@ -141,6 +141,17 @@ def test_numpy_numbers_of_a_sweep() -> None:
     assert json.loads(json.dumps(comparison.to_dict()))["seeds"] == [0, 1]
 
 
+def test_a_field_without_a_value_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("".join(f"{name}:\n" for name in vars(Comparison())))
+    assert Comparison.from_file(path) == Comparison()
+
+
+def test_numpy_numbers_of_a_case() -> None:
+    comparison = tiny(cases=[{"k_aux": np.int64(8)}], sae={"aux_batch_fraction": np.float32(0.5)})
+    assert json.loads(json.dumps(comparison.to_dict())) == comparison.to_dict()
+
+
 def test_the_published_benchmark() -> None:
     """Every value of SynthSAEBench-16k's published table."""
     comparison = resolve(Comparison.from_file(ROOT / "benchmarks" / "synthsaebench.yaml"))
@@ -180,7 +191,7 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"cases": [{"name": 5}]}, "name=5 .*a text"),
         ({"cases": [{"k": "abc"}]}, "k='abc' .*a finite number > 0"),
         ({"aux_variant": None, "aux_loss_coefficient": [0.1]}, "aux_loss_coefficient.*aux_variant"),
-        ({"aux_loss_coefficient": [-1.0]}, "case 'none, alpha -1, .*aux_loss_coefficient=-1.0"),
+        ({"aux_loss_coefficient": [-1.0]}, "aux_loss_coefficient=-1.0 .*finite numbers >= 0"),
         ({"k": [0]}, "k=0 is not allowed: it must be an integer >= 1"),
         ({"k": [25]}, r"k=25 is not allowed: it must be at most d_sae \(24\)"),
         ({"k": []}, "k=.*one or more"),
@@ -190,6 +201,8 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"batch_size": 5000}, r"batch_size=5000.*training_samples \(1600\)"),
         ({"dead_after": 1600}, "dead_after=1600.*no latent is ever dead"),
         ({"device": "cudda"}, "device='cudda'"),
+        ({"device": None}, "device=None is not allowed"),
+        ({"device": 10**30}, "device=10+ is not allowed"),
         ({"model_name": "gpt2"}, "dataset_path=None"),
         ({"hook_name": "x"}, "hook_name='x'.*model_name"),
         ({"model_name": "gpt2", "dataset_path": "x"}, "n_features=32.*synthetic"),
@@ -207,6 +220,15 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"cases": [{"architecture": "topkk"}]}, "architecture='topkk'.*Did you mean"),
         ({"cases": [{"name": "a"}, {"name": "a", "k_aux": 2}]}, "two that differ are called 'a"),
         ({"aux_variant": None, "preset": []}, "nothing to compare"),
+        ({"model_name": 0.5}, "model_name=0.5 is not allowed: it must be None or a text"),
+        ({"model_name": np.array([1, 2])}, "model_name=array.*None or a text"),
+        ({"model_class_name": float("nan")}, "model_class_name=nan.*a text"),
+        ({"hook_name": print}, "hook_name=<built-in.*None or a text"),
+        ({"aux_variant": np.array([1, 2])}, "aux_variant=array.*a list of one or more"),
+        ({"preset": np.array([1, 2]), "aux_variant": None}, "preset=array.*a list of one or more"),
+        ({"aux_loss_coefficient": [10**400]}, "aux_loss_coefficient=10+ .*finite numbers >= 0"),
+        ({"sae": {"l1_coefficient": float("nan")}}, "sae=.*nan.*made of what JSON has"),
+        ({"cases": [{"dtype": {1}}]}, "cases=.*made of what JSON has"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
