@@ -36,7 +36,10 @@ def main() -> None:
         run_comparison(resolve(replace(comparison, cases=cases, seeds=args.seeds)), folder)
         for group in read_results(folder)["groups"]:
             mean, std = group["mean"], group["std"]
-            figures = (f"{mean[name]:.3f} ± {std[name] or 0:.3f}" for name in SHOWN)
+            figures = (
+                f"{mean[name]:.3f}" + ("" if std[name] is None else f" ± {std[name]:.3f}")
+                for name in SHOWN
+            )
             print(f"| {group['architecture']}, length {length:g} | {' | '.join(figures)} |")
 
 
