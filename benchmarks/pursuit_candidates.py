@@ -23,9 +23,15 @@ to the activation of each of the ``k_aux`` dead latents nearest to firing, passe
 - ``pursuit``: one more step of matching pursuit. Of *all* latents the one that the residual pulls
   most, and only if it is dead: a row that a live latent could explain better is left to it. The
   dead one learns as if it had fired at the value that would explain most, r.W instead of t.
+  ``after step``: a row won by a dead latent goes to the dead latent that explains it best once each
+  has taken its step, so that one feature is not won by several. ``silent``: any latent that does
+  not fire in the batch may learn, dead or not. ``down``: the dead latents nearest to firing are
+  pushed down where firing at h would raise the error. The package's ``pursuit`` is ``pursuit,
+  down``.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
@@ -70,18 +76,65 @@ def nudge(
     return scale * (loss - loss.detach())
 
 
-def pursuit(inputs: AuxLossInputs, cfg: Any, scale: float = 1.0) -> torch.Tensor:
-    W, residual = inputs.W_dec, inputs.residual
+def pursuit(
+    inputs: AuxLossInputs,
+    cfg: Any,
+    scale: float = 1.0,
+    down: bool = False,
+    after_step: bool = False,
+    silent: bool = False,
+) -> torch.Tensor:
+    W, residual, all_h = inputs.W_dec, inputs.residual, inputs.hidden_pre
     norms = (
         W.detach().norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else torch.ones_like(W[:, 0])
     )
     with torch.no_grad():
-        pull, latents = (residual @ (W / norms.unsqueeze(1)).T).max(dim=-1, keepdim=True)
-        pull = pull * (inputs.dead[latents] & (pull > 0))
-    h = inputs.hidden_pre.gather(1, latents)
-    fired = pull / norms[latents] * W[latents.squeeze(1)]
+        directions = W / norms.unsqueeze(1)
+        products = residual @ directions.T
+        pull, latents = products.max(dim=-1)
+        threshold = inputs.firing_threshold().reshape(-1, 1)
+        taught = ~(all_h >= threshold).any(0) if silent else inputs.dead
+        wins = taught[latents] & (pull > 0)
+        if after_step:
+            pull, latents = best_after_step(residual, directions, pull, latents, wins)
+            wins &= pull > 0
+        pull = (pull * wins).unsqueeze(1)
+    h = all_h.gather(1, latents.unsqueeze(1))
+    fired = pull / norms[latents].unsqueeze(1) * W[latents]
     loss = -2 * ((pull * h).sum(dim=-1) + (residual * fired).sum(dim=-1)).mean()
+    if down:
+        nearest = inputs.nearest_dead(cfg.resolved_k_aux)
+        acts = nearest.h.detach().relu()
+        excess = (nearest.project(residual) - acts).clamp(max=0).where(acts > 0, 0)
+        loss = loss - 2 * (excess * nearest.h).sum(dim=-1).mean()
     return scale * (loss - loss.detach())
+
+
+def best_after_step(
+    residual: torch.Tensor,
+    directions: torch.Tensor,
+    pull: torch.Tensor,
+    latents: torch.Tensor,
+    wins: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each row won by a dead latent to the one that explains it best after its own step.
+
+    A latent's direction after its step is that of the rows that it wins, each times its pull, and
+    of its own as if it were one more row. The row in question is left out of its winner's.
+    """
+    rows = wins.nonzero().squeeze(1)
+    if not rows.numel():
+        return pull, latents
+    winners, own = latents[rows].unique(return_inverse=True)
+    a, r = pull[rows], residual[rows]
+    prior = a.mean() * r.norm(dim=1).mean()
+    moved = (prior * directions[winners]).index_add_(0, own, a.unsqueeze(1) * r)
+    without = moved[own] - a.unsqueeze(1) * r
+    score = r @ torch.nn.functional.normalize(moved, dim=1).T
+    own_score = (r * torch.nn.functional.normalize(without, dim=1)).sum(dim=1)
+    score[torch.arange(len(rows), device=own.device), own] = own_score
+    best, winner = score.max(dim=1)
+    return pull.index_copy(0, rows, best), latents.index_copy(0, rows, winners[winner])
 
 
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -114,14 +167,22 @@ PURSUIT: dict[str, dict[str, Any]] = {
     "pursuit, times 4": {"scale": 4},
     "pursuit, times 16": {"scale": 16},
     "pursuit, times 32": {"scale": 32},
+    "pursuit, after step": {"scale": 16, "after_step": True},
+    "pursuit, silent": {"scale": 16, "silent": True},
+    "pursuit, down": {"scale": 16, "down": True},
+    "pursuit, down, silent": {"scale": 16, "down": True, "silent": True},
 }
-for candidates, function in ((CANDIDATES, nudge), (PURSUIT, pursuit)):
+FORMS: list[tuple[dict[str, dict[str, Any]], Callable[..., torch.Tensor]]] = [
+    (CANDIDATES, nudge),
+    (PURSUIT, pursuit),
+]
+for candidates, function in FORMS:
     for name, options in candidates.items():
         register_aux_loss(
             f"st {name}",
             update_wrapper(partial(function, **options), function),
             default_coefficient=1 / 32,
-            uses_k_aux=function is nudge,
+            uses_k_aux=function is nudge or "down" in options,
         )
 
 

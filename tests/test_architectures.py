@@ -69,8 +69,9 @@ def test_inference_config_is_plain_saelens(architecture: str) -> None:
     assert loaded.to_dict() == cfg_dict
     assert loaded.metadata.training_architecture == architecture
     details = loaded.metadata.training_architecture_details
-    aux_fields = {f for f in cfg.to_dict() if f.startswith(("aux_", "dead_"))} | {"k_aux"}
-    assert len(aux_fields) == 11
+    prefixes = ("aux_", "dead_", "resample_")
+    aux_fields = {f for f in cfg.to_dict() if f.startswith(prefixes)} | {"k_aux"}
+    assert len(aux_fields) == 14
     assert {f: details[f] for f in aux_fields} == {f: getattr(cfg, f) for f in aux_fields}
 
 
