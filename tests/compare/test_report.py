@@ -14,6 +14,7 @@ from sae_lens_auxk.compare.report.tables import main_table
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.results import METRICS
+from sae_lens_auxk.results import PEEKING as MEASURES
 from tests.compare.fake_results import PEEKING, failed, fake_results
 
 FIGURES = ["dead_latents", "density", "explained_variance", "found_again", "found_again_by_age",
@@ -388,6 +389,6 @@ def test_found_again_by_group_and_by_age() -> None:
 def test_the_page_defines_every_column_that_it_shows(tmp_path: Path) -> None:
     page, _ = report(fake_results(ks=(25,)), tmp_path)
     shown = [METRICS[key] for key in ("found_again", "f1", "explained_variance")]
-    for metric in (*shown, PEEKING["rows_hurt"]):
+    for metric in (*shown, MEASURES["direction_spread"]):
         assert page.text.count(metric.definition) == 1
     assert METRICS["ce_loss_recovered"].definition not in page.text
