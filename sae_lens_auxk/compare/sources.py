@@ -9,9 +9,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from datasets import load_dataset
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
@@ -249,6 +251,13 @@ class LanguageModel:
         n_layers: Any = getattr(getattr(self.model, "cfg", None), "n_layers", 0)
         self.hook_name = comparison.hook_name or f"blocks.{n_layers // 2}.hook_resid_pre"
         self.d_in = self._width()
+        # Of a folder of tokens SAELens asks the Hub who made them, and a path is no name there.
+        self._dataset: Any = None
+        if Path(comparison.dataset_path or "").is_dir():
+            streaming = given.get("streaming", True)
+            self._dataset = load_dataset(
+                comparison.dataset_path or "", split="train", streaming=streaming
+            )
 
     @torch.no_grad()
     def _width(self) -> int:
@@ -301,7 +310,10 @@ class LanguageModel:
         torch.manual_seed(seed)
         try:
             runner = MultiSAETrainingRunner(
-                config, override_model=self.model, override_saes=dict(saes)
+                config,
+                override_dataset=self._dataset,
+                override_model=self.model,
+                override_saes=dict(saes),
             )
         except TypeError as error:  # SAELens does not check the types of its fields
             if not comparison.language_model:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -46,6 +47,17 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
             },
         )
     )
+
+
+def test_tokens_in_a_folder_need_no_hub(
+    comparison: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gpt2()
+    model.tokenizer = MagicMock(bos_token_id=0, eos_token_id=0, padding_side="right")
+    monkeypatch.setattr(sources, "load_model", lambda *_, **__: model)
+    run_comparison(replace(comparison, preset=[], aux_variant=["none"]), tmp_path / "out")
+    (entry,) = read_results(tmp_path / "out")["runs"]
+    assert entry["status"] == "finished"
 
 
 @pytest.mark.oldest
