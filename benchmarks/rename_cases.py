@@ -1,7 +1,7 @@
 """Rename cases and variants in committed results, wherever their names stand.
 
-    python benchmarks/rename_cases.py docs/results/pursuit-up-only --rename straight_through=pursuit \\
-        "plain straight-through=straight_through" "st plain=straight_through"
+    python benchmarks/rename_cases.py docs/results/pursuit-up-only \\
+        --rename "pursuit=pursuit, up only"
     sae-lens-auxk compare --report_only docs/results/pursuit-up-only
 
 All names are replaced in one pass, so that one may take another's place, each also as the names of

@@ -5,7 +5,7 @@
 Torch reports what waits by its own doing (``torch.cuda.set_sync_debug_mode``); this prints, by
 line of code, how many of 5 steps did. What waits in a library that torch calls it does not report:
 so the device is kept busy first, and the host's time for a step tells whether it came back before.
-``saelens`` in the place of a variant is SAELens's own TopK.
+``saelens`` instead of a variant is SAELens's own TopK.
 """
 
 import sys
