@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from sae_lens_auxk.compare.run import groups_of
-from sae_lens_auxk.results import PEEKING, read_results, write_results
+from sae_lens_auxk.result_files import read_results, write_results
+from sae_lens_auxk.results import PEEKING
 
 
 def main() -> None:

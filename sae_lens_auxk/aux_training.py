@@ -330,7 +330,9 @@ class AuxTraining(_Base):
         if step_input.again or not self.cfg.resamples_after(step_input.step):
             return None
         if self.cfg.resolved_dead_criterion == "steps":
-            dead = step_input.dead_neuron_mask
+            dead = step_input.dead_neuron_mask  # from before this step
+            if dead is not None:
+                dead = dead & ~fired_in_batch(output.feature_acts, self.by_magnitude)
         else:  # "batch", too: of the latents that are silent in one batch most are alive
             dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
         if dead is None:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from sae_lens_auxk.files import read_json, write_json
-from sae_lens_auxk.results import VERSION, Results, Run, require_in_table
+from sae_lens_auxk.results import (
+    METRICS,
+    PEEKING,
+    VERSION,
+    Metric,
+    Numbers,
+    Results,
+    Run,
+    require_in_table,
+)
 
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
@@ -79,7 +88,17 @@ def read_pass(folder: Path) -> list[Run]:
             raise ValueError(f"{path} is not the runs of a pass.")
     except ValueError as error:
         raise ValueError(f"{error} Move {folder} away, and the pass is trained again.") from error
+    # An earlier version may have measured what has no row any more.
+    for run in runs:
+        run["metrics"] = _in_table(run["metrics"], METRICS)
+        if run["peeking"]:
+            groups = run["peeking"].items()
+            run["peeking"] = {name: _in_table(group, PEEKING) for name, group in groups}
     return runs
+
+
+def _in_table(numbers: Numbers, table: Mapping[str, Metric]) -> Numbers:
+    return {key: value for key, value in numbers.items() if key in table}
 
 
 def _are_mappings(value: Any) -> bool:

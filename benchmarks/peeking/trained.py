@@ -30,7 +30,8 @@ from sae_lens_auxk.compare.latents import count_firings, measure_latents
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.sources import Pass, source_of
 from sae_lens_auxk.compare.split import split_gain
-from sae_lens_auxk.results import LIVES_FILENAME, Run, read_results
+from sae_lens_auxk.result_files import LIVES_FILENAME, read_results
+from sae_lens_auxk.results import Run
 
 MEASURES = ("firing_rate", "features_hurt", "direction_spread", "nearest_cosine", "split")
 

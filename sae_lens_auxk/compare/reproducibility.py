@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.util import cosine_similarities
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc
@@ -97,17 +97,27 @@ def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list
 
 
 def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
-    """The alive latents of a finished run; None if there are none or its files are gone."""
+    """The alive latents of a finished run; None if there are none or its files are gone.
+
+    Raises:
+        ValueError: a file cannot be read; the message names the folder.
+    """
     sae = folder / (run["folder"] or "")
     weights, lives = sae / SAE_WEIGHTS_FILENAME, sae / LIVES_FILENAME
     if not (weights.is_file() and lives.is_file()):
         return None
-    lived = load_file(lives)
-    alive = ~lived["dead"]
-    if not alive.any():
-        return None
-    with safe_open(weights, framework="pt") as file:
-        decoder = file.get_tensor("W_dec")[alive].float()
+    try:
+        lived = load_file(lives)
+        alive = ~lived["dead"]
+        if not alive.any():
+            return None
+        with safe_open(weights, framework="pt") as file:
+            decoder = file.get_tensor("W_dec")[alive].float()
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"the SAE in {sae} cannot be read: {error} Move {sae.parent} away, and the pass is "
+            "trained again."
+        ) from error
     age = AGES * lived["alive_since"][alive] // max(run["training_samples"], 1)
     return Alive(decoder.to(device), lived["ever_dead"][alive], age.clamp(max=AGES - 1))
 

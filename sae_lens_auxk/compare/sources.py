@@ -253,7 +253,7 @@ class LanguageModel:
         self.d_in = self._width()
         # Of a folder of tokens SAELens asks the Hub who made them, and a path is no name there.
         self._dataset: Any = None
-        if Path(comparison.dataset_path or "").is_dir():
+        if comparison.dataset_path and Path(comparison.dataset_path).is_dir():
             streaming = given.get("streaming", True)
             self._dataset = load_dataset(
                 comparison.dataset_path or "", split="train", streaming=streaming

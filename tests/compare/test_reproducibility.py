@@ -184,6 +184,14 @@ def test_what_is_no_other_seed(tmp_path: Path, other: dict[str, Any]) -> None:
     assert with_reproducibility(runs, tmp_path, "cpu") == runs
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    runs = [record(tmp_path, seed, d) for seed, d in enumerate((SEED_0, SEED_1))]
+    folder = tmp_path / runs[0]["folder"]
+    (folder / "lives.safetensors").write_bytes(b"half of a fi")
+    with pytest.raises(ValueError, match=f"{folder} cannot be read"):
+        with_reproducibility(runs, tmp_path, "cpu")
+
+
 @pytest.mark.parametrize("gone", ["sae_weights.safetensors", "lives.safetensors"])
 def test_runs_without_their_files_are_left_out(tmp_path: Path, gone: str) -> None:
     runs = [record(tmp_path, seed, d) for seed, d in enumerate((SEED_0, SEED_1, SEED_2))]

@@ -12,8 +12,14 @@ from sae_lens_auxk.compare.report.page import page_of
 from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.files import replace_file, write_json
 from sae_lens_auxk.hub.model_card import comparison_part
-from sae_lens_auxk.result_files import read_results, write_pass, write_results
-from sae_lens_auxk.results import METRICS, PEEKING, Metric
+from sae_lens_auxk.result_files import (
+    PASS_FILENAME,
+    read_pass,
+    read_results,
+    write_pass,
+    write_results,
+)
+from sae_lens_auxk.results import METRICS, PEEKING, Metric, Run
 from tests.compare.fake_results import fake_results
 from tests.helpers import build_sae
 
@@ -78,6 +84,18 @@ def test_a_metric_that_is_not_in_the_table_is_not_written(
     with pytest.raises(ValueError, match=message):
         write_pass(tmp_path, results["runs"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pass_of_an_earlier_version_is_read_without_what_has_no_row_any_more(
+    tmp_path: Path,
+) -> None:
+    (fake,) = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))["runs"]
+    runs: Any = [dict.fromkeys(Run.__required_keys__) | fake]
+    write_pass(tmp_path, runs)
+    expected = read_pass(tmp_path)
+    runs[0]["metrics"]["novelty"] = runs[0]["peeking"]["revived"]["rows_hurt"] = 1.0
+    write_json(tmp_path / PASS_FILENAME, runs)
+    assert read_pass(tmp_path) == expected
 
 
 def test_every_definition_is_a_sentence() -> None:
