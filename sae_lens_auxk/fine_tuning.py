@@ -9,7 +9,6 @@ What is taken over is a function: the new SAE's first forward pass gives what th
 gives. A field that would make it another function is refused.
 """
 
-import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting, sa
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.saelens import wrap_once
 from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling_beside
 
 # SAELens's defaults, for a folder that does not say.
@@ -149,12 +149,9 @@ def sae_to_go_on_from(cfg: Any) -> Any:
 
 def fine_tune_in_every_runner() -> None:
     """Make SAELens's ``LanguageModelSAETrainingRunner`` go on from ``from_pretrained_path``."""
-    runner_init = LanguageModelSAETrainingRunner.__init__
-    if hasattr(runner_init, "fine_tunes"):
-        return
 
-    @functools.wraps(runner_init)
     def init(
+        runner_init: Any,
         self: Any,
         cfg: Any,
         override_dataset: Any = None,
@@ -165,5 +162,4 @@ def fine_tune_in_every_runner() -> None:
             override_sae = sae_to_go_on_from(cfg)
         runner_init(self, cfg, override_dataset, override_model, override_sae)
 
-    init.fine_tunes = True  # type: ignore[attr-defined]
-    LanguageModelSAETrainingRunner.__init__ = init
+    wrap_once(LanguageModelSAETrainingRunner, "__init__", init)

@@ -28,13 +28,13 @@ Deviations from the source:
   gets their whole mean length.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_auxk.dead_latents import ranks_of_step
+from sae_lens_auxk.saelens import wrap_once
 from sae_lens_auxk.targets import Targets
 
 METRIC = "resampled_latents"
@@ -186,15 +186,10 @@ def resample_in_every_trainer() -> None:
 
     Around the step instead of in a hook of the optimizer, since a hook sees nothing of the step.
     """
-    trainer_step = SAETrainer.step
-    if hasattr(trainer_step, "resamples"):
-        return
 
-    @functools.wraps(trainer_step)
-    def step(self: Any, batch: torch.Tensor) -> Any:
+    def step(trainer_step: Any, self: Any, batch: torch.Tensor) -> Any:
         output = trainer_step(self, batch)
         resample(output, self.sae, self.optimizer)
         return output
 
-    step.resamples = True  # type: ignore[attr-defined]
-    SAETrainer.step = step
+    wrap_once(SAETrainer, "step", step)

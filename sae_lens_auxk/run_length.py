@@ -5,7 +5,6 @@ SAELens gives a training SAE no view of the run's length, but every one of its r
 :mod:`sae_lens_auxk.fine_tuning` and :mod:`sae_lens_auxk.resampling`.
 """
 
-import functools
 import warnings
 from dataclasses import replace
 from math import ceil
@@ -16,6 +15,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.dead_latents import threshold_for
+from sae_lens_auxk.saelens import wrap_once
 
 
 def fix_dead_threshold(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
@@ -79,14 +79,9 @@ def fit_to_run(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
 
 def fit_in_every_trainer() -> None:
     """Make SAELens's ``SAETrainer`` call :func:`fit_to_run` when it is made."""
-    trainer_init = SAETrainer.__init__
-    if hasattr(trainer_init, "fits_to_run"):
-        return
 
-    @functools.wraps(trainer_init)
-    def init(self: Any, cfg: SAETrainerConfig, sae: Any, *args: Any, **kwargs: Any) -> None:
-        trainer_init(self, cfg, sae, *args, **kwargs)
+    def init(made: Any, self: Any, cfg: SAETrainerConfig, sae: Any, *args: Any, **kw: Any) -> None:
+        made(self, cfg, sae, *args, **kw)
         fit_to_run(sae, cfg)
 
-    init.fits_to_run = True  # type: ignore[attr-defined]
-    SAETrainer.__init__ = init
+    wrap_once(SAETrainer, "__init__", init)

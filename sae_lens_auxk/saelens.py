@@ -136,7 +136,9 @@ Synthetic models:
     sae_lens.synthetic.eval_sae_on_synthetic_data                    compare/sources.py
 """
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from sae_lens import constants
 
@@ -157,3 +159,20 @@ def whitening_of(scaler: "ActivationScaler") -> "ActivationWhitening | None":
     config refuses that normalisation.
     """
     return getattr(scaler, "whitening", None)
+
+
+def wrap_once(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
+    """Make ``owner.name(...)`` call ``wrapper(method, self, ...)``, with the method as it was.
+
+    Nothing happens to a method that is wrapped already, as when the package is imported anew.
+    """
+    method = getattr(owner, name)
+    if hasattr(method, "wrapped_by_sae_lens_auxk"):
+        return
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(method, self, *args, **kwargs)
+
+    wrapped.wrapped_by_sae_lens_auxk = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

@@ -11,7 +11,6 @@ from sae_lens import SAE
 from sae_lens.config import LoggingConfig
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import SyntheticModelConfig
@@ -470,18 +469,8 @@ def test_every_runner_resamples(tmp_path: Path, put_in_counts: list[tuple[Any, i
     sae = build_config("auxk-topk", **fields)
     no_log = LoggingConfig(log_to_wandb=False)
     MultiSAETrainingRunner(
-        MultiSAETrainingRunnerConfig(
-            saes={"a": sae, "b": build_config("auxk-topk", **fields)},
-            hook_names="blocks.1.hook_resid_pre",
-            context_size=tiny_model.CONTEXT_SIZE,
-            streaming=False,
-            prepend_bos=False,
-            training_tokens=10 * 64,
-            train_batch_size_tokens=64,
-            store_batch_size_prompts=4,
-            n_batches_in_buffer=8,
-            checkpoint_path=None,
-            logger=no_log,
+        tiny_model.multi_sae_config(
+            {"a": sae, "b": build_config("auxk-topk", **fields)}, training_tokens=10 * 64
         ),
         override_model=tiny_model.gpt2(),
         override_dataset=tiny_model.tokens(),

@@ -11,7 +11,6 @@ from sae_lens import SAE, LanguageModelSAERunnerConfig
 from sae_lens.config import LoggingConfig
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import SyntheticModelConfig
@@ -258,23 +257,14 @@ def test_the_trainer_counts_sparse_activations_like_dense_ones(architecture: str
 
 @pytest.mark.oldest
 def test_multi_sae_run(tmp_path: Path) -> None:
-    cfg = MultiSAETrainingRunnerConfig(
-        saes={
+    cfg = tiny_model.multi_sae_config(
+        {
             name: build_config(name, d_in=tiny_model.D_MODEL, d_sae=48, dead_threshold_tokens=200)
             for name in ARCHITECTURES
         },
-        hook_names="blocks.1.hook_resid_pre",
-        context_size=tiny_model.CONTEXT_SIZE,
-        streaming=False,
-        prepend_bos=False,
-        training_tokens=20 * 64,
-        train_batch_size_tokens=64,
-        store_batch_size_prompts=4,
-        n_batches_in_buffer=8,
         n_checkpoints=1,
         checkpoint_path=str(tmp_path / "checkpoints"),
         output_path=str(tmp_path / "output"),
-        logger=LoggingConfig(log_to_wandb=False),
     )
     json.dumps(cfg.to_dict())
     overrides: dict[str, Any] = {

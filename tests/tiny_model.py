@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 D_MODEL = 16
@@ -70,3 +71,20 @@ def run(cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> Any:
         cfg, override_model=gpt2(), override_dataset=tokens(), **overrides
     )
     return runner.run()
+
+
+def multi_sae_config(saes: dict[str, Any], **fields: Any) -> MultiSAETrainingRunnerConfig:
+    """SAELens's config of a short run of several SAEs on the tiny model."""
+    defaults: dict[str, Any] = {
+        "hook_names": "blocks.1.hook_resid_pre",
+        "context_size": CONTEXT_SIZE,
+        "streaming": False,
+        "prepend_bos": False,
+        "training_tokens": 20 * 64,
+        "train_batch_size_tokens": 64,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 8,
+        "checkpoint_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return MultiSAETrainingRunnerConfig(saes=saes, **{**defaults, **fields})

@@ -19,7 +19,7 @@ class Comparison:
 
     Args:
         preset (list[str] | None): Sets of cases, one or more: "saelens" (SAELens's own
-            architecture with its defaults), "variants" (the seven aux variants at their
+            architecture with its defaults), "variants" (the eight aux variants at their
             published coefficients), "biases" (auxk with each aux_bias). None: all three, unless
             cases or aux_variant say what to compare.
         aux_variant (list[str] | None): Further cases: each of these variants with each value of

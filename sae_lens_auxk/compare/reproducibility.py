@@ -48,7 +48,7 @@ class Alive:
 
 @dataclass(frozen=True)
 class Reproducibility:
-    """What is measured of a run; see ``METRICS``, ``PEEKING`` and ``AcrossSeeds``.
+    """The measurements of one run; see ``METRICS``, ``PEEKING`` and ``AcrossSeeds``.
 
     Attributes:
         metrics: of all alive latents.

@@ -100,13 +100,12 @@ def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
                     write_results(folder, _collect(results, comparison, folder))
     finally:
         results = _collect(results, comparison, folder)
-        # Before anything that may fail: what is measured is on the disk by then.
-        write_results(folder, results)
-        report = write_report(results, folder)
-        if comparison.has_one_model:
-            # Not kept in a pass: a seed that is added later changes the numbers of all others.
-            runs = with_reproducibility(results["runs"], folder, comparison.device)
-            results["runs"], results["groups"] = runs, list(groups_of(runs))
+        try:
+            if comparison.has_one_model:
+                # Not kept in a pass: a seed that is added later changes the numbers of all others.
+                runs = with_reproducibility(results["runs"], folder, comparison.device)
+                results["runs"], results["groups"] = runs, list(groups_of(runs))
+        finally:
             write_results(folder, results)
             report = write_report(results, folder)
     return report

@@ -181,13 +181,13 @@ class SyntheticPass:
         batches = rows.split(self.trainer_config.train_batch_size_samples)
         return [self.model.activation_generator(len(batch)).to_sparse() for batch in batches]
 
-    @property
+    @property  # a cached one is no property of the protocol's
     def held_out_features(self) -> list[torch.Tensor]:
         return self._held_out_features
 
     @torch.no_grad()
     def held_out(self) -> torch.Tensor:
-        features = (batch.to_dense() for batch in self._held_out_features)
+        features = (batch.to_dense() for batch in self.held_out_features)
         return torch.cat([self.model.feature_dict(batch) for batch in features])
 
     @property
@@ -202,7 +202,7 @@ class SyntheticPass:
         result = eval_sae_on_synthetic_data(
             sae,
             self.model.feature_dict,
-            SameFeatures(self._held_out_features),  # type: ignore[arg-type]
+            SameFeatures(self.held_out_features),  # type: ignore[arg-type]
             num_samples=self.comparison.eval_samples,
             batch_size=self.trainer_config.train_batch_size_samples,
         )
@@ -256,7 +256,7 @@ class LanguageModel:
         if comparison.dataset_path and Path(comparison.dataset_path).is_dir():
             streaming = given.get("streaming", True)
             self._dataset = load_dataset(
-                comparison.dataset_path or "", split="train", streaming=streaming
+                comparison.dataset_path, split="train", streaming=streaming
             )
 
     @torch.no_grad()

@@ -215,12 +215,7 @@ def _dead(results: Results) -> Iterator[Series]:
         y = [mean(values[at]) for at in x]
         band = None
         if len(runs) > 1:
-            spread = [stdev(values[at]) for at in x]
-            band = (
-                x,
-                [max(v - s, 0.0) for v, s in zip(y, spread, strict=True)],
-                [min(v + s, 1.0) for v, s in zip(y, spread, strict=True)],
-            )
+            band = _band(x, y, [stdev(values[at]) for at in x])
         yield _line(group, results, x, y, band=band)
 
 
@@ -253,9 +248,16 @@ def _by_age(results: Results) -> Iterator[Series]:
                 y.append(mean(known))
                 spread.append(stdev(known) if len(known) > 1 else 0.0)
         if x:
-            low = [max(v - s, 0.0) for v, s in zip(y, spread, strict=True)]
-            high = [min(v + s, 1.0) for v, s in zip(y, spread, strict=True)]
-            yield _line(group, results, x, y, mode="lines+markers", band=(x, low, high))
+            band = _band(x, y, spread)
+            yield _line(group, results, x, y, mode="lines+markers", band=band)
+
+
+def _band(
+    x: Sequence[float], y: Sequence[float], spread: Sequence[float]
+) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+    """x, and the lower and upper end of a band around shares y."""
+    pairs = [(max(v - s, 0.0), min(v + s, 1.0)) for v, s in zip(y, spread, strict=True)]
+    return x, [low for low, _ in pairs], [high for _, high in pairs]
 
 
 def _chance(results: Results) -> str:
