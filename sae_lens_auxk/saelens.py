@@ -84,13 +84,25 @@ Trainers and runners:
     sae_lens.training.activation_scaler.ActivationScaler             compare/sources.py
     sae_lens.training.activation_scaler.ActivationScaler.scaling_factor
                                                                      saved_sae.py
+    sae_lens.training.activations_store.ActivationsStore._get_filtered_multi_hook_llm_batch
+                                                                     compare/sources.py
+    sae_lens.training.activations_store.ActivationsStore._iterate_tokenized_sequences
+                                                                     compare/sources.py
+    sae_lens.training.activations_store.ActivationsStore.dataset
+                                                                     compare/sources.py
     sae_lens.training.activations_store.ActivationsStore.exclude_special_tokens
                                                                      compare/sources.py
     sae_lens.training.activations_store.ActivationsStore.get_batch_tokens
                                                                      compare/sources.py
     sae_lens.training.activations_store.ActivationsStore.get_multi_hook_data_loader
                                                                      compare/sources.py
+    sae_lens.training.activations_store.ActivationsStore.iterable_sequences
+                                                                     compare/sources.py
+    sae_lens.training.activations_store.ActivationsStore.n_dataset_processed
+                                                                     compare/sources.py
     sae_lens.training.activations_store.ActivationsStore.reset_input_dataset
+                                                                     compare/same_data.py
+    sae_lens.training.activations_store.ActivationsStore.shuffle_input_dataset
                                                                      compare/sources.py
     sae_lens.training.sae_trainer.SAETrainer.__init__                run_length.py
     sae_lens.training.sae_trainer.SAETrainer.activation_scaler       compare/train.py

@@ -36,7 +36,7 @@ class Comparison:
         sae (dict): In a configuration file only. Fields of the SAE's config for all cases whose
             architecture has them; a case can override them.
         seeds (list[int]): One pass over the data for each. It seeds the initial weights, the
-            samples, and a synthetic model that has no seed of its own.
+            samples or the order of the text, and a synthetic model without a seed of its own.
         d_sae (int | None): Number of latents. None: 256, for a language model 12288.
         training_samples (int | None): Activations (tokens) that each SAE is trained on. None:
             80000, for a language model 20 million.

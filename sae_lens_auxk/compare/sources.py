@@ -4,9 +4,8 @@ A source belongs to a comparison. It opens a pass for each seed: the batches tha
 the pass share, held-out activations, and the metrics that need more than activations.
 """
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +31,13 @@ from sae_lens.synthetic import (
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.compare.plan import Resolved
+from sae_lens_auxk.compare.same_data import SameFeatures, SamePrompts
 from sae_lens_auxk.validation import nearest, reject
 
 HELD_OUT_SEED = 2**31
 """Added to a pass's seed for its held-out samples: they are not its training samples again."""
+SHUFFLED_ROWS = 10_000
+"""Of a streamed text each row is drawn from the next so many; one on disk is shuffled whole."""
 
 
 class Pass(Protocol):
@@ -67,7 +69,7 @@ class Pass(Protocol):
         ...
 
     def held_out(self) -> torch.Tensor:
-        """(eval_samples, d_in): activations after those that were trained on."""
+        """(eval_samples, d_in): activations that are not trained on."""
         ...
 
     @property
@@ -215,20 +217,6 @@ class SyntheticPass:
         }
 
 
-class SameFeatures:
-    """What SAELens's evaluation asks of a generator of activations, the same ones each time.
-
-    The generator itself would draw them anew for every case, from torch's one global state.
-    """
-
-    def __init__(self, batches: list[torch.Tensor]):
-        self._batches = iter(batches)
-
-    def sample(self, _batch_size: int) -> torch.Tensor:
-        """(n, n_features), the next batch, whatever size is asked for."""
-        return next(self._batches).to_dense()
-
-
 # --- language models -------------------------------------------------------------------------
 
 
@@ -326,23 +314,45 @@ class LanguageModel:
 
 
 class LanguageModelPass:
-    """A language model and its text, read on from batch to batch."""
+    """A language model and its text: the first rows held out, the others in the seed's order."""
 
     def __init__(self, comparison: Resolved, runner: MultiSAETrainingRunner):
         self.trainer_config = runner.cfg.to_sae_trainer_config()
         self.hook_name = next(iter(runner.cfg.hook_names_per_sae.values()))
         self.true_features = None
         self.held_out_features: list[torch.Tensor] = []
-        self._comparison = comparison
         self._runner = runner
-        self._batches = runner.activations_store.get_multi_hook_data_loader()
-        self._tokens: list[torch.Tensor] = []
+        store: Any = runner.activations_store
+        try:
+            self._held_out, self._tokens = self._hold_out(comparison.eval_samples)
+            store.dataset = _after(store.n_dataset_processed + 1, store.dataset)
+        except StopIteration as error:
+            path, n = comparison.dataset_path, comparison.eval_samples
+            raise ValueError(
+                f"dataset_path={path!r} is too short: beside eval_samples={n} tokens and the "
+                "prompts of the CE loss, which are held out, no row is left to train on."
+            ) from error
+        # SAELens does not give its seed to the data set.
+        store.shuffle_input_dataset(runner.cfg.seed, SHUFFLED_ROWS)
+        store.iterable_sequences = store._iterate_tokenized_sequences()
+        self._batches = store.get_multi_hook_data_loader()
+
+    def _hold_out(self, n_rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(n_rows, d_in) activations from the beginning of the text, and the prompts after them."""
+        cfg, store = self._runner.cfg, self._runner.activations_store
+        rows: list[torch.Tensor] = []
+        while sum(len(part) for part in rows) < n_rows:
+            batch = store._get_filtered_multi_hook_llm_batch(raise_on_epoch_end=True)
+            rows.append(batch[self.hook_name].cpu())
+        size = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+        prompts = [store.get_batch_tokens(size, True) for _ in range(cfg.n_eval_batches)]
+        return torch.cat(rows)[:n_rows], prompts
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return iter(self._batches)
 
     def held_out(self) -> torch.Tensor:
-        return _rows(self._batches, self.hook_name, self._comparison.eval_samples)
+        return self._held_out
 
     @property
     def measured_at_once(self) -> int:
@@ -351,9 +361,6 @@ class LanguageModelPass:
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
         """SAELens's CE loss recovered, on the same prompts every time."""
         cfg, store = self._runner.cfg, self._runner.activations_store
-        if not self._tokens:
-            size = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
-            self._tokens = [store.get_batch_tokens(size) for _ in range(cfg.n_eval_batches)]
         excluded = store.exclude_special_tokens
         metrics, _ = run_evals(
             sae,
@@ -368,29 +375,11 @@ class LanguageModelPass:
         return {"ce_loss_recovered": score}
 
 
-class SamePrompts:
-    """What ``run_evals`` asks of SAELens's activation store, with the same prompts each time.
-
-    The store itself reads on, and every case would be measured on other text.
-    """
-
-    def __init__(self, tokens: list[torch.Tensor]):
-        self._tokens = itertools.cycle(tokens)
-        self.store_batch_size_prompts, self.context_size = tokens[0].shape
-
-    def get_batch_tokens(self, _batch_size: int) -> torch.Tensor:
-        """(prompts, context_size), whatever size is asked for."""
-        return next(self._tokens)
-
-    def reset_input_dataset(self) -> None:
-        """SAELens rewinds the text here; there is nothing to rewind."""
-
-
-def _rows(batches: Iterable[dict[str, torch.Tensor]], hook_name: str, n_rows: int) -> torch.Tensor:
-    """(n_rows, d_in): the first rows of some batches."""
-    rows: list[torch.Tensor] = []
-    for batch in batches:
-        rows.append(batch[hook_name].reshape(-1, batch[hook_name].shape[-1]))
-        if sum(len(part) for part in rows) >= n_rows:
-            break
-    return torch.cat(rows)[:n_rows]
+def _after(n_rows: int, dataset: Any) -> Any:
+    """The rows after the first ``n_rows``; a StopIteration if there are none."""
+    try:
+        rest = dataset.skip(n_rows)
+        next(iter(rest))
+    except IndexError as error:  # of a data set on disk
+        raise StopIteration from error
+    return rest

@@ -13,7 +13,8 @@ from sae_lens_auxk.compare import run, sources
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
-from sae_lens_auxk.compare.sources import LanguageModel, SamePrompts
+from sae_lens_auxk.compare.same_data import SamePrompts
+from sae_lens_auxk.compare.sources import LanguageModel
 from sae_lens_auxk.result_files import read_results
 from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
 
@@ -91,6 +92,50 @@ def test_the_middle_is_the_default_place_and_a_wrong_one_is_refused(comparison: 
     wrong = resolve(Comparison(**{**vars(comparison), "hook_name": "blocks.1.hook_resid_prf"}))
     with pytest.raises(ValueError, match="hook_name=.*Did you mean blocks.1.hook_resid_pre"):
         LanguageModel(wrong)
+
+
+def text_of(comparison: Resolved, seed: int, n_batches: int) -> tuple[torch.Tensor, Any]:
+    """The first training prompts of a seed, and its pass."""
+    source = LanguageModel(comparison)
+    config = run.cases_of(comparison)[0].sae_config(comparison, source.d_in)
+    data: Any = source.open(seed, {"": run.build_sae(config, seed)})
+    store = data._runner.activations_store
+    return torch.cat([store.get_batch_tokens() for _ in range(n_batches)]), data
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_seed_has_an_order_of_its_own_that_comes_again(
+    comparison: Resolved, streaming: bool
+) -> None:
+    given = {**comparison.language_model, "streaming": streaming}
+    comparison = replace(comparison, language_model=given)
+    (zero, _), (again, _), (one, _) = (text_of(comparison, seed, 8) for seed in (0, 0, 1))
+    assert torch.equal(zero, again)
+    assert not torch.equal(zero, one)
+    # As many rows are alike as two draws of 32 out of 176 have in common, about 6.
+    in_common = (zero[:, None] == one).all(dim=2).any(dim=1).sum()
+    assert in_common < 16
+
+
+def test_the_held_out_rows_are_the_same_for_every_seed_and_not_trained_on(
+    comparison: Resolved,
+) -> None:
+    (text, zero), (_, one) = (text_of(comparison, seed, 60) for seed in (0, 1))
+    assert torch.equal(zero.held_out(), one.held_out())
+    assert zero.held_out().shape == (200, D_MODEL)
+    # 16 rows of 16 tokens for the 200 activations, read 4 at a time, then 2 times 4 prompts.
+    held_out = torch.tensor(tokens()["tokens"])[:24]
+    assert torch.equal(torch.cat(zero._tokens), held_out[16:])
+    assert torch.equal(torch.cat(one._tokens), held_out[16:])
+    # 60 batches are more than the whole text: it starts over without them.
+    assert not (text[:, None] == held_out).all(dim=2).any()
+
+
+@pytest.mark.parametrize("eval_samples", [16 * 196, 16 * 192, 16 * 188 + 1])
+def test_a_text_that_is_all_held_out_is_refused(comparison: Resolved, eval_samples: int) -> None:
+    short = replace(comparison, eval_samples=eval_samples)
+    with pytest.raises(ValueError, match=f"too short.*eval_samples={eval_samples} tokens"):
+        text_of(short, 0, 1)
 
 
 def test_same_prompts_start_over() -> None:
