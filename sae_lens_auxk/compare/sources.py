@@ -15,7 +15,7 @@ import torch
 from datasets import load_dataset
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.load_model import HookedProxyLM, load_model
+from sae_lens.load_model import load_model
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
@@ -313,24 +313,6 @@ class LanguageModel:
         return LanguageModelPass(comparison, runner)
 
 
-class EndsAtHook:
-    """A Hugging Face model whose forward pass, for activations, ends at the hook.
-
-    SAELens knows the layer to stop after from a transformer-lens name only, and of such a model
-    runs every layer and the head: of SmolLM2-135M at layer 15, most of the time of a step.
-    """
-
-    def __init__(self, model: HookedProxyLM):
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the model; whatever the number, it stops at the last hook that is asked for."""
-        return self._model.run_with_cache(*args, **{**kwargs, "stop_at_layer": 0})
-
-
 class LanguageModelPass:
     """A language model and its text: the first rows held out, the others in the seed's order."""
 
@@ -341,8 +323,6 @@ class LanguageModelPass:
         self.held_out_features: list[torch.Tensor] = []
         self._runner = runner
         store: Any = runner.activations_store
-        if isinstance(runner.model, HookedProxyLM):
-            store.model = EndsAtHook(runner.model)
         try:
             self._held_out, self._tokens = self._hold_out(comparison.eval_samples)
             store.dataset = _after(store.n_dataset_processed + 1, store.dataset)
