@@ -204,7 +204,7 @@ PEEKING = {
         "junk",
         1,
         f"Share of the group whose best cosine with a true feature is below {JUNK}; the cosine "
-        "is signed.",
+        "is signed, but for AbsTopK.",
         percent=True,
         better="down",
     ),
@@ -226,8 +226,8 @@ PEEKING = {
         "split",
         3,
         "How much more of the variance of the nearest true feature's activation the latent and "
-        "one other explain together than the better of the two alone; over latents that are not "
-        "junk.",
+        "one other, both with positive coefficients, explain together than the better of the two "
+        "alone; over latents that are not junk.",
         better="down",
     ),
     "direction_spread": Metric(

@@ -18,6 +18,14 @@ ROWS_PER_CHUNK = 2048
 TINY = 1e-12
 
 
+def has_signed_rows(architecture: str) -> bool:
+    """Whether a decoder row and its negative are different latents.
+
+    They are not where a latent fires in both directions. Elsewhere activations are not negative.
+    """
+    return not architecture.endswith("abstopk")
+
+
 @torch.no_grad()
 def count_firings(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
     """(d_sae,): the number of rows of ``x`` (N, d_in) on which each latent fires."""
@@ -54,7 +62,8 @@ def measure_latents(
         direction_spread: effective share of the rows (participation ratio of ``cos^2(x_b - mean,
             W_i)``) that vary along the latent's direction: small for the direction of a rare
             feature, 1/3 for one without meaning (a Gaussian's).
-        nearest_cosine: cosine of ``W_i`` with the nearest decoder row of another alive latent.
+        nearest_cosine: cosine of ``W_i`` with the nearest decoder row of another alive latent;
+            this and the cosines below are absolute ones in AbsTopK.
 
         With ``true_features``:
 
@@ -82,7 +91,8 @@ def measure_latents(
         share = (rows @ W.T) ** 2 / norms
         shares += share.sum(dim=0)
         squared_shares += (share**2).sum(dim=0)
-    near = W @ directions[alive].T
+    signed = has_signed_rows(sae.cfg.architecture())
+    near = _cosines(W, directions[alive], signed)
     near[latents[:, None] == alive] = -1.0
     measured = {
         "direction_spread": shares**2 / squared_shares.clamp(min=TINY) / x.shape[0],
@@ -92,7 +102,7 @@ def measure_latents(
         return measured
 
     features = torch.nn.functional.normalize(true_features.float(), dim=-1)
-    best, holds = (directions[alive] @ features.T).max(dim=1)
+    best, holds = _cosines(directions[alive], features, signed).max(dim=1)
     best_of_feature = best.new_full((features.shape[0],), -1.0)
     best_of_feature.scatter_reduce_(0, holds, best, "amax")
     own = torch.searchsorted(alive, latents)
@@ -109,9 +119,15 @@ def measure_latents(
     if feature_acts:
         targets = (batch.to_dense()[:, holds[own]].to(x.device) for batch in feature_acts)
         acts = (_encode(sae, rows) for rows in x.split([len(batch) for batch in feature_acts]))
-        gains = split_gain(zip(acts, targets, strict=True), latents)
+        gains = split_gain(zip(acts, targets, strict=True), latents, signed)
         measured["split"] = gains.masked_fill(is_junk, torch.nan)
     return measured
+
+
+def _cosines(a: torch.Tensor, b: torch.Tensor, signed: bool) -> torch.Tensor:
+    """(n, m) of rows at unit length."""
+    cosines = a @ b.T
+    return cosines if signed else cosines.abs()
 
 
 def _encode(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,8 @@ def measure_peeking(
         n_firing: those of them that fire on a row of ``x``; not for a half.
         n_latents: how many different latents the numbers below are from. With fewer than
             MIN_LATENTS all of these are None, and for a comparison group also where there are
-            too few revived latents to compare it with.
+            too few revived latents to compare it with. So is a single one of them that fewer
+            latents have: junk has no split.
         firing_rate: median share of rows that a latent fires on.
         age: median share of the training since the latents came back; 1 if they never died.
 
@@ -137,15 +138,15 @@ def _summary(
 
     A latent that is there several times counts as often.
     """
-    n_latents = members.unique().numel()
-    summary: Numbers = {"n_latents": n_latents}
+    summary: Numbers = {"n_latents": members.unique().numel()}
     at = torch.searchsorted(latents, members)
     for name, of_latents in values.items():
         summary[name] = None
-        if n_latents >= MIN_LATENTS:
-            known = of_latents[at][~of_latents[at].isnan()]
+        is_known = ~of_latents[at].isnan()
+        if members[is_known].unique().numel() >= MIN_LATENTS:
+            known = of_latents[at][is_known]
             middle = known.median() if name in ("firing_rate", "age") else known.mean()
-            summary[name] = middle.item() if len(known) else None
+            summary[name] = middle.item()
     return summary
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc
 
+from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.peeking import MIN_LATENTS
 from sae_lens_auxk.result_files import LIVES_FILENAME
 from sae_lens_auxk.results import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
@@ -82,8 +83,7 @@ def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list
         alive = {i: latents for i, latents in loaded.items() if latents is not None}
         if len(alive) < 2:
             continue
-        # A latent of AbsTopK fires in both directions: with its row negated it is the same.
-        signed = not architecture.endswith("abstopk")
+        signed = has_signed_rows(architecture)
         for i, found in zip(alive, reproducibility([*alive.values()], signed), strict=True):
             peeking = runs[i]["peeking"] or {}
             measured[i] = {

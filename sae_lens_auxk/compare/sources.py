@@ -30,8 +30,10 @@ from sae_lens.synthetic import (
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 
+from sae_lens_auxk.compare.peeking import MAX_LATENTS, NEIGHBOURS
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.same_data import SameFeatures, SamePrompts
+from sae_lens_auxk.compare.split import SPLIT_TENSORS
 from sae_lens_auxk.validation import nearest, reject
 
 HELD_OUT_SEED = 2**31
@@ -194,9 +196,11 @@ class SyntheticPass:
 
     @property
     def measured_at_once(self) -> int:
-        # Most of the time is MCC's, on one core; each holds a few (d_sae, n_features) tensors, here
-        # of no more than 16 GiB in all.
-        bytes_each = 6 * 4 * self.comparison.d_sae * self.true_features.shape[0]
+        # Most of the time is MCC's, on one core. Each holds a few (d_sae, n_features) tensors, or
+        # those of the split, (d_sae, measured latents), here of no more than 16 GiB in all.
+        d_sae, n_features = self.comparison.d_sae, self.true_features.shape[0]
+        n_latents = min(d_sae, (1 + NEIGHBOURS) * MAX_LATENTS)
+        bytes_each = 4 * d_sae * max(6 * n_features, SPLIT_TENSORS * n_latents)
         return max(1, min(8, os.cpu_count() or 1, 2**34 // bytes_each))
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:

@@ -12,18 +12,24 @@ import torch
 TINY = 1e-12
 COLLINEAR = 1e-4
 """A latent with less of its variance left beside another one adds nothing to it."""
+SPLIT_TENSORS = 14
+"""At most so many float32 tensors (n, d_sae) are held at once."""
 
 
 @torch.no_grad()
 def split_gain(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], latents: torch.Tensor
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    latents: torch.Tensor,
+    signed: bool = True,
 ) -> torch.Tensor:
     """How much better two latents explain a target than the better of them alone.
 
     For each latent i with target y it is ``R2(y; i, j) - max(R2(y; i), R2(y; j))``, where R2 is the
     share of y's variance that least squares with a constant explains, and the partner j is the
-    latent that adds most to i. Every second row chooses the partner and the others measure, since
-    the best of many partners explains some noise on the rows that it was chosen on.
+    latent that adds most to i. Both must have positive coefficients: a suppressor, which only takes
+    away what the other has too much, holds no part of the target. Every second row chooses the
+    partner and the others measure, since the best of many partners explains some noise on the rows
+    that it was chosen on.
 
     Compared with i alone, a corrector and a poor copy of another latent would look split: their
     partner then explains all of the target.
@@ -34,11 +40,13 @@ def split_gain(
             the nearest one, without them for instance that of the nearest latent of an SAE
             trained with another seed.
         latents: (n,) int64.
+        signed: whether coefficients must be positive. Of latents that fire in both directions, none
+            has a sign that tells a part from a suppressor, so there suppressors count.
 
     Returns:
-        (n,) gains between 0 and 1/2; NaN where the target does not vary.
+        (n,) gains between 0 and 1; NaN where the target does not vary.
     """
-    choose, judge = _Moments(latents), _Moments(latents)
+    choose, judge = _Moments(latents, signed), _Moments(latents, signed)
     for acts, targets in batches:
         choose.add(acts[::2], targets[::2])
         judge.add(acts[1::2], targets[1::2])
@@ -46,20 +54,30 @@ def split_gain(
     own, added, alone = judge.own(), judge.added(), judge.alone()
     both = own + added.gather(1, partner).squeeze(1)
     gain = both - torch.maximum(own, alone.gather(1, partner).squeeze(1))
-    return gain.masked_fill(judge.target_variance <= 0, torch.nan)
+    # Where the partner may not be used, the better one alone can be the partner.
+    return gain.clamp(min=0).masked_fill(judge.target_variance <= 0, torch.nan)
 
 
 class _Moments:
-    """Sums over rows, and from them shares of the targets' variance, centred."""
+    """Sums over rows, and from them shares of the targets' variance, centred.
 
-    def __init__(self, latents: torch.Tensor) -> None:
+    Sums of squares lose a variance that is small beside the mean, so all are taken about the means
+    of the first batch.
+    """
+
+    def __init__(self, latents: torch.Tensor, signed: bool) -> None:
         self.latents = latents
+        self.signed = signed
         self.row = torch.arange(latents.numel(), device=latents.device)
         self.n_rows = 0
         self.sums: list[torch.Tensor] = []
+        self.about: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, acts: torch.Tensor, targets: torch.Tensor) -> None:
         c, y = acts.float(), targets.float()
+        if self.about is None:
+            self.about = c.mean(0), y.mean(0)
+        c, y = c - self.about[0], y - self.about[1]
         own = c[:, self.latents]
         sums = [c.sum(0), y.sum(0), (c**2).sum(0), (y**2).sum(0), y.T @ c, own.T @ c]
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
@@ -99,8 +117,12 @@ class _Moments:
         with_target, with_own, variance = self.with_target, self.with_own, self.variance
         slope = with_own / variance[self.latents].clamp(min=TINY)[:, None]
         left = variance - slope * with_own
-        new = with_target - slope * with_target[self.row, self.latents][:, None]
+        target_of_own = with_target[self.row, self.latents][:, None]
+        new = with_target - slope * target_of_own
         added = new**2 / (left * self.target_variance[:, None]).clamp(min=TINY)
         added[left <= COLLINEAR * variance] = 0.0
         added[self.row, self.latents] = 0.0
+        if self.signed:
+            of_own = target_of_own - with_own / variance.clamp(min=TINY) * with_target
+            added[(new <= 0) | (of_own <= 0)] = 0.0
         return added

@@ -217,3 +217,14 @@ def test_auc_by_hand() -> None:
     values = torch.tensor([3.0, 1.0, 2.0, 1.0, torch.nan])
     assert auc(values, torch.tensor([True, True, False, False, True])) == 0.625
     assert auc(values, torch.zeros(5, dtype=torch.bool)) is None
+
+
+def test_the_sign_of_a_row_counts_only_where_activations_are_not_negative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = torch.cat([-torch.eye(8), 0.5 * torch.eye(8)])
+    sae, x = orthogonal(decoder, torch.eye(8).repeat(2, 1))
+    monkeypatch.setattr(sae.cfg, "architecture", lambda: "abstopk")
+    measured = measure(sae, x, torch.eye(8))
+    assert measured["junk_share"].sum() == 0
+    assert measured["nearest_cosine"].tolist() == pytest.approx([1] * 16)

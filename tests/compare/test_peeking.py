@@ -86,6 +86,12 @@ def test_split_is_averaged_over_latents_that_are_not_junk() -> None:
         sae, x, true_features=torch.eye(24), feature_acts=acts, **halved(24, 12)
     )
     assert measured["revived"]["split"] is not None
+    decoder[3:8] *= -1  # 8 of 12 are junk now, which leaves fewer than MIN_LATENTS
+    measured = measure_peeking(
+        sae, x, true_features=torch.eye(24), feature_acts=acts, **halved(24, 12)
+    )
+    assert measured["revived"]["junk_share"] == pytest.approx(8 / 12)
+    assert measured["revived"]["split"] is None
     decoder[:12] = -torch.eye(24)[:12]
     measured = measure_peeking(
         sae, x, true_features=torch.eye(24), feature_acts=acts, **halved(24, 12)

@@ -369,6 +369,18 @@ def test_with_one_k_explained_variance_is_drawn_by_case() -> None:
         assert "pareto" in {figure.name for figure in figures_of(fake_results(ks=ks))}
 
 
+def test_random_directions_are_found_more_often_where_a_row_has_no_sign() -> None:
+    def caption(architecture: str) -> str:
+        results = fake_results(architectures=(architecture,), ks=(25,))
+        for run in results["runs"]:
+            run["sae_config"] |= {"d_sae": 24, "d_in": 12}
+        (text,) = (f.caption for f in figures_of(results) if f.name == "found_again")
+        return text
+
+    assert "at most 8.9% would" in caption("auxk-topk")
+    assert "at most 17% would" in caption("auxk-abstopk")
+
+
 def test_found_again_by_group_and_by_age() -> None:
     results = fake_results(ks=(25,), ground_truth=False)
     made = {figure.name: figure for figure in figures_of(results)}

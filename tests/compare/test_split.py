@@ -85,3 +85,28 @@ def test_each_latent_has_its_own_target() -> None:
     gains = split_gain([(acts, torch.stack([y, z], dim=1))], torch.tensor([1, 0]))
     assert gains[0] > 0.3
     assert gains[1] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_suppressor_is_no_part_of_a_feature() -> None:
+    """One latent holds the feature and an error, and the other the error: their difference."""
+    y = feature()
+    error = noise() * (1 + torch.rand(N))
+    for own, other in ((y + error, error), (error, y + error)):
+        assert gain([own, noise(), other], y) == pytest.approx(0, abs=1e-3)
+    acts = torch.stack([y + error, error], dim=1)
+    either_sign = split_gain([(acts, y[:, None])], torch.tensor([0]), signed=False)
+    assert either_sign > 0.3
+
+
+def test_two_latents_that_explain_little_alone_can_have_a_gain_of_nearly_one() -> None:
+    y = feature()
+    z = 20 * torch.rand(N)
+    assert gain([y + z, y + 20 - z], y) > 0.9
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    y = feature()
+    weak, strong = y * (y < 1.5), y * (y >= 1.5)
+    expected = gain([weak, noise(), strong], y)
+    shifted = gain([weak + 1000, noise() + 1000, strong + 1000], y + 1000)
+    assert shifted == pytest.approx(expected, abs=2e-3)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.report.vocabulary import (
     ACROSS_SEEDS,
     colours,
@@ -263,7 +264,11 @@ def _band(
 def _chance(results: Results) -> str:
     """What random directions would have, at most: as if all latents of the largest were alive."""
     shares = [
-        by_chance(run["sae_config"]["d_sae"], run["sae_config"]["d_in"])["found_again"]
+        by_chance(
+            run["sae_config"]["d_sae"],
+            run["sae_config"]["d_in"],
+            has_signed_rows(run["architecture"]),
+        )["found_again"]
         for run in results["runs"]
         if run["status"] == "finished"
     ]
