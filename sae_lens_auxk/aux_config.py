@@ -74,9 +74,12 @@ class AuxConfig:
         resample_every_steps (int | None): After every so many training steps dead latents start
             anew from rows of the batch that are reconstructed badly (Bricken et al. 2023, who took
             25000), beside the auxiliary loss. Dead is what dead_criterion says, but for "batch":
-            tokens are counted then. None: never.
+            tokens are counted then. SAELens's trainers put them in; a training loop of your own
+            has to call sae_lens_auxk.resample, and is warned where it does not. None: never.
         resample_stop_step (int | None): The last training step, counted from 1, that dead latents
-            may be resampled after (Bricken et al. 2023: 100000). None: the end of the run.
+            may be resampled after (Bricken et al. 2023: 100000). None: the one that leaves a
+            resampled latent a whole dead window before the run ends, fixed when the trainer is
+            made and written into the saved metadata.
     """
 
     aux_variant: str = "auxk"

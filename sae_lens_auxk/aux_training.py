@@ -19,6 +19,7 @@ from typing_extensions import override
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, DeadCriterion
 from sae_lens_auxk.dead_latents import (
     DeadCountAhead,
+    agree_on_dead,
     count_from_bytes,
     count_to_bytes,
     count_tokens,
@@ -29,7 +30,7 @@ from sae_lens_auxk.dead_latents import (
 from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usable_rows
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 from sae_lens_auxk.ops.activations import unflatten
-from sae_lens_auxk.resampling import NewLatents, new_latents
+from sae_lens_auxk.resampling import NewLatents, new_latents, warn_if_never_put_in
 from sae_lens_auxk.step_data import AuxStepInput, AuxStepOutput
 from sae_lens_auxk.targets import Targets, targets_of
 
@@ -87,6 +88,7 @@ class AuxTraining(_Base):
         self._dead_count_ahead = DeadCountAhead()
         self._steps_before_run = 0
         self._loaded = False
+        self.drawn_at: int | None = None  # the step whose new latents are not put in yet
 
     # --- a step ------------------------------------------------------------------------------
 
@@ -115,6 +117,8 @@ class AuxTraining(_Base):
         if not again:
             self._count_bad_rows(usable, step_input.n_training_steps)
         step = self._schedule_step(step_input)
+        if self.cfg.resolved_dead_criterion == "steps":
+            agree_on_dead(step_input, self.cfg.d_sae)
         aux_input = AuxStepInput(**vars(step_input), usable=usable, again=again, step=step)
         aux_input.sae_in = replace_rows(flat, usable)
 
@@ -327,18 +331,13 @@ class AuxTraining(_Base):
     @never_compiled
     def _new_latents(self, step_input: AuxStepInput, output: TrainStepOutput) -> NewLatents | None:
         """What dead latents start anew from after this step, where they do."""
-        if step_input.again or not self.cfg.resamples_after(step_input.step):
+        if step_input.again:
             return None
-        if self.cfg.resolved_dead_criterion == "steps":
-            dead = step_input.dead_neuron_mask  # from before this step
-            if dead is not None:
-                dead = dead & ~fired_in_batch(output.feature_acts, self.by_magnitude)
-        else:  # "batch", too: of the latents that are silent in one batch most are alive
-            dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
-        if dead is None:
+        warn_if_never_put_in(self, step_input.step)
+        if not self.cfg.resamples_after(step_input.step):
             return None
         target = self._targets(step_input, output.sae_out)
-        return new_latents(self, target, step_input.usable.mask, dead, step_input.step)
+        return new_latents(self, target, step_input, output.feature_acts)
 
     # --- schedules and checkpoints -----------------------------------------------------------
 

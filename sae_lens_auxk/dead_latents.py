@@ -8,6 +8,7 @@ the same at every batch size (Gao et al. 2024 count 10 million tokens).
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import TrainStepInput
 from torch.distributed import is_available
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,6 +66,34 @@ def over_ranks(
     both = torch.cat([fired.long(), n_tokens.view(1)])
     torch.distributed.all_reduce(both, group=group)
     return both[:-1] > 0, both[-1]
+
+
+@torch.no_grad()
+def dead_on_all_ranks(dead: torch.Tensor, group: Any) -> torch.Tensor:
+    """(d_sae,) bool: the latents that are dead on every rank of a process group.
+
+    Args:
+        dead: (d_sae,) bool, those that are on this rank.
+        group: the group.
+    """
+    least = dead.to(torch.uint8)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group)
+    return least.bool()
+
+
+@torch.compiler.disable()
+def agree_on_dead(step_input: TrainStepInput, d_sae: int) -> None:
+    """Replace SAELens's mask of dead latents by what all ranks agree on, if there are ranks.
+
+    A rank without a mask has no dead latent, and asks the others all the same: they wait for it.
+    The mask is replaced in the caller's own input. Gradient checkpointing hands that in again, in
+    the backward pass, where no rank can be asked.
+    """
+    if (ranks := ranks_of_step()) is not None:
+        dead = step_input.dead_neuron_mask
+        if dead is None:
+            dead = torch.zeros(d_sae, dtype=torch.bool, device=step_input.sae_in.device)
+        step_input.dead_neuron_mask = dead_on_all_ranks(dead, ranks)
 
 
 @torch.no_grad()

@@ -28,16 +28,24 @@ Deviations from the source:
   gets their whole mean length.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_auxk.dead_latents import ranks_of_step
+from sae_lens_auxk.dead_latents import dead_on_all_ranks, fired_in_batch, ranks_of_step
 from sae_lens_auxk.saelens import wrap_once
 from sae_lens_auxk.targets import Targets
 
 METRIC = "resampled_latents"
+
+# Of torch's own optimizers. Others' are added by their names, not by their shapes: schedule-free
+# ones keep a copy of the weights, "z", and 8-bit ones keep quantised moments.
+MOMENTS = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+    *("square_avg", "grad_avg", "acc_delta", "sum"),
+}
 
 
 class NewLatents(NamedTuple):
@@ -56,26 +64,51 @@ class NewLatents(NamedTuple):
 
 @torch.no_grad()
 def new_latents(
-    sae: Any, target: Targets, usable: torch.Tensor, dead: torch.Tensor, step: int
+    sae: Any, target: Targets, step_input: Any, feature_acts: torch.Tensor
 ) -> NewLatents | None:
     """What dead latents of an SAE start anew from after a training step.
 
     Args:
         sae: one of this package's.
         target: the step's.
-        usable: (B,) bool, the rows that may be drawn.
-        dead: (d_sae,) bool.
-        step: the training step, which seeds the draw, so that a resumed run makes the same one.
+        step_input: an ``AuxStepInput``. Its step seeds the draw, so that a resumed run makes the
+            same one.
+        feature_acts: (B, d_sae) the step's activations, dense or sparse COO.
 
     Returns:
         See :func:`resampled`.
     """
+    ranks = ranks_of_step()
+    if sae.cfg.resolved_dead_criterion == "steps":
+        dead = step_input.dead_neuron_mask  # from before this step
+        if dead is None:  # on no rank: see agree_on_dead
+            return None
+        dead = dead & ~fired_in_batch(feature_acts, sae.by_magnitude)
+        dead = dead if ranks is None else dead_on_all_ranks(dead, ranks)
+    else:  # "batch", too: of the latents that are silent in one batch most are alive
+        dead = sae.tokens_since_fired >= sae.cfg.resolved_dead_threshold_tokens
     # Times the scale, which changes no direction and may be 0.
     inputs = target.x - sae.b_dec * (1 if target.scale is None else target.scale)
-    losses = target.residual.square().sum(dim=-1).where(usable, 0)
-    if (ranks := ranks_of_step()) is not None:
+    losses = target.residual.square().sum(dim=-1).where(step_input.usable.mask, 0)
+    if ranks is not None:
         inputs, losses = (_of_all_ranks(rows, ranks) for rows in (inputs, losses))
-    return resampled(inputs, losses, dead, sae.W_enc, sae.W_dec, sae.resampled_length, step)
+    step, length = step_input.step, sae.resampled_length
+    new = resampled(inputs, losses, dead, sae.W_enc, sae.W_dec, length, step)
+    sae.drawn_at = None if new is None else step
+    return new
+
+
+def warn_if_never_put_in(sae: Any, step: int) -> None:
+    """Warn if an earlier step has drawn new latents and the training loop left them there."""
+    if sae.drawn_at is not None and step > sae.drawn_at:
+        sae.drawn_at = None
+        # Without a number, so that Python shows it once.
+        warnings.warn(
+            "resample_every_steps is set, but this training loop resamples nothing: a loop that "
+            "does not go through SAELens's SAETrainer.step has to call "
+            "sae_lens_auxk.resample(output, sae, optimizer) after the optimizer's step",
+            stacklevel=2,
+        )
 
 
 def _of_all_ranks(rows: torch.Tensor, group: Any) -> torch.Tensor:
@@ -114,7 +147,7 @@ def resampled(
     """
     norms = inputs.norm(dim=-1, keepdim=True)
     can_be_drawn = (norms.squeeze(1) > 0) & losses.isfinite()
-    drawable = losses.where(can_be_drawn, 0).double().cpu()
+    drawable = losses.where(can_be_drawn, 0).cpu().double()  # MPS has no float64
     # Without the quotient a square may overflow. All NaN where no input can be drawn.
     probabilities = (drawable / drawable.max()).square()
     latents = dead.nonzero().squeeze(1)[: int((probabilities > 0).sum())]
@@ -149,19 +182,44 @@ def put_in(new: NewLatents, sae: Any, optimizer: torch.optim.Optimizer) -> None:
         new: the latents.
         sae: one of this package's.
         optimizer: the one of its parameters, after its step.
+
+    Raises:
+        ValueError: as :func:`moments_of`; nothing is changed then.
     """
+    moments = moments_of(sae, optimizer)
     sae.W_enc.index_copy_(1, new.latents, new.encoder.T.to(sae.W_enc.dtype))
     sae.W_dec.index_copy_(0, new.latents, new.decoder.to(sae.W_dec.dtype))
-    columns = {sae.W_enc: 1, sae.W_dec: 0}
     for name, value in sae.initial_biases().items():
-        bias = getattr(sae, name)
-        bias.index_fill_(0, new.latents, value)
-        columns[bias] = 0
-    for parameter, dim in columns.items():
-        for state in optimizer.state.get(parameter, {}).values():
-            if isinstance(state, torch.Tensor) and state.shape == parameter.shape:
-                state.index_fill_(dim, new.latents, 0)
+        getattr(sae, name).index_fill_(0, new.latents, value)
+    for moment, dim in moments:
+        moment.index_fill_(dim, new.latents, 0)
     sae.tokens_since_fired.index_fill_(0, new.latents, 0)
+    sae.drawn_at = None
+
+
+def moments_of(sae: Any, optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, int]]:
+    """The moments that an optimizer keeps of an SAE's latents, each with the latents' dimension.
+
+    Raises:
+        ValueError: it keeps anything else for single weights.
+    """
+    moments: list[tuple[torch.Tensor, int]] = []
+    for name in ("W_enc", "W_dec", *sae.initial_biases()):
+        parameter = getattr(sae, name)
+        for key, state in optimizer.state.get(parameter, {}).items():
+            if not isinstance(state, torch.Tensor) or state.numel() == 1:
+                continue  # a count of steps
+            # Quantised tensors have a type of their own, or integers in them.
+            plain = type(state) is torch.Tensor and state.is_floating_point()
+            if key not in MOMENTS or not plain or state.shape != parameter.shape:
+                raise ValueError(
+                    f"resample_every_steps={sae.cfg.resample_every_steps} does not go with the "
+                    f"optimizer {type(optimizer).__name__}, which keeps {key!r} {state.dtype} "
+                    f"{tuple(state.shape)} of {name} {tuple(parameter.shape)}; allowed are "
+                    f"moments, floating-point and of the parameter's shape: {sorted(MOMENTS)}"
+                )
+            moments.append((state, 1 if name == "W_enc" else 0))
+    return moments
 
 
 def resample(output: Any, sae: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -174,22 +232,45 @@ def resample(output: Any, sae: Any, optimizer: torch.optim.Optimizer) -> None:
         output: the step's output, of any SAE; gets the metric ``resampled_latents``.
         sae: the SAE.
         optimizer: the one of its parameters.
+
+    Raises:
+        ValueError: resampling is on and the optimizer keeps something that cannot be reset, at the
+            first step and not at the first resampling. See :func:`moments_of`.
     """
+    if _resamples(sae):
+        moments_of(sae, optimizer)
     new = getattr(output, "new_latents", None)
     if new is not None:
         put_in(new, sae, optimizer)
         output.metrics[METRIC] = len(new.latents)
 
 
+def _resamples(sae: Any) -> bool:
+    return getattr(sae.cfg, "resample_every_steps", None) is not None
+
+
 def resample_in_every_trainer() -> None:
-    """Make SAELens's ``SAETrainer.step`` end with :func:`resample`.
+    """Make SAELens's ``SAETrainer.step`` end with :func:`resample`, and its log have the count.
 
     Around the step instead of in a hook of the optimizer, since a hook sees nothing of the step.
+    SAELens logs one step in many, so the log gets the sum over the steps since the one before. The
+    sum is not in a checkpoint: a resumed run begins with 0.
     """
 
     def step(trainer_step: Any, self: Any, batch: torch.Tensor) -> Any:
         output = trainer_step(self, batch)
         resample(output, self.sae, self.optimizer)
+        if _resamples(self.sae):
+            before = getattr(self, "resampled_since_log", 0)
+            self.resampled_since_log = before + output.metrics.get(METRIC, 0)
         return output
 
+    def log(build_log: Any, self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        entries: dict[str, Any] = build_log(self, *args, **kwargs)
+        if _resamples(self.sae):
+            entries[f"metrics/{METRIC}"] = getattr(self, "resampled_since_log", 0)
+            self.resampled_since_log = 0
+        return entries
+
     wrap_once(SAETrainer, "step", step)
+    wrap_once(SAETrainer, "build_train_step_log_dict", log)

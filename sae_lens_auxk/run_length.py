@@ -1,4 +1,4 @@
-"""Fits dead latents to the length of a run, when its trainer is made.
+"""Fits dead latents and their resampling to the length of a run, when its trainer is made.
 
 SAELens gives a training SAE no view of the run's length, but every one of its runners makes a
 ``SAETrainer``. What it is made by is wrapped here; the only other wraps are in
@@ -53,15 +53,40 @@ def warn_if_no_latent_can_die(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> 
         )
 
 
-def warn_if_never_resampled(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> None:
-    """Warn if the run ends before its first resampling, naming both numbers."""
+def fix_last_resampling(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
+    """Replace ``resample_stop_step=None`` in the SAE's config by the number for this run.
+
+    That is the dead window before the run's last step. A latent that is resampled later is saved
+    before anyone can say whether it is dead again, at worst without a single step of training.
+    Where this is before the first resampling there is none (``resample_every_steps=None``), which
+    causes a warning that names both numbers. A ``resample_stop_step`` that is given stays.
+
+    The config is copied, as in :func:`fix_dead_threshold`, which has to come first.
+    """
+    cfg: Any = sae.cfg
     every, n_steps = cfg.resample_every_steps, _n_steps(trainer_cfg)
-    if every is not None and every > n_steps:
+    if every is None:
+        return
+    window = _dead_window(cfg, trainer_cfg) if cfg.resample_stop_step is None else 0
+    last = max(0, n_steps - window)
+    if every > last:
+        less = f", less the dead window of {window}" if window else ""
         warnings.warn(
-            f"resample_every_steps={every} is longer than this run of {n_steps} training steps: "
-            "no latent will be resampled",
+            f"resample_every_steps={every} is more than {last}, the last step of this run that "
+            f"latents may be resampled after ({n_steps} training steps{less}): no latent will be "
+            "resampled",
             stacklevel=4,
         )
+    if cfg.resample_stop_step is None:
+        fitted = {"resample_stop_step": last} if every <= last else {"resample_every_steps": None}
+        sae.cfg = replace(cfg, **fitted)
+
+
+def _dead_window(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> int:
+    """Training steps of silence after which a latent may be resampled."""
+    if cfg.resolved_dead_criterion == "steps":
+        return trainer_cfg.dead_feature_window
+    return ceil(cfg.resolved_dead_threshold_tokens / trainer_cfg.train_batch_size_samples)
 
 
 def _n_steps(trainer_cfg: SAETrainerConfig) -> int:
@@ -74,7 +99,7 @@ def fit_to_run(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
     if isinstance(sae.cfg, AuxConfig):
         fix_dead_threshold(sae, trainer_cfg)
         warn_if_no_latent_can_die(sae.cfg, trainer_cfg)
-        warn_if_never_resampled(sae.cfg, trainer_cfg)
+        fix_last_resampling(sae, trainer_cfg)
 
 
 def fit_in_every_trainer() -> None:

@@ -12,9 +12,10 @@ looks every one of them up, so that a release without one fails by its name.
 What an SAE is made of:
 
     sae_lens.saes.sae.SAEMetadata                                    aux_config.py
-    sae_lens.saes.sae.TrainStepInput                                 aux_training.py step_data.py
-    sae_lens.saes.sae.TrainStepInput.sae_in                          aux_training.py
-    sae_lens.saes.sae.TrainStepInput.dead_neuron_mask                aux_training.py
+    sae_lens.saes.sae.TrainStepInput                aux_training.py dead_latents.py step_data.py
+    sae_lens.saes.sae.TrainStepInput.sae_in                          aux_training.py dead_latents.py
+    sae_lens.saes.sae.TrainStepInput.dead_neuron_mask
+                                                      aux_training.py dead_latents.py resampling.py
     sae_lens.saes.sae.TrainStepInput.n_training_steps                aux_training.py
     sae_lens.saes.sae.TrainStepOutput
                                                      aux_training.py sparse_topk.py step_data.py
@@ -106,6 +107,8 @@ Trainers and runners:
                                                                      compare/sources.py
     sae_lens.training.sae_trainer.SAETrainer.__init__                run_length.py
     sae_lens.training.sae_trainer.SAETrainer.activation_scaler       compare/train.py
+    sae_lens.training.sae_trainer.SAETrainer.build_train_step_log_dict
+                                                                     resampling.py
     sae_lens.training.sae_trainer.SAETrainer.log_feature_sparsity    compare/run.py
     sae_lens.training.sae_trainer.SAETrainer.n_forward_passes_since_fired
                                                                      compare/train.py

@@ -2,24 +2,14 @@
 
 import copy
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
-from sae_lens.config import LoggingConfig
-from sae_lens.multi_sae_training_runner import (
-    MultiSAETrainingRunner,
-)
-from sae_lens.saes.sae import TrainingSAE
-from sae_lens.synthetic import SyntheticModelConfig
-from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
 from torch.utils.checkpoint import checkpoint
 
-from sae_lens_auxk import resample, resampling, runner_config
+from sae_lens_auxk import resample
 from sae_lens_auxk.resampling import NewLatents, put_in, resampled
-from tests import tiny_model
 from tests.helpers import (
     ARCHITECTURES,
     TOPK_ARCHITECTURES,
@@ -54,19 +44,6 @@ def per_latent(sae: Any) -> dict[str, torch.Tensor]:
     parameters = dict(sae.named_parameters())
     del parameters["b_dec"]
     return {name: p.T if name == "W_enc" else p for name, p in parameters.items()}
-
-
-@pytest.fixture
-def put_in_counts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
-    """The SAEs that got new latents, and how many."""
-    counts: list[tuple[Any, int]] = []
-
-    def counted(new: NewLatents, sae: Any, optimizer: Any) -> None:
-        counts.append((sae, len(new.latents)))
-        put_in(new, sae, optimizer)
-
-    monkeypatch.setattr(resampling, "put_in", counted)
-    return counts
 
 
 # --- by value --------------------------------------------------------------------------------
@@ -220,6 +197,19 @@ def test_where_all_latents_are_dead_their_own_lengths_count() -> None:
     torch.testing.assert_close(new.decoder.norm(dim=1), torch.full((2,), 6.0))
 
 
+def test_float64_is_only_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has none."""
+    moved: list[torch.dtype] = []
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor.dtype)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    assert draw(torch.ones(4), torch.tensor([False, True]), torch.eye(4)) is not None
+    assert moved == [torch.float32]
+
+
 def test_bad_rows_are_not_drawn() -> None:
     sae = sae_with_dead("auxk-topk", resample_every_steps=1)
     x = torch.randn(12, 8)
@@ -290,73 +280,6 @@ def test_dead_latents_are_revived(architecture: str, variant: str) -> None:
 # --- around a step ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", ["tokens", "steps"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_resumed_run_is_bit_equal_to_one_never_interrupted(
-    architecture: str,
-    criterion: str,
-    tmp_path: Path,
-    put_in_counts: list[tuple[Any, int]],
-) -> None:
-    fields: dict[str, Any] = {
-        "dead_criterion": criterion,
-        "dead_threshold_tokens": 200,
-        "dead_feature_window": 3,
-        # Where a latent fires by itself, the first resampling leaves none for another one.
-        "resample_every_steps": 12,
-    }
-    if "topk" in architecture:
-        fields.update(k=4, resample_every_steps=4)
-    if "matryoshka" in architecture:
-        fields.update(matryoshka_widths=[12, 24, 48], use_matryoshka_aux_loss=True)
-
-    def config(**more: Any) -> Any:
-        return runner_config(architecture, **tiny_model.run_fields(**fields, **more))
-
-    torch.manual_seed(1)
-    sae = TrainingSAE.from_dict(config().sae.to_dict())
-    kill_latents(sae, 15)
-    start = {name: value.clone() for name, value in sae.state_dict().items()}
-    whole = tiny_model.run(config(n_checkpoints=1, checkpoint_path=str(tmp_path)), override_sae=sae)
-    n_resampled = [n for _, n in put_in_counts]
-    path = next(tmp_path.glob("*/*"))
-    assert 8 < int(path.name) // 64 < 12
-    other = copy.deepcopy(whole)
-    other.load_state_dict(start)
-    torch.manual_seed(2)
-    resumed = tiny_model.run(config(resume_from_checkpoint=str(path)), override_sae=other)
-    n_after = [n for _, n in put_in_counts][len(n_resampled) :]
-    assert n_after
-    assert n_resampled[-len(n_after) :] == n_after
-    assert len(n_resampled) > len(n_after) or "topk" not in architecture
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("architecture", ["auxk-topk", "auxk-jumprelu"])
-def test_compiled_run_equals_an_eager_one(
-    architecture: str, put_in_counts: list[tuple[Any, int]]
-) -> None:
-    more: dict[str, Any] = {"k": 4} if architecture == "auxk-topk" else {}
-    fields = tiny_model.run_fields(
-        **more,
-        training_tokens=8 * 64,
-        dead_threshold_tokens=200,
-        resample_every_steps=4,
-        resample_stop_step=4,
-    )
-    saes = []
-    for compile_sae in (False, True):
-        torch.manual_seed(0)
-        cfg = runner_config(architecture, **fields, compile_sae=compile_sae)
-        sae = TrainingSAE.from_dict(cfg.sae.to_dict())
-        kill_latents(sae, 15)
-        saes.append(tiny_model.run(cfg, override_sae=sae))
-    assert [n for _, n in put_in_counts] == 2 * [put_in_counts[0][1]]
-    for (name, p), q in zip(saes[0].named_parameters(), saes[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_checkpointing_draws_once(architecture: str) -> None:
     x = torch.randn(16, 8)
@@ -397,98 +320,6 @@ def test_autocast_and_half_precision(architecture: str, dtype: str) -> None:
     )
 
 
-class StepOutput(torch.nn.Module):
-    """What DistributedDataParallel wraps: its forward is the training step."""
-
-    def __init__(self, sae: Any):
-        super().__init__()
-        self.sae = sae
-
-    def forward(self, x: torch.Tensor, step: int) -> Any:
-        output = self.sae.training_forward_pass(step_input(x, step=step))
-        return output.loss, output
-
-
-def train_on_a_rank(rank: int, n_ranks: int, folder: str, architecture: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks
-    )
-    try:
-        torch.manual_seed(0)
-        sae = sae_with_dead(architecture, resample_every_steps=2)
-        model = torch.nn.parallel.DistributedDataParallel(
-            StepOutput(sae), find_unused_parameters=True
-        )
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-        for step, x in enumerate(torch.randn(4, 8 * n_ranks, 8)):
-            loss, output = model(x.chunk(n_ranks)[rank], step)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            resample(output, sae, optimizer)
-            if step == 1:
-                torch.save(output.new_latents._asdict(), f"{folder}/{rank}-new.pt")
-        torch.save(sae.state_dict(), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_ranks_resample_the_same_latents_from_the_rows_of_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_on_a_rank, (2, str(tmp_path), "auxk-topk"), nprocs=2)
-    drawn, states = (
-        [torch.load(tmp_path / f"{rank}{kind}.pt") for rank in (0, 1)] for kind in ("-new", "")
-    )
-    for a, b in (drawn, states):
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    torch.manual_seed(0)
-    sae = sae_with_dead("auxk-topk", resample_every_steps=2)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    for step, x in enumerate(torch.randn(4, 16, 8)[:2]):
-        output = forward(sae, x, step=step)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert torch.equal(output.new_latents.latents, drawn[0]["latents"])
-    torch.testing.assert_close(output.new_latents.decoder, drawn[0]["decoder"])
-
-
 def test_other_saes_go_through_the_trainer_as_before() -> None:
     sae = build_sae("topk")
     assert "resampled_latents" not in build_trainer(sae).step(torch.randn(16, 8)).metrics
-
-
-@pytest.mark.oldest
-def test_every_runner_resamples(tmp_path: Path, put_in_counts: list[tuple[Any, int]]) -> None:
-    fields: dict[str, Any] = {
-        "d_in": tiny_model.D_MODEL,
-        "d_sae": 48,
-        "k": 2,
-        "dead_threshold_tokens": 100,
-        "resample_every_steps": 3,
-    }
-    sae = build_config("auxk-topk", **fields)
-    no_log = LoggingConfig(log_to_wandb=False)
-    MultiSAETrainingRunner(
-        tiny_model.multi_sae_config(
-            {"a": sae, "b": build_config("auxk-topk", **fields)}, training_tokens=10 * 64
-        ),
-        override_model=tiny_model.gpt2(),
-        override_dataset=tiny_model.tokens(),
-    ).run()
-    assert len({id(sae) for sae, _ in put_in_counts}) == 2
-    put_in_counts.clear()
-    SyntheticSAERunner(
-        SyntheticSAERunnerConfig(
-            synthetic_model=SyntheticModelConfig(num_features=32, hidden_dim=16, seed=0),
-            sae=sae,
-            training_samples=1000,
-            batch_size=100,
-            eval_samples=100,
-            output_path=str(tmp_path),
-            checkpoint_path=None,
-            logger=no_log,
-        )
-    ).run()
-    assert put_in_counts
-    details = SAE.load_from_disk(tmp_path).cfg.metadata.training_architecture_details
-    assert (details["resample_every_steps"], details["resample_stop_step"]) == (3, None)
