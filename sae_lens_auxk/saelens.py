@@ -93,6 +93,7 @@ Trainers and runners:
     sae_lens.training.activations_store.ActivationsStore.reset_input_dataset
                                                                      compare/sources.py
     sae_lens.training.sae_trainer.SAETrainer.__init__                run_length.py
+    sae_lens.training.sae_trainer.SAETrainer._train_step             sharded/clipping.py
     sae_lens.training.sae_trainer.SAETrainer.activation_scaler       compare/train.py
     sae_lens.training.sae_trainer.SAETrainer.log_feature_sparsity    compare/run.py
     sae_lens.training.sae_trainer.SAETrainer.n_forward_passes_since_fired
