@@ -16,8 +16,8 @@ import torch
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_auxk.saelens import wrap_once
+from sae_lens_auxk.sharded.files import SHARDED_DIM
 from sae_lens_auxk.sharded.latents import Shard
-from sae_lens_auxk.sharded.sae import SHARDED_DIM
 
 
 @torch.no_grad()

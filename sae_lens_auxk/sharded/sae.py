@@ -1,10 +1,13 @@
 """A training SAE of which each process holds a share of the latents."""
 
+import json
 from copy import copy
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from typing_extensions import override
@@ -12,6 +15,7 @@ from typing_extensions import override
 from sae_lens_auxk.ops.activations import SelectedActivations
 from sae_lens_auxk.ops.encoder import Encoder
 from sae_lens_auxk.ops.selected import Pairs
+from sae_lens_auxk.sharded.files import read_safetensors, write_safetensors
 from sae_lens_auxk.sharded.latents import OwnPairs, Shard
 from sae_lens_auxk.sparse_topk import SparseTopK
 from sae_lens_auxk.step_data import AuxStepInput
@@ -22,8 +26,6 @@ else:
     _Base = object
 
 ROWS_AT_ONCE = 65_536
-SHARDED_DIM = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}
-"""Tensors of which a process holds its latents' part, and along which dimension."""
 
 
 def sharded_sae(cfg: Any, group: Any) -> TrainingSAE[Any]:
@@ -147,6 +149,38 @@ class Sharded(_Base):
         acts = self._fire(fired.h.to(self.W_enc.dtype))
         shape = torch.Size((len(encoder.hidden_pre), self.cfg.d_sae))
         return SelectedActivations.of(fired.rows, fired.latents, acts, shape)
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """What one process would have saved, in ``path`` on rank 0. Every process calls this."""
+        state = self.state_dict()
+        self.process_state_dict_for_saving(state)
+        return self._save(Path(path), state, self.cfg.to_dict())
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As :meth:`save_model`: SAELens's own SAE, which needs no plugin."""
+        state = self.state_dict()
+        self.process_state_dict_for_saving_inference(state)
+        return self._save(Path(path), state, self.cfg.get_inference_sae_cfg_dict())
+
+    def _save(
+        self, path: Path, state: dict[str, torch.Tensor], config: dict[str, Any]
+    ) -> tuple[Path, Path]:
+        weights, cfg = path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
+        if self.latents.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            cfg.write_text(json.dumps(config))
+        write_safetensors(weights, state, self.latents)
+        return weights, cfg
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """From a checkpoint of any number of processes; reads this process's part of it."""
+        path = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
+        state = read_safetensors(path, self.device, self.latents)
+        self.process_state_dict_for_loading(state)
+        self.load_state_dict(state)
 
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:

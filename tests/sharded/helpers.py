@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sae_lens_auxk.sharded.sae import SHARDED_DIM, sharded_sae
+from sae_lens_auxk.sharded.files import SHARDED_DIM
+from sae_lens_auxk.sharded.sae import sharded_sae
 from tests.helpers import build_config, build_sae
 from tests.sharded.processes import device
 
