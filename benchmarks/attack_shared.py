@@ -23,6 +23,7 @@ from tests.sharded import tiny_files
 
 N_STEPS = 800
 MESSAGE = "another process of this run has died"
+BEGAN = "processes share"
 FILES = ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json")
 
 
@@ -59,13 +60,15 @@ def newest(folder: Path) -> Path | None:
 
 def attack(folder: Path, n: int, n_kills: int, rng: random.Random, counts: Counter[str]) -> bool:
     """Train once with kills; whether the files are those of an undisturbed training."""
+    data = tiny_files.write(folder)
     outputs: list[Path] = []
     seconds = 0.0
     for name in ("undisturbed", "killed"):
         where = folder / name
         where.mkdir()
-        flags = tiny_files.write(where) + ["--training_tokens", str(N_STEPS * 64)]
-        flags += ["--n_checkpoints", "12", "--train_batch_size_tokens", str(96 if n == 3 else 64)]
+        flags = [*data, "--training_tokens", str(N_STEPS * 64), "--n_checkpoints", "12"]
+        flags += ["--train_batch_size_tokens", str(96 if n == 3 else 64)]
+        flags += ["--checkpoint_path", f"{where}/checkpoints", "--output_path", f"{where}/output"]
         outputs.append(where / "output")
         begin = time.perf_counter()
         if name == "killed":
@@ -83,9 +86,11 @@ def attack(folder: Path, n: int, n_kills: int, rng: random.Random, counts: Count
                     break
                 counts["kills"] += 1
                 counts[f"of rank {victim}"] += 1
-                messages = said.read_text().count(MESSAGE)
-                counts["messages"] += messages
-                counts["without one, rank 0 alive"] += victim > 0 and messages != 1
+                text = said.read_text()
+                began, messages = BEGAN in text, text.count(MESSAGE)
+                counts["before the run began"] += not began
+                counts["with one message"] += messages == 1
+                counts["without it though rank 0 lived"] += began and victim > 0 and messages != 1
                 counts["resumed" if newest(where) else "begun again"] += 1
         checkpoint = newest(where) if name == "killed" else None
         last = start(flags, n, checkpoint, where / "last.txt")

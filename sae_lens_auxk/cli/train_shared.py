@@ -3,6 +3,8 @@
 import os
 import shlex
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         if torch.device(getattr(cfg, name)).type == "cuda":
             setattr(cfg, name, device)
     torch.manual_seed(cfg.seed)
+    end: Callable[[], None] = partial(os._exit, 1)
+    if is_first:
+        end = processes.end_with(lambda: _farewell(cfg))
+        n = processes.n_processes()
+        print(f"{n} processes share {cfg.sae.d_sae} latents", flush=True)
     with processes.process_group(device) as group:
         runner: ShardedTrainingRunner | None = None
         try:
@@ -48,7 +55,6 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         except ValueError as refused:
             return refuse_once(refused)
         assert runner is not None
-        end = processes.end_with(lambda: _farewell(cfg)) if is_first else lambda: os._exit(1)
         try:
             runner.run()
         except Exception as failure:
@@ -57,7 +63,6 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
             raise
     if is_first:
         print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
-        print(f"processes           {processes.n_processes()}")
     return 0
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
@@ -67,20 +66,29 @@ class GatheredBatches(Iterator[torch.Tensor]):
         return gather(next(self._own).to(self._device), self._group).flatten(0, 1)
 
 
+BY_RANK = "n_dataset_processed_by_rank"
+
+
 def save_position(store: ActivationsStore, group: Any, device: str, checkpoint: Path) -> None:
-    """Write how many rows all processes have read, in SAELens's file; rank 0 writes."""
-    # SAELens counts a row when it asks for the next one, so each store is one behind.
-    n_rows = torch.tensor(store.n_dataset_processed + 1, device=device)
-    dist.all_reduce(n_rows, group=group)
+    """Write how many rows all processes have read, in SAELens's file; rank 0 writes.
+
+    Beside it, for a run that goes on with as many processes, what each of them has.
+    """
+    by_rank = gather(torch.tensor(store.n_dataset_processed, device=device), group).cpu()
     if group.rank() == 0:
-        state = {"n_dataset_processed": n_rows.cpu() - 1}
+        # SAELens counts a row when it asks for the next one, so each store is one behind.
+        state = {"n_dataset_processed": (by_rank + 1).sum() - 1, BY_RANK: by_rank}
         save_file(state, checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
 
 
 def load_position(store: ActivationsStore, group: Any, checkpoint: Path) -> None:
-    """Skip as many rows of this process's share as it would have read of those of all."""
+    """Skip what this process has read of its share, or its part of what all have read."""
     state = load_file(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
-    n_rows = math.ceil((int(state["n_dataset_processed"]) + 1) / group.size()) - 1
+    by_rank = state.get(BY_RANK)
+    if by_rank is not None and len(by_rank) == group.size():
+        n_rows = int(by_rank[group.rank()])
+    else:
+        n_rows = math.ceil((int(state["n_dataset_processed"]) + 1) / group.size()) - 1
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/{ACTIVATIONS_STORE_STATE_FILENAME}"
         save_file({"n_dataset_processed": torch.tensor(n_rows)}, path)

@@ -57,11 +57,9 @@ def write(folder: Path, n_rows: int = 200) -> list[str]:
         "training_tokens": 40 * 64,
         "train_batch_size_tokens": 64,
         "store_batch_size_prompts": 2,
-        "n_batches_in_buffer": 4,
+        "n_batches_in_buffer": 2,
         "activations_mixing_fraction": 0,
         "lr": 1e-2,
         "log_to_wandb": "false",
-        "checkpoint_path": folder / "checkpoints",
-        "output_path": folder / "output",
     }
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
