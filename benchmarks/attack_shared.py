@@ -10,6 +10,7 @@ be those of an undisturbed training, bit for bit. Exit status 1 means that one w
 """
 
 import argparse
+import json
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from tests.sharded import tiny_files
 
@@ -51,6 +53,11 @@ def ranks(agent: int) -> dict[int, int]:
         if own:
             found[int(own[0][5:])] = int(child)
     return found
+
+
+def content(path: Path) -> Any:
+    # SAELens writes the fields of a config in another order in every process.
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
 def newest(folder: Path) -> Path | None:
@@ -97,7 +104,7 @@ def attack(folder: Path, n: int, n_kills: int, rng: random.Random, counts: Count
         assert last.wait() == 0, (where / "last.txt").read_text()
         seconds = time.perf_counter() - begin
     counts["trainings"] += 1
-    differing = [f for f in FILES if (outputs[0] / f).read_bytes() != (outputs[1] / f).read_bytes()]
+    differing = [name for name in FILES if content(outputs[0] / name) != content(outputs[1] / name)]
     if differing:
         print(f"not equal: {n} processes: {differing}", file=sys.stderr)
     counts["equal"] += not differing

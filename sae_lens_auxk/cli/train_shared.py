@@ -41,29 +41,33 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         end = processes.end_with(lambda: _farewell(cfg))
         n = processes.n_processes()
         print(f"{n} processes share {cfg.sae.d_sae} latents", flush=True)
-    with processes.process_group(device) as group:
-        runner: ShardedTrainingRunner | None = None
-        try:
-            processes.require_same_versions(group)
-            error: Exception | None = None
+    try:
+        with processes.process_group(device) as group:
             try:
-                runner = ShardedTrainingRunner(cfg, group=group)
-            # What a model or data set that cannot be found raises.
-            except (ValueError, OSError) as raised:
-                error = raised
-            processes.agree(error, group)
-        except ValueError as refused:
-            return refuse_once(refused)
-        assert runner is not None
-        try:
+                runner = _runner(cfg, group)
+            except ValueError as error:
+                return refuse_once(error)
             runner.run()
-        except Exception as failure:
-            if processes.is_for_a_dead_process(failure):
-                end()
-            raise
+    except Exception as error:
+        if processes.is_for_a_dead_process(error):
+            end()
+        raise
     if is_first:
         print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
     return 0
+
+
+def _runner(cfg: LanguageModelSAERunnerConfig[Any], group: Any) -> ShardedTrainingRunner:
+    """The run; the same ValueError in every process where one of them cannot be made."""
+    processes.require_same_versions(group)
+    try:
+        runner, error = ShardedTrainingRunner(cfg, group=group), None
+    # What a model or data set that cannot be found raises.
+    except (ValueError, OSError) as raised:
+        runner, error = None, raised
+    processes.agree(error, group)
+    assert runner is not None
+    return runner
 
 
 def refuse_once(error: Exception) -> int:

@@ -184,22 +184,26 @@ class Shard(AllLatents):
             (N,) ``h``, -inf for those that were not chosen, and the pairs.
         """
         n_races = 1 if selected.per_bag is None else selected.offsets.numel()
-        columns = [h, by, (selected.latents + self.start).int()]
+        columns = {"h": h, "latents": (selected.latents + self.start).int()}
         if n_races == 1:
-            columns.append(selected.rows.int())
+            columns["rows"] = selected.rows.int()
+        if by is not h:
+            columns["by"] = by
         # (races, candidates of all processes, those of the lowest latents first) each
-        h_all, by_all, latents, *rows = (
-            gather(column.view(n_races, -1), self.group).transpose(0, 1).flatten(1)
-            for column in columns
-        )
+        offered = {
+            name: gather(column.view(n_races, -1), self.group).transpose(0, 1).flatten(1)
+            for name, column in columns.items()
+        }
+        by_all = offered.get("by", offered["h"])
         kth = _kth_largest(by_all, n // n_races)
         room = n // n_races - (by_all > kth).sum(dim=1, keepdim=True)
         ties = by_all == kth
         chosen = (by_all > kth) | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= room))
         # The number is known, so nothing waits for the device.
         places = chosen.flatten().nonzero_static(size=n, fill_value=0).squeeze(1)
-        row = rows[0].flatten()[places].long() if rows else places // chosen.shape[1]
-        fired = Fired(row, latents.flatten()[places].long(), h_all.flatten()[places])
+        at = {name: values.flatten()[places] for name, values in offered.items()}
+        rows = at["rows"].long() if n_races == 1 else places // chosen.shape[1]
+        fired = Fired(rows, at["latents"].long(), at["h"])
         own = chosen.unflatten(1, (self.group.size(), -1))[:, self.rank].flatten()
         pairs = {each.name: getattr(selected, each.name) for each in fields(Pairs)}
         return h.where(own, -torch.inf), OwnPairs(**pairs, fired=fired)
