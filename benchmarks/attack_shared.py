@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.sharded import tiny_files
 
-N_STEPS = 800
+N_STEPS = 600
 MESSAGE = "another process of this run has died"
 BEGAN = "processes share"
 FILES = ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json")
@@ -97,7 +97,9 @@ def attack(folder: Path, n: int, n_kills: int, rng: random.Random, counts: Count
                 began, messages = BEGAN in text, text.count(MESSAGE)
                 counts["before the run began"] += not began
                 counts["with one message"] += messages == 1
-                counts["without it though rank 0 lived"] += began and victim > 0 and messages != 1
+                if began and "trained in" not in text and victim > 0 and messages != 1:
+                    counts["without it though rank 0 lived"] += 1
+                    print(f"rank {victim} died:\n{text}", file=sys.stderr)
                 counts["resumed" if newest(where) else "begun again"] += 1
         checkpoint = newest(where) if name == "killed" else None
         last = start(flags, n, checkpoint, where / "last.txt")
@@ -124,7 +126,7 @@ def main() -> int:
             folder = Path(workspace, str(counts["trainings"]))
             folder.mkdir()
             left = args.kills - counts["kills"]
-            equal &= attack(folder, rng.choice((2, 3)), min(left, 5), rng, counts)
+            equal &= attack(folder, rng.choice((2, 3)), min(left, 10), rng, counts)
             print(", ".join(f"{n} {name}" for name, n in counts.items()), flush=True)
     return int(not equal)
 

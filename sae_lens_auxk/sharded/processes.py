@@ -53,6 +53,17 @@ def prefer_own_gpu() -> None:
         torch.cuda.set_device(local)
 
 
+def see_own_gpu_only() -> None:
+    """Hide the other processes' GPUs, so that ``"cuda"`` is this one's in every thread.
+
+    Before the first use of CUDA.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    local = int(os.environ["LOCAL_RANK"])
+    gpus = [str(local)] if visible is None else visible.split(",")[local : local + 1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+
 @contextmanager
 def process_group(device: str) -> Generator[Any]:
     """The group of all processes: NCCL where ``device``, this process's, is a GPU, else gloo."""
