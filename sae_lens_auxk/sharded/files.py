@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], held: Sha
 
 def _write_block(file: BinaryIO, block: torch.Tensor) -> None:
     flat = block.detach().contiguous().cpu().flatten()
-    file.write(memoryview(flat.view(torch.uint8).numpy()))
+    file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _exhaust(blocks: Iterator[torch.Tensor]) -> None:
@@ -194,7 +195,7 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
     try:
         # Mapped into the CPU's memory, so that what is not this process's is never read.
         trainer.cfg = replace(cfg, device="cpu")
-        with serialization.patch({"load.mmap": True}):
+        with patch.object(serialization.load, "mmap", True):
             trainer.load_trainer_state(checkpoint)
     finally:
         trainer.cfg = cfg

@@ -48,7 +48,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         Raises:
             ValueError: the config is not one of a run that can be shared among the processes.
         """
-        self._group = dist.group.WORLD if group is None else group
+        self._group: Any = dist.group.WORLD if group is None else group
         require_shared_run(cfg, self._group.size())
         self._scratch = tempfile.TemporaryDirectory()
         cfg = self._of_rank(cfg)

@@ -88,7 +88,7 @@ class Sharded(_Base):
     SAELens's trainer counts it right in each. ``hidden_pre`` of a step's output is this process's.
     """
 
-    latents: Shard
+    latents: Shard  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, cfg: Any, latents: Shard):
         self.latents = latents
