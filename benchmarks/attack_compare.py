@@ -4,9 +4,10 @@
 
 Each round starts a small comparison, kills it, and starts the same command twice at once. The two
 share the passes that are left, and both must finish. results.json must then equal that of an
-undisturbed comparison, apart from the times of steps and of the beginning. On 2 CPU cores:
+undisturbed comparison, apart from the times of steps and of the beginning. On 2 CPU
+cores, 2026-11-26:
 
-    RESULT
+    4 killed, 2 with a pass done, 4 equal
 """
 
 import argparse

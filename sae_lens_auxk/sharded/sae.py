@@ -88,10 +88,10 @@ class Sharded(_Base):
     SAELens's trainer counts it right in each. ``hidden_pre`` of a step's output is this process's.
     """
 
-    latents: Shard  # pyright: ignore[reportIncompatibleVariableOverride]
+    latents: Shard
 
     def __init__(self, cfg: Any, latents: Shard):
-        self.latents = latents
+        self.latents = latents  # pyright: ignore[reportIncompatibleVariableOverride]
         super().__init__(cfg)
 
     @override
