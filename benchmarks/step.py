@@ -21,6 +21,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
+from sae_lens_auxk.sharded.sae import sharded_sae
 
 D_IN = 768
 LEARNING_RATE = 1e-9
@@ -122,12 +123,14 @@ def _device_milliseconds(
     return sum(e.time_range.elapsed_us() for e in events) / len(batches) / 1e3
 
 
-def saelens_step(case: Case, device: str) -> Callable[[torch.Tensor], Any]:
+def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.Tensor], Any]:
+    """A step of SAELens's trainer; of an SAE shared among a process group, where there is one."""
     fields = dict(case.fields)
     if "matryoshka" in case.architecture:
         fields["matryoshka_widths"] = [case.d_sae // 2**i for i in (4, 3, 2, 1, 0)]
     cls, cfg_cls = get_sae_training_class(case.architecture)
-    sae = cls(cfg_cls(d_in=D_IN, d_sae=case.d_sae, k=case.k, device=device, **fields))
+    cfg = cfg_cls(d_in=D_IN, d_sae=case.d_sae, k=case.k, device=device, **fields)
+    sae = cls(cfg) if group is None else sharded_sae(cfg, group)
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=10**12,
@@ -135,14 +138,20 @@ def saelens_step(case: Case, device: str) -> Callable[[torch.Tensor], Any]:
             lr=LEARNING_RATE,
             lr_end=LEARNING_RATE,
             device=device,
-            autocast=device == "cuda",
+            autocast=device.startswith("cuda"),
         ),
         sae,
         iter(()),
     )
     dead = _dead_latents(case, device)
     with torch.no_grad():
-        sae.b_enc[dead] -= _too_low(sae.W_enc.norm(dim=0))[dead]
+        if group is None:
+            sae.b_enc[dead] -= _too_low(sae.W_enc.norm(dim=0))[dead]
+        else:
+            is_dead = torch.zeros(case.d_sae, dtype=torch.bool, device=device)
+            is_dead[dead] = True
+            too_low = _too_low(sae.W_enc.norm(dim=0))
+            sae.b_enc -= too_low.where(sae.latents.own(is_dead), 0)
         trainer.n_forward_passes_since_fired[dead] = 1e8
         if hasattr(sae, "tokens_since_fired"):
             sae.tokens_since_fired[dead] = 10**12

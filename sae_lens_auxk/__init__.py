@@ -31,6 +31,7 @@ from sae_lens_auxk.fine_tuning import fine_tune_in_every_runner
 from sae_lens_auxk.resampling import resample, resample_in_every_trainer
 from sae_lens_auxk.run_length import fit_in_every_trainer
 from sae_lens_auxk.runner import runner_config
+from sae_lens_auxk.sharded.clipping import clip_by_all_in_every_trainer
 
 __version__ = version("sae-lens-auxk")
 
@@ -65,4 +66,5 @@ if "auxk-abstopk" in ARCHITECTURES:
 register_architectures()
 fit_in_every_trainer()
 resample_in_every_trainer()
+clip_by_all_in_every_trainer()
 fine_tune_in_every_runner()

@@ -31,6 +31,7 @@ from sae_lens_auxk.finite_rows import BadRowWatch, UsableRows, replace_rows, usa
 from sae_lens_auxk.latent_access import DenseAccess, LatentAccess
 from sae_lens_auxk.ops.activations import unflatten
 from sae_lens_auxk.resampling import NewLatents, new_latents, warn_if_never_put_in
+from sae_lens_auxk.sharded.latents import ALL_LATENTS, AllLatents
 from sae_lens_auxk.step_data import AuxStepInput, AuxStepOutput
 from sae_lens_auxk.targets import Targets, targets_of
 
@@ -73,6 +74,9 @@ class AuxTraining(_Base):
 
     by_magnitude: ClassVar[bool] = False
     """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
+
+    latents: AllLatents = ALL_LATENTS
+    """Which latents this process holds."""
 
     resampled_length: ClassVar[float] = 0.2
     """Length of a resampled latent's encoder vector, in mean lengths of the living latents'."""

@@ -13,6 +13,7 @@ import torch
 
 from sae_lens_auxk.ops.columns import beyond, indices_of, row_norms
 from sae_lens_auxk.ops.topk import top_k
+from sae_lens_auxk.sharded.latents import ALL_LATENTS, AllLatents
 
 
 class Activations(Protocol):
@@ -74,12 +75,24 @@ class LatentAccess(Protocol):
     @property
     def by_magnitude(self) -> bool: ...
 
+    @property
+    def latents(self) -> AllLatents:
+        """Which latents this process holds: all, unless they are shared among processes.
+
+        Where they are shared, ``h`` and what is computed of it are of this process's latents. Masks
+        and levels are of all, and so is what decodes.
+        """
+        ...
+
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         """(B, n): the columns of ``h`` at ``latents`` (n,), each once, or all of them."""
         ...
 
     def sums(self) -> torch.Tensor:
-        """(d_sae,): the sum of each column of ``h``; of ``|h|`` where ``by_magnitude``."""
+        """(d_sae,): the sum of each column of ``h``; of ``|h|`` where ``by_magnitude``.
+
+        0 for a latent that another process holds.
+        """
         ...
 
     def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
@@ -143,6 +156,10 @@ class DenseAccess:
     W_dec: torch.Tensor
     rescaled: bool
     by_magnitude: bool
+
+    @property
+    def latents(self) -> AllLatents:
+        return ALL_LATENTS
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.h if latents is None else self.h.index_select(1, latents)

@@ -36,6 +36,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_auxk.dead_latents import dead_on_all_ranks, fired_in_batch, ranks_of_step
 from sae_lens_auxk.saelens import wrap_once
+from sae_lens_auxk.sharded.latents import ALL_LATENTS, AllLatents
 from sae_lens_auxk.targets import Targets
 
 METRIC = "resampled_latents"
@@ -93,7 +94,7 @@ def new_latents(
     if ranks is not None:
         inputs, losses = (_of_all_ranks(rows, ranks) for rows in (inputs, losses))
     step, length = step_input.step, sae.resampled_length
-    new = resampled(inputs, losses, dead, sae.W_enc, sae.W_dec, length, step)
+    new = resampled(inputs, losses, dead, sae.W_enc, sae.W_dec, length, step, sae.latents)
     sae.drawn_at = None if new is None else step
     return new
 
@@ -127,6 +128,7 @@ def resampled(
     W_dec: torch.Tensor,
     encoder_length: float,
     seed: int,
+    held: AllLatents = ALL_LATENTS,
 ) -> NewLatents | None:
     """New weights for the dead latents, or for as many, the first, as there are inputs to draw.
 
@@ -137,10 +139,11 @@ def resampled(
         inputs: (N, d_in) what the latents have to reconstruct.
         losses: (N,) >= 0; an input of loss 0 is not drawn.
         dead: (d_sae,) bool.
-        W_enc: (d_in, d_sae).
-        W_dec: (d_sae, d_in).
+        W_enc: (d_in, n) the columns of the latents that this process holds.
+        W_dec: (n, d_in) their rows.
         encoder_length: of a new encoder vector, in mean lengths of the living latents'.
         seed: of the draw.
+        held: which latents these are.
 
     Returns:
         The weights, or None where no latent is dead or no input can be drawn.
@@ -158,15 +161,21 @@ def resampled(
     directions = (inputs / norms)[drawn]
     return NewLatents(
         latents,
-        encoder=directions * encoder_length * _mean_length(W_enc.T, ~dead, inputs.dtype),
-        decoder=directions * _mean_length(W_dec, ~dead, inputs.dtype),
+        encoder=directions * encoder_length * _mean_length(W_enc.T, ~dead, inputs.dtype, held),
+        decoder=directions * _mean_length(W_dec, ~dead, inputs.dtype, held),
     )
 
 
-def _mean_length(rows: torch.Tensor, alive: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """() the mean length of the rows (d_sae, d_in) of living latents; of all where none lives."""
+def _mean_length(
+    rows: torch.Tensor, alive: torch.Tensor, dtype: torch.dtype, held: AllLatents
+) -> torch.Tensor:
+    """() the mean length of living latents' vectors; of all latents' where none lives.
+
+    ``rows`` (n, d_in) are the vectors that this process holds.
+    """
+    counts = alive if alive.any() else torch.ones_like(alive)
     lengths = torch.linalg.vector_norm(rows.to(dtype), dim=1)
-    return lengths[alive].mean() if alive.any() else lengths.mean()
+    return held.sum(lengths.where(held.own(counts), 0).sum()) / counts.sum()
 
 
 @torch.no_grad()
@@ -187,12 +196,13 @@ def put_in(new: NewLatents, sae: Any, optimizer: torch.optim.Optimizer) -> None:
         ValueError: as :func:`moments_of`; nothing is changed then.
     """
     moments = moments_of(sae, optimizer)
-    sae.W_enc.index_copy_(1, new.latents, new.encoder.T.to(sae.W_enc.dtype))
-    sae.W_dec.index_copy_(0, new.latents, new.decoder.to(sae.W_dec.dtype))
+    is_own, latents = sae.latents.own_among(new.latents)
+    sae.W_enc.index_copy_(1, latents, new.encoder[is_own].T.to(sae.W_enc.dtype))
+    sae.W_dec.index_copy_(0, latents, new.decoder[is_own].to(sae.W_dec.dtype))
     for name, value in sae.initial_biases().items():
-        getattr(sae, name).index_fill_(0, new.latents, value)
+        getattr(sae, name).index_fill_(0, latents, value)
     for moment, dim in moments:
-        moment.index_fill_(dim, new.latents, 0)
+        moment.index_fill_(dim, latents, 0)
     sae.tokens_since_fired.index_fill_(0, new.latents, 0)
     sae.drawn_at = None
 

@@ -8,7 +8,8 @@ A comparison's folder:
     runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
                                the lives of its latents
     runs/seed-0.partial/       a pass that is running or was interrupted
-    .lock                      the process that is at work
+    runs/seed-0.lock           the process that is at work on the pass
+    .lock                      the process that is writing the results
 
 :mod:`sae_lens_auxk.results` has the format of the results.
 """

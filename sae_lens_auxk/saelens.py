@@ -58,7 +58,8 @@ Registry, files and other pieces:
     sae_lens.registry.get_sae_training_class                         inference_loading.py
     sae_lens.constants                                               saelens.py
     sae_lens.constants.ACTIVATION_SCALER_CFG_FILENAME                saved_sae.py
-    sae_lens.constants.RUNNER_CFG_FILENAME                           hub/sae_folder.py
+    sae_lens.constants.ACTIVATIONS_STORE_STATE_FILENAME              sharded/data.py
+    sae_lens.constants.RUNNER_CFG_FILENAME         hub/sae_folder.py sharded/runner.py
     sae_lens.constants.SAE_CFG_FILENAME                              hub/sae_folder.py
     sae_lens.constants.SAE_WEIGHTS_FILENAME                          hub/sae_folder.py
     sae_lens.constants.SPARSITY_FILENAME                             hub/sae_folder.py
@@ -76,6 +77,10 @@ Registry, files and other pieces:
 Trainers and runners:
 
     sae_lens.llm_sae_training_runner._parse_cfg_args                 cli/train.py
+    sae_lens.llm_sae_training_runner.LanguageModelSAETrainingRunner.run_trainer_with_interruption_handling
+                                                                     sharded/runner.py
+    sae_lens.llm_sae_training_runner.LanguageModelSAETrainingRunner.save_checkpoint
+                                                                     sharded/runner.py
     sae_lens.llm_sae_training_runner.LanguageModelSAETrainingRunner.activations_store
                                                                      cli/train.py
     sae_lens.config.SAETrainerConfig                                 run_length.py
@@ -105,10 +110,13 @@ Trainers and runners:
                                                                      compare/same_data.py
     sae_lens.training.activations_store.ActivationsStore.shuffle_input_dataset
                                                                      compare/sources.py
+    sae_lens.training.activations_store.ActivationsStore.load        sharded/data.py
     sae_lens.training.sae_trainer.SAETrainer.__init__                run_length.py
+    sae_lens.training.sae_trainer.SAETrainer._train_step             sharded/clipping.py
     sae_lens.training.sae_trainer.SAETrainer.activation_scaler       compare/train.py
     sae_lens.training.sae_trainer.SAETrainer.build_train_step_log_dict
                                                                      resampling.py
+    sae_lens.training.sae_trainer.SAETrainer.load_trainer_state      sharded/files.py
     sae_lens.training.sae_trainer.SAETrainer.log_feature_sparsity    compare/run.py
     sae_lens.training.sae_trainer.SAETrainer.n_forward_passes_since_fired
                                                                      compare/train.py

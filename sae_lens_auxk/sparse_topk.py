@@ -28,6 +28,7 @@ from sae_lens_auxk.ops.decoder import Decoder
 from sae_lens_auxk.ops.encoder import Encoder
 from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected
 from sae_lens_auxk.ops.topk import top_k, top_k_of_batch
+from sae_lens_auxk.sharded.latents import AllLatents
 from sae_lens_auxk.step_data import AuxStepInput
 
 if TYPE_CHECKING:
@@ -119,24 +120,30 @@ class SparseAccess:
 
     encoder: Encoder
     by_magnitude: bool
+    latents: AllLatents
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.encoder.columns(latents)
 
     def columns_among(self, among: torch.Tensor, bound: int) -> "SparseColumns":
-        latents, n_latents = indices_of(among, bound), among.sum()
+        latents, n_latents = self._own(among, bound)
         h = self.encoder.columns(latents, n_latents)
         return SparseColumns(h, self.encoder.decoder, latents, n_latents)
 
     def sums(self) -> torch.Tensor:
         if self.by_magnitude:  # not linear in x
             h = self.encoder.columns().abs()
-            return h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
-        return self.encoder.sums()
+            sums = h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
+        else:
+            sums = self.encoder.sums()
+        return self.latents.of_all(sums)
 
     def largest(self, k: int, among: torch.Tensor | None, bound: int) -> SparseActivations:
         hidden_pre, d_sae = self.encoder.hidden_pre, self.encoder.W.shape[1]
         selected: Selected
+        if among is not None:
+            among = self.latents.own(among)
+            bound = self.latents.own_bound(among, bound)
         with torch.no_grad():
             if self.by_magnitude:
                 hidden_pre = hidden_pre.abs()
@@ -151,32 +158,45 @@ class SparseAccess:
                 if not dense:
                     selected = Pairs.per_row(selected.latents, d_sae)
             else:
-                h, latents = top_k(hidden_pre, k, among)
+                h, latents = top_k(hidden_pre, min(k, d_sae), among)
                 selected = Pairs.per_row(latents, d_sae)
+            h = self.latents.keep_largest(h, h, k)
             if self.by_magnitude:
                 latents = selected.latents.view(-1, h.shape[1]).expand_as(h)
                 h = self.encoder.hidden_pre.gather(1, latents).where(h.isfinite(), -torch.inf)
         return SparseActivations.of(self.encoder, h, selected)
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> SparseActivations:
-        encoder = self.encoder
+        encoder, among, level = self.encoder, self.latents.own(among), self.latents.own_slice(level)
         with torch.no_grad():
             products = encoder.decoder.all_dots(x, level)
             if self.by_magnitude:
                 products = products.abs_()
-            best = top_k(products, 1)[1] + (level.start or 0)
+            if products.shape[1] == 0:  # another process holds the level
+                products = products.new_full((len(x), 1), -torch.inf)
+                level = slice(0)
+            product, best = top_k(products, 1)
+            best += level.start or 0
             h = encoder.hidden_pre.gather(1, best).where(among[best], -torch.inf)
+            h = self.latents.keep_largest(h, product, 1)
         return SparseActivations.of(encoder, h, Pairs.per_row(best, encoder.W.shape[1]))
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
         if self.by_magnitude:
             h = self.columns_among(among, bound).h.abs()  # infinite where it is no latent's
             missing = (threshold.to(h.dtype) - h).relu()
-            return missing.sum(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
-        return self.encoder.shortfall(threshold, indices_of(among, bound), among.sum())
+            total = missing.sum(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
+        else:
+            total = self.encoder.shortfall(threshold, *self._own(among, bound))
+        return self.latents.sum(total)
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
-        return SparseAccess(self.encoder.at_rows(rows), self.by_magnitude)
+        return replace(self, encoder=self.encoder.at_rows(rows))
+
+    def _own(self, among: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of some latents that this process holds (n,), and how many count ()."""
+        among = self.latents.own(among)
+        return indices_of(among, self.latents.own_bound(among, bound)), among.sum()
 
 
 # Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
@@ -216,12 +236,10 @@ class SparseTopK(_Base):
         encoder = self._encoder(step_input.sae_in)
 
         h, selected = self._select(encoder.hidden_pre)
-        h = self._fire(h.to(self.W_enc.dtype))
-        # Once more, for the gradient: a latent that did not fire has none.
+        h = h.to(self.W_enc.dtype)
+        # After the graph begins: a latent that did not fire has no gradient.
         values = self._fire(encoder.before_norm(h, selected))
-        shape = encoder.hidden_pre.shape
-        dense = shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations
-        acts = activations(values, h, selected, encoder.decoder, shape, dense)
+        acts = self._activations(values, self._fire(h), selected, encoder)
 
         levels = {
             width: self.run_time_activation_norm_fn_out(decoded)
@@ -231,7 +249,7 @@ class SparseTopK(_Base):
 
         losses = {"mse_loss": self._mse(sae_out, step_input)}
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(
-            step_input, acts, SparseAccess(encoder, self.by_magnitude), sae_out, inner
+            step_input, acts, SparseAccess(encoder, self.by_magnitude, self.latents), sae_out, inner
         )
         for width, reconstruction in zip(levels, inner, strict=False):
             losses[f"inner_mse_loss_{width}"] = self._mse(reconstruction, step_input)
@@ -253,10 +271,20 @@ class SparseTopK(_Base):
             x=self.run_time_activation_norm_fn_in(sae_in.to(self.dtype)),
             W_enc=self.W_enc,
             b_enc=self.b_enc,
-            b_dec=self.b_dec if self.cfg.apply_b_dec_to_input else None,
-            decoder=Decoder(self.W_dec, self.cfg.rescale_acts_by_decoder_norm, autocast),
+            b_dec=self.latents.replicated(self.b_dec) if self.cfg.apply_b_dec_to_input else None,
+            decoder=Decoder(
+                self.W_dec, self.cfg.rescale_acts_by_decoder_norm, autocast, self.latents
+            ),
             autocast=autocast,
         )
+
+    def _activations(
+        self, values: torch.Tensor, h: torch.Tensor, selected: Pairs, encoder: Encoder
+    ) -> torch.Tensor:
+        """(B, d_sae) the activations: ``h``, or ``values`` before the decoder norm, (N,) each."""
+        shape = encoder.hidden_pre.shape
+        dense = shape.numel() <= MAX_DENSE_ENTRIES and not self.cfg.use_sparse_activations
+        return activations(values, h, selected, encoder.decoder, shape, dense)
 
     def _mse(self, sae_out: torch.Tensor, step_input: AuxStepInput) -> torch.Tensor:
         return self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
@@ -283,11 +311,12 @@ class SparseTopK(_Base):
 
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         """(N,) the k largest pre-activations of each row, and where they are."""
+        k = min(int(self.cfg.k), hidden_pre.shape[1])
         if self.by_magnitude:
-            latents = top_k(hidden_pre.abs(), int(self.cfg.k))[1]
+            latents = top_k(hidden_pre.abs(), k)[1]
             h = hidden_pre.gather(1, latents)
         else:
-            h, latents = top_k(hidden_pre, int(self.cfg.k))
+            h, latents = top_k(hidden_pre, k)
         return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
 
     def _fire(self, h: torch.Tensor) -> torch.Tensor:
@@ -310,7 +339,7 @@ class SparseBatchTopK(SparseTopK):
     @override
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         B, d_sae = hidden_pre.shape
-        h, flat = top_k_of_batch(hidden_pre, int(self.cfg.k * B))
+        h, flat = top_k_of_batch(hidden_pre, min(int(self.cfg.k * B), hidden_pre.numel()))
         flat, order = flat.sort()
         rows = flat // d_sae
         return h[order], Pairs.from_bags(rows, flat % d_sae, rows, B, d_sae)
@@ -345,7 +374,7 @@ class SparseMatryoshka(SparseBatchTopK):
         widths = widths.to(hidden_pre.device, non_blocking=True)
         n_levels = len(self.cfg.matryoshka_widths)
         # Pairs ascend within a row, so the levels do.
-        levels = torch.searchsorted(widths, selected.latents, right=True)
+        levels = torch.searchsorted(widths - self.latents.start, selected.latents, right=True)
         bags = selected.rows * n_levels + levels
         n_bags = hidden_pre.shape[0] * n_levels
         pairs = Pairs.from_bags(selected.rows, selected.latents, bags, n_bags, selected.d_sae)

@@ -7,7 +7,9 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("auxk", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True)
+@register_aux_loss(
+    "auxk", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True, shardable=True
+)
 def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || sum_{i in T_b} h_bi W_i + bias - r_b ||^2``.
 

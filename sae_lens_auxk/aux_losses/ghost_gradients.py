@@ -7,7 +7,7 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("ghost_gradients", default_coefficient=1.0, sync_free=True)
+@register_aux_loss("ghost_gradients", default_coefficient=1.0, sync_free=True, shardable=True)
 def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """The MSE between ``r`` and the ghost output, scaled so that its value is the main MSE.
 
@@ -22,7 +22,7 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
     # In place, as autocast would else compute exp in float32.
     dead = inputs.dead_columns()
-    largest = dead.h.detach().amax(dim=-1, keepdim=True)
+    largest = inputs.largest_of(dead.h)
     acts = (dead.h - largest.clamp(min=torch.finfo(largest.dtype).min)).exp_()
     ghost = inputs.to_output_units(dead.decode(acts))
 

@@ -7,7 +7,9 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True)
+@register_aux_loss(
+    "multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True, shardable=True
+)
 def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || x - decode(relu(top 4k of h)) ||^2``.
 

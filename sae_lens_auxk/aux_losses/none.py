@@ -7,7 +7,7 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("none", default_coefficient=0.0)
+@register_aux_loss("none", default_coefficient=0.0, shardable=True)
 def none(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """0. Dead latents are still counted, so that runs can be compared."""
     return inputs.x.new_zeros(())

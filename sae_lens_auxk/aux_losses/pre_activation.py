@@ -7,7 +7,7 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("pre_activation", default_coefficient=3e-6, sync_free=True)
+@register_aux_loss("pre_activation", default_coefficient=3e-6, sync_free=True, shardable=True)
 def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``mean_b sum_{i in D} relu(threshold - h_bi)``.
 

@@ -7,7 +7,9 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("pursuit", default_coefficient=1 / 2, uses_k_aux=True, sync_free=True)
+@register_aux_loss(
+    "pursuit", default_coefficient=1 / 2, uses_k_aux=True, sync_free=True, shardable=True
+)
 def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """One more step of matching pursuit, and a push down where firing would be wrong. Value 0.
 
@@ -53,7 +55,7 @@ def _up(inputs: AuxLossInputs) -> torch.Tensor:
         product = product.clamp(min=0)
     fired = best.decode_as(product / norm / norm).to(inputs.x.dtype)
     pull = inputs.to_output_units(product)
-    return 2 * ((pull * best.h).sum(dim=-1) + (residual * fired).sum(dim=-1))
+    return 2 * (inputs.total(pull * best.h) + (residual * fired).sum(dim=-1))
 
 
 def _down(inputs: AuxLossInputs, k: int) -> torch.Tensor:
@@ -66,4 +68,4 @@ def _down(inputs: AuxLossInputs, k: int) -> torch.Tensor:
     missing = nearest.project(inputs.residual) - inputs.to_output_units(acts * norm * norm)
     # Against the activation's sign, that is, where the main loss would make it smaller.
     push = inputs.to_output_units(missing.where(missing * acts < 0, 0))
-    return 2 * (push * nearest.h).sum(dim=-1)
+    return 2 * inputs.total(push * nearest.h)

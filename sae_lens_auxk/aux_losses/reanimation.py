@@ -8,7 +8,11 @@ from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
 @register_aux_loss(
-    "reanimation", default_coefficient=1e-3, default_dead_criterion="batch", sync_free=True
+    "reanimation",
+    default_coefficient=1e-3,
+    default_dead_criterion="batch",
+    sync_free=True,
+    shardable=True,
 )
 def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``-d_in * mean over (B, d_sae) of h * [dead]``.
@@ -23,5 +27,5 @@ def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG00
     """
     B, d_in = inputs.x.shape
     # Where, not times: a live latent's sum may be anything, and gets a gradient of exactly 0.
-    total = inputs.hidden_pre_sums().where(inputs.dead, 0).sum(dtype=inputs.x.dtype)
+    total = inputs.total(inputs.hidden_pre_sums().where(inputs.dead, 0).to(inputs.x.dtype))
     return -d_in * total / (B * inputs.d_sae)

@@ -162,6 +162,18 @@ class AuxLossInputs:
         """The ``k`` latents, dead or alive, with the largest ``h`` in each row, or ``|h|``."""
         return self.access.largest(min(k, self.d_sae), None, self.d_sae)
 
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` (..., m) over its last dimension, which are latents: (...).
+
+        Where latents are shared among processes, ``x`` has this process's, and this is the sum over
+        all of them. With one process it is ``x.sum(dim=-1)``.
+        """
+        return self.access.latents.sum(x.sum(dim=-1))
+
+    def largest_of(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 1): the largest entry of ``x`` (..., m) as :meth:`total` is its sum; no graph."""
+        return self.access.latents.max(x.detach().amax(dim=-1, keepdim=True))
+
     def to_output_units(self, reconstruction: torch.Tensor) -> torch.Tensor:
         """Bring a decoder output (B, d_in) to the units and precision of ``x``."""
         reconstruction = reconstruction.to(self.x.dtype)
@@ -207,6 +219,9 @@ class AuxLoss:
         sync_free: whether it does without ``dead_latents`` and everything made of them, so that no
             step waits for the device. Such a loss is also called where no latent is dead, and must
             not fail there; its value is not used.
+        shardable: whether the loss sums over latents by :meth:`AuxLossInputs.total` only, and
+            compares them by :meth:`AuxLossInputs.largest_of` and the methods of the record, so that
+            it is the same where latents are shared among processes. Only then it may be used there.
     """
 
     function: AuxLossFn
@@ -216,6 +231,7 @@ class AuxLoss:
     uses_k_aux: bool = False
     topk_only: bool = False
     sync_free: bool = False
+    shardable: bool = False
 
     def __call__(self, inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
         """The loss of one record, 0 where it needs dead latents and there are none."""

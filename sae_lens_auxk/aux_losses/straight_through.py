@@ -7,7 +7,9 @@ import torch
 from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 
 
-@register_aux_loss("straight_through", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True)
+@register_aux_loss(
+    "straight_through", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True, shardable=True
+)
 def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``-mean_b sum_{i in T_b} stopgrad(2 r_b . W_i) h_bi``, less its own value: exactly 0.
 
@@ -21,5 +23,5 @@ def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     nearest = inputs.nearest_dead(cfg.resolved_k_aux)
     # Scaled as the output is, by the chain rule.
     pull = 2 * nearest.project(inputs.to_output_units(inputs.residual)).to(inputs.x.dtype)
-    loss = -(pull * nearest.h).sum(dim=-1).mean()
+    loss = -inputs.total(pull * nearest.h).mean()
     return loss - loss.detach()

@@ -18,6 +18,7 @@ from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.result_files import RESULTS_FILENAME, read_results
+from sae_lens_auxk.sharded import processes
 from sae_lens_auxk.validation import require_known
 from sae_lens_auxk_cli import refuse
 
@@ -38,6 +39,12 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
     """
     command = shlex.join([*program, *args])
     # SAELens would warn once per case about what this command does on purpose.
+    # Under torchrun rank 0 speaks, and joins the results when all passes are there.
+    waits = processes.n_processes() > 1 and processes.rank() == 0
+    if processes.n_processes() > 1:
+        processes.see_own_gpu_only()
+    if processes.rank() > 0:
+        processes.be_quiet()
     sae_lens_logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     try:
@@ -47,7 +54,7 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
         else:
             comparison = resolve(options.comparison)
             _use_threads_that_pay(comparison)
-            report = run_comparison(comparison, options.output, command)
+            report = run_comparison(comparison, options.output, command, waits)
     # A model or data set that cannot be found raises an OSError. No input raises a TypeError: it
     # would be a bug, whose traceback is worth more than its message.
     except (ValueError, OSError, MemoryError, ArgumentError) as error:
@@ -59,7 +66,8 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
             file=sys.stderr,
         )
         return INTERRUPTED
-    print(f"report  {report}")
+    if processes.rank() == 0:
+        print(f"report  {report}")
     return 0
 
 

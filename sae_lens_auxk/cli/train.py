@@ -21,20 +21,26 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
+from sae_lens_auxk.cli.train_shared import refuse_once, train_shared
 from sae_lens_auxk.fine_tuning import sae_to_go_on_from
 from sae_lens_auxk.runner import field_names
 from sae_lens_auxk.saved_sae import silent_latents
+from sae_lens_auxk.sharded.processes import n_processes, prefer_own_gpu
 from sae_lens_auxk.validation import nearest, require_choice, require_device
 from sae_lens_auxk_cli import refuse
 
 
 def train(args: Sequence[str]) -> int:
     """SAELens's own training command, with a summary at the end; see ``--help``."""
+    if n_processes() > 1:
+        prefer_own_gpu()
     try:
         cfg = _parse(args)
     # simple-parsing raises argparse's errors, and passes on those of the configs.
     except Exception as error:
-        return refuse(str(error))
+        return refuse_once(error)
+    if n_processes() > 1:
+        return train_shared(cfg)
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()

@@ -1,9 +1,15 @@
-"""One process at a time in the folder of a comparison."""
+"""Processes that work in the folder of one comparison.
+
+A claim is a lock of the operating system on a file. It ends with the process, however that dies, so
+there is never a claim to clear away by hand. Windows and some network file systems have no such
+lock, and nothing is claimed there: one process at a time is what such a folder is for.
+"""
 
 import errno
 import os
 import platform
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,36 +18,48 @@ from typing import TextIO
 LOCK_FILENAME = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What a file system says that has no locks."""
+SECONDS_BETWEEN_TRIES = 0.1
 
 
 @contextmanager
 def claim(folder: Path) -> Generator[None]:
-    """Hold the folder; make it if there is none.
+    """Hold the results in a folder, to read and write them; make it if there is none.
 
-    The claim is a lock of the operating system on a file in the folder. It ends with the process,
-    however that dies, so there is never a claim to clear away by hand. Windows and some network
-    file systems have no such lock, and nothing is claimed there.
-
-    Raises:
-        ValueError: another process holds the folder; the message says which.
+    Waits for a process that holds them, which none does for long.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        with claim_if_free(folder / LOCK_FILENAME) as is_own:
+            if is_own:
+                yield
+                return
+        time.sleep(SECONDS_BETWEEN_TRIES)
+
+
+@contextmanager
+def claim_if_free(path: Path) -> Generator[bool]:
+    """Hold what the file at ``path`` stands for, unless another process does; whether it is held.
+
+    The file is there as long as the claim is.
+    """
     if sys.platform == "win32":
-        yield
+        yield True
         return
-    path = folder / LOCK_FILENAME
     file = _locked(path)
+    if file is None:
+        yield False
+        return
     try:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        yield True
     finally:
         path.unlink(missing_ok=True)  # still locked, so it is not yet another's
         file.close()
 
 
-def _locked(path: Path) -> TextIO:
-    """The file at this path, empty and locked."""
+def _locked(path: Path) -> TextIO | None:
+    """The file at this path, empty and locked; None where another process has locked it."""
     import fcntl  # not on Windows
 
     while True:
@@ -52,14 +70,9 @@ def _locked(path: Path) -> TextIO:
             if _is_at(path, file):
                 file.truncate(0)  # the name of a process that was killed
                 return file
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read() or "another process"
+        except BlockingIOError:
             file.close()
-            raise ValueError(
-                f"{path.parent} is in use: {holder} is comparing there. "
-                "Wait until it is done, or give another --output."
-            ) from error
+            return None
         except OSError as error:
             if error.errno in NO_LOCKS:
                 return file

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -23,7 +24,12 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
-from sae_lens_auxk.compare.claim import LOCK_FILENAME, claim
+from sae_lens_auxk.compare.claim import (
+    LOCK_FILENAME,
+    SECONDS_BETWEEN_TRIES,
+    claim,
+    claim_if_free,
+)
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.report import write_report
@@ -54,61 +60,100 @@ NOT_MEASURED: Measured = {
 }
 
 
-def run_comparison(comparison: Resolved, folder: Path, command: str = "") -> Path:
+def run_comparison(
+    comparison: Resolved, folder: Path, command: str = "", wait: bool = False
+) -> Path:
     """Train the passes that are missing, measure them, write the results and the report.
 
-    If this is interrupted, the results and the report of the finished passes are still written.
+    Several processes may do this in one folder, each in passes that no other is at work on; what a
+    dead process was at work on is free again. Each writes the results of the passes that are
+    finished when it is, so that the last one's are whole. If this is interrupted, they are written
+    too.
 
     Args:
         comparison: what to compare.
         folder: where to write. Results of the same comparison in it are kept.
         command: the command line to show in the report.
+        wait: whether to wait for passes that other processes are at work on, and take over those
+            of processes that die.
 
     Returns:
         The path of the report.
 
     Raises:
-        ValueError: the folder holds the results of another comparison, or something else, or
-            another process is comparing there.
+        ValueError: the folder holds the results of another comparison, or something else.
         MemoryError: every case of a pass failed, for want of memory. The pass counts as not
             trained.
     """
     with claim(folder):
-        return _run_claimed(comparison, folder, command)
-
-
-def _run_claimed(comparison: Resolved, folder: Path, command: str) -> Path:
-    results = _load_or_begin(comparison, folder, command)
-    left = [seed for seed in comparison.seeds if not _is_finished(folder, seed)]
-    write_results(folder, results)
-    n_done = len(comparison.seeds) - len(left)
-    n_samples = comparison.training_samples
+        results = _load_or_begin(comparison, folder, command)
+        n_done = sum(_is_finished(folder, seed) for seed in comparison.seeds)
+        write_results(folder, results)
+    data: dict[str, Any] = {}
     try:
-        if left:
-            source = source_of(comparison)
-            results["data"] = source.describe()
-            with tqdm(
-                desc="comparing",
-                total=len(comparison.seeds) * n_samples,
-                initial=n_done * n_samples,
-                unit=" samples",
-                unit_scale=True,
-            ) as bar:
-                for seed in left:
+        data = _train_missing(comparison, folder, n_done, wait)
+    finally:
+        with claim(folder):
+            report = _write_all(comparison, folder, data)
+    return report
+
+
+def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) -> dict[str, Any]:
+    """Train passes until none is free; what the source says of its data, where one was trained."""
+    source: Source | None = None
+    n_samples = comparison.training_samples
+    (folder / RUNS_FOLDER).mkdir(exist_ok=True)
+    with tqdm(
+        desc="comparing",
+        total=len(comparison.seeds) * n_samples,
+        initial=n_done * n_samples,
+        unit=" samples",
+        unit_scale=True,
+    ) as bar:
+        while True:
+            taken = False
+            for seed in comparison.seeds:
+                with claim_if_free(_lock_of(folder, seed)) as is_own:
+                    taken |= not is_own
+                    if not is_own or _is_finished(folder, seed):
+                        continue
+                    source = source or source_of(comparison)
                     bar.set_postfix_str(f"seed {seed}")
                     _train_pass(comparison, source, seed, folder, bar)
-                    write_results(folder, _collect(results, comparison, folder))
+                with claim(folder):
+                    results = _collect(read_results(folder), comparison, folder)
+                    write_results(folder, {**results, "data": source.describe()})
+            if not (taken and wait):
+                return {} if source is None else source.describe()
+            time.sleep(SECONDS_BETWEEN_TRIES)
+
+
+def _write_all(comparison: Resolved, folder: Path, data: dict[str, Any]) -> Path:
+    """Write the results of all finished passes, and the report."""
+    results = _collect(read_results(folder), comparison, folder)
+    results["data"] = data or results["data"]
+    try:
+        if comparison.has_one_model:
+            # Not kept in a pass: a seed that is added later changes the numbers of all others.
+            runs = with_reproducibility(results["runs"], folder, comparison.device)
+            results["runs"], results["groups"] = runs, list(groups_of(runs))
     finally:
-        results = _collect(results, comparison, folder)
-        try:
-            if comparison.has_one_model:
-                # Not kept in a pass: a seed that is added later changes the numbers of all others.
-                runs = with_reproducibility(results["runs"], folder, comparison.device)
-                results["runs"], results["groups"] = runs, list(groups_of(runs))
-        finally:
-            write_results(folder, results)
-            report = write_report(results, folder)
+        write_results(folder, results)
+        report = write_report(results, folder)
     return report
+
+
+def _lock_of(folder: Path, seed: int) -> Path:
+    return pass_folder(folder, seed).with_suffix(".lock")
+
+
+def _is_at_work(folder: Path) -> bool:
+    """Whether a process is training a pass there."""
+    for path in (folder / RUNS_FOLDER).glob("*.lock"):
+        with claim_if_free(path) as is_own:
+            if not is_own:
+                return True
+    return False
 
 
 # --- a pass ----------------------------------------------------------------------------------
@@ -251,7 +296,8 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
                 "another --output."
             )
         # Without a finished pass there is nothing to lose, so the configuration may change.
-        if any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")):
+        begun = any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}"))
+        if begun or _is_at_work(folder):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
     # A kill or a full disk at the very first write leaves what is ours.

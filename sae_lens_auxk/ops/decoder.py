@@ -8,6 +8,7 @@ import torch
 from sae_lens_auxk.ops.columns import row_norms, scaled_cast, scaled_product
 from sae_lens_auxk.ops.gradient import LatentGradient, first_derivative_only, handle
 from sae_lens_auxk.ops.selected import Selected, matmul_to
+from sae_lens_auxk.sharded.latents import ALL_LATENTS, AllLatents
 
 
 class Decoder:
@@ -21,17 +22,31 @@ class Decoder:
         handle: what stands for W_dec in the graph.
     """
 
-    def __init__(self, W_dec: torch.Tensor, rescaled: bool, autocast: torch.dtype | None):
+    def __init__(
+        self,
+        W_dec: torch.Tensor,
+        rescaled: bool,
+        autocast: torch.dtype | None,
+        latents: AllLatents = ALL_LATENTS,
+    ):
+        """
+        Args:
+            W_dec: (d_sae, d_in).
+            rescaled: whether it has norms.
+            autocast: the precision of autocast, or None where it is off.
+            latents: those of ``W_dec``; sums of its rows are over all latents.
+        """
         self.W = W_dec.detach()
         self.norm = self.W.norm(dim=-1) if rescaled else None
         self.gradient = LatentGradient(W_dec)
         # Not an attribute of the gradient, which the graph holds: it would hold itself.
         self.handle = handle(W_dec, self.gradient)
         self._autocast = autocast
+        self._latents = latents
 
     def weighted_sums(self, values: torch.Tensor, selected: Selected) -> torch.Tensor:
         """(n_bags, d_in): the sums of ``values`` times rows of W_dec, with their graph."""
-        return _WeightedSums.apply(values, self.handle, self, selected)
+        return self._latents.sum(_WeightedSums.apply(values, self.handle, self, selected))
 
     def dots(self, x: torch.Tensor, selected: Selected) -> torch.Tensor:
         """The products of ``x`` (n_bags, d_in) with the selected rows of W_dec; no graph."""
@@ -56,7 +71,8 @@ class Decoder:
             acts: (B, n), 0 where a column stands for no latent.
             latents: (n,) int64, of which the first ``n_latents`` () count.
         """
-        return _OfColumns.apply(acts, self.handle, self, latents, n_latents)
+        sums = _OfColumns.apply(acts, self.handle, self, latents, n_latents)
+        return self._latents.sum(sums)
 
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
         """``pre`` of selected entries times the norms of their latents, with the graph of both.

@@ -5,39 +5,58 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from sae_lens_auxk.compare.claim import claim
+from sae_lens_auxk.compare.claim import claim, claim_if_free
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is claimed on Windows")
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sae_lens_auxk.compare.claim import claim
-with claim(Path(sys.argv[1])):
-    print("held", flush=True)
+from sae_lens_auxk.compare.claim import claim_if_free
+with claim_if_free(Path(sys.argv[1])) as is_own:
+    print(is_own, flush=True)
     time.sleep(600)
 """
 
 
-def test_a_second_process_is_refused_and_a_dead_one_gives_up(tmp_path: Path) -> None:
-    args = [sys.executable, "-c", HOLD, str(tmp_path)]
+def test_a_second_process_does_not_get_it_and_a_dead_one_gives_up(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    args = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
-            message = f"is in use: process {holder.pid} on .* is comparing there"
-            with pytest.raises(ValueError, match=message), claim(tmp_path):
-                pass
+            assert holder.stdout.readline() == "True\n"
+            with claim_if_free(path) as is_own:
+                assert not is_own
         finally:
             holder.send_signal(signal.SIGKILL)
-    assert list(tmp_path.iterdir()), "the dead process left its file"
+    assert path.exists(), "the dead process left its file"
+    with claim_if_free(path) as is_own:
+        assert is_own
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+    assert not path.exists()
+
+
+def test_a_folder_is_waited_for(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with claim(tmp_path):
+            order.append("second")
+
     with claim(tmp_path):
-        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert not list(tmp_path.iterdir())
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_whoever_locks_a_removed_file_tries_again(
@@ -55,8 +74,10 @@ def test_whoever_locks_a_removed_file_tries_again(
         flock(*args)
 
     monkeypatch.setattr(fcntl, "flock", slow)
-    with claim(tmp_path), pytest.raises(ValueError, match="in use"), claim(tmp_path):
-        pass
+    path = tmp_path / ".lock"
+    with claim_if_free(path) as first, claim_if_free(path) as second:
+        assert first
+        assert not second
     assert len(calls) == 3
 
 

@@ -1,6 +1,8 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
-import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk.compare import run
-from sae_lens_auxk.compare.claim import claim
+from sae_lens_auxk.compare.claim import claim_if_free
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
 from sae_lens_auxk.result_files import read_results
@@ -260,11 +262,44 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run_comparison(tiny(), tmp_path)
 
 
-def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
-    """Also with the same configuration: the two would train the same passes."""
-    with claim(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-        run_comparison(tiny(), tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_a_pass_that_another_process_is_at_work_on_is_left_to_it(tmp_path: Path) -> None:
+    run_comparison(tiny(seeds=[1]), tmp_path)
+    with claim_if_free(tmp_path / "runs" / "seed-0.lock"):
+        run_comparison(tiny(seeds=[0, 1]), tmp_path)
+        statuses = {run["seed"]: run["status"] for run in read_results(tmp_path)["runs"]}
+        assert statuses == {0: "unfinished", 1: "finished"}
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    assert read_results(tmp_path)["finished"]
+
+
+def test_whoever_is_at_work_keeps_its_configuration(tmp_path: Path) -> None:
+    run_comparison(tiny(), tmp_path)
+    for finished in tmp_path.glob("runs/seed-*"):
+        shutil.rmtree(finished)
+    with (
+        claim_if_free(tmp_path / "runs" / "seed-0.lock"),
+        pytest.raises(ValueError, match="holds another comparison"),
+    ):
+        run_comparison(tiny(lr=0.1), tmp_path)
+
+
+def test_who_waits_takes_over_what_a_dead_process_was_at_work_on(tmp_path: Path) -> None:
+    run_comparison(tiny(seeds=[1]), tmp_path)
+    hold = """
+import os, sys, time
+from pathlib import Path
+from sae_lens_auxk.compare.claim import claim_if_free
+with claim_if_free(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(3)
+    os._exit(9)
+"""
+    args = [sys.executable, "-c", hold, str(tmp_path / "runs" / "seed-0.lock")]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        run_comparison(tiny(seeds=[0, 1]), tmp_path, wait=True)
+    assert read_results(tmp_path)["finished"]
 
 
 @pytest.mark.parametrize("left", [".results.partial.json", ".lock"])

@@ -1,0 +1,62 @@
+"""Gradient clipping by the norm of all processes' gradients.
+
+SAELens's trainer calls ``torch.nn.utils.clip_grad_norm_`` in the middle of its step, with the
+parameters that a process holds, and each process would clip by another norm. During a step of an
+SAE whose latents are shared that name is :func:`clip_grad_norm_` here. (DTensors would be clipped
+right by torch itself. But Adam then works on one parameter after the other, with a
+dispatch of DTensor's for each of its operations: milliseconds a step.)
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_auxk.saelens import wrap_once
+from sae_lens_auxk.sharded.files import SHARDED_DIM
+from sae_lens_auxk.sharded.latents import Shard
+
+
+@torch.no_grad()
+def clip_grad_norm_(sae: Any, max_norm: float) -> torch.Tensor:
+    """Clip the gradients of an SAE whose latents are shared, as torch's function of this name does.
+
+    SAELens's trainer does this by itself. A training loop of your own calls it after the backward
+    pass, on every process.
+
+    Args:
+        sae: the SAE, of :func:`~sae_lens_auxk.sharded.sae.sharded_sae`.
+        max_norm: the largest norm that all gradients together may have.
+
+    Returns:
+        () the norm before clipping, the same on every process.
+    """
+    own: list[torch.Tensor] = []
+    shared: list[torch.Tensor] = []
+    for name, parameter in sae.named_parameters():
+        if parameter.grad is not None:
+            (own if name in SHARDED_DIM else shared).append(parameter.grad)
+    square = torch.nn.utils.get_total_norm(own).square()
+    total = sae.latents.sum(square)
+    norm = (total + torch.nn.utils.get_total_norm(shared).square()).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(sae.parameters(), max_norm, norm)
+    return norm
+
+
+def clip_by_all_in_every_trainer() -> None:
+    """Make SAELens's ``SAETrainer`` clip the gradients of a shared SAE by their whole norm."""
+
+    def train_step(own: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self.sae, "latents", None), Shard):
+            return own(self, *args, **kwargs)
+        with patch.object(torch.nn.utils, "clip_grad_norm_", partial(_clip, self.sae)):
+            return own(self, *args, **kwargs)
+
+    wrap_once(SAETrainer, "_train_step", train_step)
+
+
+def _clip(sae: Any, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:  # noqa: ARG001
+    return clip_grad_norm_(sae, max_norm)

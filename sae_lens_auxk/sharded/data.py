@@ -1,0 +1,95 @@
+"""Activations: each process runs the language model on its share of the data set.
+
+A training batch is the processes' batches behind each other, the same on every process.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file, save_file
+from typing_extensions import override
+
+from sae_lens_auxk.sharded.collectives import gather
+
+
+def share_data(store: ActivationsStore, group: Any) -> None:
+    """Leave a new store its process's share of the rows, and of a training batch.
+
+    Of a data set with a length, the rows ``rank``, ``rank + N``, ...; of a stream what
+    ``datasets`` gives each of N nodes.
+
+    Raises:
+        ValueError: there are fewer rows than processes.
+    """
+    n, rank = group.size(), group.rank()
+    store.train_batch_size_tokens //= n
+    if store.cached_activation_dataset is not None:
+        store.cached_activation_dataset = _share(store.cached_activation_dataset, n, rank)
+    if store.dataset is not None:
+        store.dataset = _share(store.dataset, n, rank)
+
+
+def _share(dataset: Any, n: int, rank: int) -> Any:
+    if isinstance(dataset, IterableDataset):
+        share = split_dataset_by_node(dataset, rank, n)
+        if next(iter(share), None) is None:
+            raise ValueError(
+                f"dataset_path: the data set cannot be shared among {n} processes: it has no row "
+                f"for rank {rank}. It must have at least {n} rows."
+            )
+        return share
+    assert isinstance(dataset, Dataset)
+    if len(dataset) < n:
+        raise ValueError(
+            f"dataset_path: the data set has {len(dataset)} rows, which cannot be shared among {n} "
+            f"processes: it must have at least {n}."
+        )
+    return dataset.shard(n, rank, contiguous=False)
+
+
+class GatheredBatches(Iterator[torch.Tensor]):
+    """The batches of all processes, one behind the other."""
+
+    def __init__(self, own: Iterator[torch.Tensor], group: Any, device: str):
+        self._own, self._group, self._device = own, group, device
+
+    @override
+    def __next__(self) -> torch.Tensor:
+        return gather(next(self._own).to(self._device), self._group).flatten(0, 1)
+
+
+BY_RANK = "n_dataset_processed_by_rank"
+
+
+def save_position(store: ActivationsStore, group: Any, device: str, checkpoint: Path) -> None:
+    """Write how many rows all processes have read, in SAELens's file; rank 0 writes.
+
+    Beside it, for a run that goes on with as many processes, what each of them has.
+    """
+    by_rank = gather(torch.tensor(store.n_dataset_processed, device=device), group).cpu()
+    if group.rank() == 0:
+        # SAELens counts a row when it asks for the next one, so each store is one behind.
+        state = {"n_dataset_processed": (by_rank + 1).sum() - 1, BY_RANK: by_rank}
+        save_file(state, checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
+
+
+def load_position(store: ActivationsStore, group: Any, checkpoint: Path) -> None:
+    """Skip what this process has read of its share, or its part of what all have read."""
+    state = load_file(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
+    by_rank = state.get(BY_RANK)
+    if by_rank is not None and len(by_rank) == group.size():
+        n_rows = int(by_rank[group.rank()])
+    else:
+        n_rows = math.ceil((int(state["n_dataset_processed"]) + 1) / group.size()) - 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/{ACTIVATIONS_STORE_STATE_FILENAME}"
+        save_file({"n_dataset_processed": torch.tensor(n_rows)}, path)
+        store.load(path)

@@ -1,0 +1,156 @@
+"""The processes that torchrun starts: their group, what must be the same in all, and their end."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partialmethod
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm.std import tqdm
+
+PACKAGES = ("sae-lens-auxk", "sae-lens", "torch")
+
+
+def n_processes() -> int:
+    """How many processes torchrun has started on all nodes; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def own_device(device: str) -> str:
+    """This process's device, where ``device`` is that of all: of ``"cuda"`` one GPU for each.
+
+    Raises:
+        ValueError: the node has fewer GPUs than processes.
+    """
+    if torch.device(device).type != "cuda":
+        return device
+    local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= n_gpus:
+        raise ValueError(
+            f"device={device!r}: this node has {n_gpus} GPUs, and --nproc-per-node must be at most "
+            f"that, not {os.environ['LOCAL_WORLD_SIZE']}."
+        )
+    return f"cuda:{local}"
+
+
+def prefer_own_gpu() -> None:
+    """Let ``"cuda"`` be this process's GPU, before anything makes all of them use the first."""
+    local = int(os.environ["LOCAL_RANK"])
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+
+
+def see_own_gpu_only() -> None:
+    """Hide the other processes' GPUs, so that ``"cuda"`` is this one's in every thread.
+
+    Before the first use of CUDA.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    local = int(os.environ["LOCAL_RANK"])
+    gpus = [str(local)] if visible is None else visible.split(",")[local : local + 1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+
+@contextmanager
+def process_group(device: str) -> Generator[Any]:
+    """The group of all processes: NCCL where ``device``, this process's, is a GPU, else gloo."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        # After an error the others may be gone, and this would wait for them.
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def agree(error: Exception | None, group: Any) -> None:
+    """Raise the same ValueError in every process if one of them has an error.
+
+    Every process calls this, with what went wrong in it.
+    """
+    errors: list[str | None] = [None] * group.size()
+    dist.all_gather_object(errors, None if error is None else str(error), group=group)
+    for i, message in enumerate(errors):
+        if message is not None:
+            same = all(other == message for other in errors)
+            raise ValueError(message if same else f"rank {i}: {message}") from error
+
+
+def require_same_versions(group: Any) -> None:
+    """Raise a ValueError that names the first package of which processes have other versions."""
+    own = {name: version(name) for name in PACKAGES}
+    all_versions: list[Any] = [None] * group.size()
+    dist.all_gather_object(all_versions, own, group=group)
+    for i, versions in enumerate(all_versions):
+        for name in PACKAGES:
+            first = all_versions[0][name]
+            if versions[name] != first:
+                raise ValueError(
+                    f"{name} is {first} on rank 0 and {versions[name]} on rank {i}: it must be the "
+                    "same everywhere."
+                )
+
+
+def be_quiet() -> None:
+    """No warnings, logs or progress bars from this process: those of rank 0 say the same."""
+    warnings.simplefilter("ignore")
+    logging.disable()
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
+
+
+def end_with(message: Callable[[], str]) -> Callable[[], None]:
+    """Print a message once and end this process when torchrun ends it for another one's death.
+
+    A handler of Python's would wait for the collective operation that waits for the dead process.
+
+    Args:
+        message: makes the message.
+
+    Returns:
+        A function that does the same at once, for an error of such an operation.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    first = threading.Lock()
+
+    def end() -> None:
+        if first.acquire(blocking=False):
+            print(message(), file=sys.stderr, flush=True)
+            os._exit(1)
+        threading.Event().wait()  # the other thread is about to end the process
+
+    def watch() -> None:
+        while os.read(read, 1)[0] != signal.SIGTERM:
+            pass
+        end()
+
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    return end
+
+
+def is_for_a_dead_process(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(word in text for word in ("gloo", "NCCL", "Connection closed by peer"))
+    )

@@ -1,0 +1,198 @@
+"""A training SAE of which each process holds a share of the latents."""
+
+import json
+from copy import copy
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from typing_extensions import override
+
+from sae_lens_auxk.ops.activations import SelectedActivations
+from sae_lens_auxk.ops.encoder import Encoder
+from sae_lens_auxk.ops.selected import Pairs
+from sae_lens_auxk.sharded.files import read_safetensors, write_safetensors
+from sae_lens_auxk.sharded.latents import OwnPairs, Shard
+from sae_lens_auxk.sparse_topk import SparseTopK
+from sae_lens_auxk.step_data import AuxStepInput
+
+if TYPE_CHECKING:
+    _Base = SparseTopK
+else:
+    _Base = object
+
+ROWS_AT_ONCE = 65_536
+
+
+def sharded_sae(cfg: Any, group: Any) -> TrainingSAE[Any]:
+    """A training SAE of ``cfg`` whose latents are shared among the processes of a group.
+
+    All processes of the group call this, with the same config.
+
+    Args:
+        cfg: the config, with the ``d_sae`` of all processes together.
+        group: a ``torch.distributed`` process group.
+
+    Raises:
+        ValueError: the config is of an architecture or a ``dtype`` that cannot be shared, or
+            ``d_sae`` is not a multiple of the number of processes.
+    """
+    training_class = get_sae_training_class(cfg.architecture())[0]
+    require_shardable(cfg, group.size())
+    return _sharded(training_class)(cfg, Shard(group, cfg.d_sae))
+
+
+def require_shardable(cfg: Any, n_processes: int) -> None:
+    """Raise a ValueError that names what of a config cannot be shared among processes."""
+    # Imported late: the architectures import what stands here.
+    from sae_lens_auxk.architectures import ARCHITECTURES
+
+    allowed = [name for name, (sae, *_) in ARCHITECTURES.items() if issubclass(sae, SparseTopK)]
+    if cfg.architecture() not in allowed:
+        raise ValueError(
+            f"architecture={cfg.architecture()!r} cannot be shared among processes: it must be one "
+            f"of {', '.join(allowed)}."
+        )
+    if cfg.d_sae % n_processes:
+        raise ValueError(
+            f"d_sae={cfg.d_sae} cannot be shared among {n_processes} processes: it must be a "
+            f"multiple of {n_processes}."
+        )
+    if cfg.dtype not in ("float32", "float64"):
+        raise ValueError(
+            f"dtype={cfg.dtype!r} is not allowed with more than one process: it must be float32 or "
+            "float64 (autocast may be on)."
+        )
+    if not cfg.aux_loss.shardable:
+        raise ValueError(
+            f"aux_variant={cfg.aux_variant!r} is not known to be right where latents are shared "
+            "among processes: register it with shardable=True once it sums over latents with "
+            "inputs.total and compares them with inputs.largest_of."
+        )
+
+
+@cache
+def _sharded(training_class: type[Any]) -> type[Any]:
+    return type(f"Sharded{training_class.__name__}", (Sharded, training_class), {})
+
+
+class Sharded(_Base):
+    """Mixin in front of a training SAE of the TopK family; see :func:`sharded_sae`.
+
+    The parameters are those of this process's latents. ``cfg.d_sae``, ``tokens_since_fired`` and
+    the ``feature_acts`` of a step are of all latents: what fired is known to every process, so
+    SAELens's trainer counts it right in each. ``hidden_pre`` of a step's output is this process's.
+    """
+
+    latents: Shard
+
+    def __init__(self, cfg: Any, latents: Shard):
+        self.latents = latents  # pyright: ignore[reportIncompatibleVariableOverride]
+        super().__init__(cfg)
+
+    @override
+    def initialize_weights(self) -> None:
+        """The rows and columns that SAELens draws for these latents, on the CPU.
+
+        Rank 0's random state counts. The rows of other processes are drawn and forgotten, so
+        that the weights are those of one process on the CPU, and no process ever has them all.
+        """
+        state = torch.get_rng_state()
+        torch.distributed.broadcast(state, src=0, group=self.latents.group)
+        torch.set_rng_state(state)
+        cfg, device = self.cfg, self.device
+        self.cfg, self.device = copy(cfg), torch.device("cpu")
+        self.cfg.d_sae = self.latents.n
+        self._draw(self.latents.start)
+        super().initialize_weights()
+        self._draw(cfg.d_sae - self.latents.start - self.latents.n)
+        self.cfg, self.device = cfg, device
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device)
+
+    def _draw(self, n_rows: int) -> None:
+        """Draw rows of W_dec, as SAELens does, for nobody."""
+        for first in range(0, n_rows, ROWS_AT_ONCE):
+            rows = min(ROWS_AT_ONCE, n_rows - first)
+            torch.nn.init.kaiming_uniform_(torch.empty(rows, self.cfg.d_in, dtype=self.dtype))
+
+    @override
+    def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
+        if not self._can_be_sparse(step_input.sae_in):
+            raise RuntimeError(
+                "an SAE that is shared among processes has the sparse training step only: no hooks "
+                "on the SAE, no input with a gradient, and not SAE_LENS_AUXK_OPS=dense"
+            )
+        return super()._forward(step_input)
+
+    @override
+    def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
+        h, selected = super()._select(hidden_pre)
+        by = h.abs() if self.by_magnitude else h
+        return self.latents.choose(h, by, selected, int(self.cfg.k * len(hidden_pre)))
+
+    @override
+    def _fire(self, h: torch.Tensor) -> torch.Tensor:
+        # A candidate that was not chosen is -inf, which a ReLU makes 0 by itself.
+        return h.where(h.isfinite(), 0) if self.by_magnitude else super()._fire(h)
+
+    @override
+    def _activations(
+        self, values: torch.Tensor, h: torch.Tensor, selected: Pairs, encoder: Encoder
+    ) -> torch.Tensor:
+        assert isinstance(selected, OwnPairs)
+        fired = selected.fired
+        acts = self._fire(fired.h.to(self.W_enc.dtype))
+        shape = torch.Size((len(encoder.hidden_pre), self.cfg.d_sae))
+        return SelectedActivations.of(fired.rows, fired.latents, acts, shape)
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """What one process would have saved, in ``path`` on rank 0. Every process calls this."""
+        state = self.state_dict()
+        self.process_state_dict_for_saving(state)
+        return self._save(Path(path), state, self.cfg.to_dict())
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As :meth:`save_model`: SAELens's own SAE, which needs no plugin."""
+        state = self.state_dict()
+        self.process_state_dict_for_saving_inference(state)
+        return self._save(Path(path), state, self.cfg.get_inference_sae_cfg_dict())
+
+    def _save(
+        self, path: Path, state: dict[str, torch.Tensor], config: dict[str, Any]
+    ) -> tuple[Path, Path]:
+        weights, cfg = path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
+        if self.latents.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            cfg.write_text(json.dumps(config))
+        write_safetensors(weights, state, self.latents)
+        return weights, cfg
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """From a checkpoint of any number of processes; reads this process's part of it."""
+        path = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
+        state = read_safetensors(path, self.device, self.latents)
+        self.process_state_dict_for_loading(state)
+        self.load_state_dict(state)
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        raise self._refusal()
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> NotImplementedError:
+        return NotImplementedError(
+            "one process holds a share of the latents: save the SAE with save_inference_model, "
+            "and open it with SAE.load_from_disk"
+        )

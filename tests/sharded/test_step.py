@@ -1,0 +1,59 @@
+"""One training step of an SAE whose latents are shared is that of one process."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import TOPK_ARCHITECTURES, VARIANTS, forward, gradients_of
+from tests.sharded.helpers import D_IN, D_SAE, both, part
+from tests.sharded.processes import COUNTS, device, in_processes
+
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False},
+    {"dead_criterion": "batch", "aux_batch_fraction": 0.5, "k_aux": 40},
+    {"dead_criterion": "batch", "aux_normalize": True, "aux_bias": "matched", "k_aux": 2},
+]
+
+
+def _equal_steps(architecture: str, variants: list[str], fields: list[dict[str, Any]]) -> None:
+    for variant in variants:
+        for given in fields:
+            if given.get("use_matryoshka_aux_loss") and variant == "multi_topk":
+                continue
+            _equal_step(
+                architecture,
+                **{"aux_variant": variant, "dead_criterion": "steps", "dtype": "float64", **given},
+            )
+
+
+def _equal_step(architecture: str, n_rows: int = 13, **fields: Any) -> None:
+    what = f"{architecture} {fields}"
+    whole, shared = both(architecture, **fields)
+    torch.manual_seed(2)
+    x = torch.randn(n_rows, D_IN, dtype=whole.dtype, device=device())
+    dead = (torch.rand(D_SAE) < 0.4).to(x.device)
+    a, b = (forward(sae, x, dead) for sae in (whole, shared))
+    assert {*a.losses} == {*b.losses}, what
+    for name, loss in a.losses.items():
+        torch.testing.assert_close(b.losses[name], loss, msg=lambda m, n=name: f"{what} {n}: {m}")
+    torch.testing.assert_close(b.sae_out, a.sae_out)
+    torch.testing.assert_close(b.feature_acts.to_dense(), a.feature_acts.to_dense())
+    for name, metric in a.metrics.items():
+        torch.testing.assert_close(b.metrics[name], metric, msg=lambda m, n=name: f"{what} {n} {m}")
+    whole_grads, grads = (gradients_of(out.loss, sae) for out, sae in ((a, whole), (b, shared)))
+    for name, gradient in whole_grads.items():
+        expected = part(name, gradient, shared)
+        torch.testing.assert_close(grads[name], expected, msg=lambda m, n=name: f"{what} {n}: {m}")
+    for name, buffer in whole.named_buffers():
+        torch.testing.assert_close(dict(shared.named_buffers())[name], buffer)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_losses_and_gradients_are_those_of_one_process(architecture: str, n: int) -> None:
+    fields = FIELDS
+    if "matryoshka" in architecture:
+        fields = [*FIELDS, {"use_matryoshka_aux_loss": True}]
+    in_processes(n, _equal_steps, architecture, VARIANTS, fields)
