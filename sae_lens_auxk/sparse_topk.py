@@ -1,6 +1,6 @@
 """The TopK family's training step, on the selected latents only.
 
-SAELens computes with all of (B, d_sae) four times over: a dense activation tensor forward, a
+SAELens computes with all of (B, d_sae) several times: a dense activation tensor forward, a
 dense gradient backward. Here the encoder's product is the one dense operation. The selected
 activations are a short list of (row, latent) pairs; decoder, and both gradients, touch only
 the rows of those pairs.

@@ -11,7 +11,7 @@ from typing import TextIO
 
 LOCK_FILENAME = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What a file system says that has no locks."""
+"""The errors of a file system without locks."""
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _locked(path: Path) -> TextIO:
             holder = file.read() or "another process"
             file.close()
             raise ValueError(
-                f"{path.parent} is in use: {holder} is comparing there. "
+                f"{path.parent} is in use: {holder} is running a comparison there. "
                 "Wait until it is done, or give another --output."
             ) from error
         except OSError as error:
