@@ -299,7 +299,7 @@ class Measured(TypedDict):
 
 
 class AcrossSeeds(TypedDict, total=False):
-    """What needs a second seed, and is no part of a pass.
+    """What needs a second seed, and is not part of a pass.
 
     ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
     of training, from the first on. Latents that never died belong to the first. None where there

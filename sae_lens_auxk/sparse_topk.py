@@ -170,7 +170,7 @@ class SparseAccess:
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
         if self.by_magnitude:
-            h = self.columns_among(among, bound).h.abs()  # infinite where it is no latent's
+            h = self.columns_among(among, bound).h.abs()  # infinite where no latent is
             missing = (threshold.to(h.dtype) - h).relu()
             return missing.sum(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
         return self.encoder.shortfall(threshold, indices_of(among, bound), among.sum())

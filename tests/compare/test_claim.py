@@ -29,7 +29,7 @@ def test_a_second_process_is_refused_and_a_dead_one_gives_up(tmp_path: Path) -> 
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            message = f"is in use: process {holder.pid} on .* is comparing there"
+            message = f"is in use: process {holder.pid} on .* is running a comparison there"
             with pytest.raises(ValueError, match=message), claim(tmp_path):
                 pass
         finally:
