@@ -26,7 +26,8 @@ def table(path: Path = RESULTS) -> str:
     """The Markdown table: a row a loss and architecture, mean ± standard deviation over seeds."""
     groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
     rows = [
-        "| | | dead | explained variance | F1 | uniqueness | found again, revived (never died) |",
+        "| architecture | loss | dead | explained variance | F1 | uniqueness "
+        "| found again, revived (never died) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, architecture in ARCHITECTURES.items():

@@ -50,3 +50,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return f"{config.repo_url}/{'tree' if file.is_dir() else 'blob'}/main/{target}"
 
     return LINK.sub(mended, markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Keep the theme from asking GitHub for the repository's stars: the site loads nothing."""
+    return output.replace(' data-md-component="source"', "")

@@ -222,7 +222,7 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
         ({"aux_variant": None, "preset": []}, "nothing to compare"),
         ({"model_name": 0.5}, "model_name=0.5 is not allowed: it must be None or a string"),
         ({"model_name": np.array([1, 2])}, "model_name=array.*None or a string"),
-        ({"model_class_name": float("nan")}, "model_class_name=nan.*a text"),
+        ({"model_class_name": float("nan")}, "model_class_name=nan.*a string"),
         ({"hook_name": print}, "hook_name=<built-in.*None or a string"),
         ({"aux_variant": np.array([1, 2])}, "aux_variant=array.*a list of one or more"),
         ({"preset": np.array([1, 2]), "aux_variant": None}, "preset=array.*a list of one or more"),
