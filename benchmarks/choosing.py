@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "pursuit" / "results.json"
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "results" / "pursuit" / "results.json"
+FIGURE = DOCS / "assets" / "choosing.png"
 CASES = {
     "SAELens": "SAELens's loss",
     "auxk": "`auxk`",
@@ -59,5 +61,44 @@ def _cells(group: dict[str, Any]) -> list[str]:
     ]
 
 
+def draw(path: Path = RESULTS, target: Path = FIGURE) -> None:
+    """Found again and dead latents, a panel an architecture and a row a loss."""
+    import matplotlib.pyplot as plt
+
+    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+    figure, axes = plt.subplots(
+        2, len(ARCHITECTURES), figsize=(10, 4.2), sharex="row", sharey=True, layout="constrained"
+    )
+    losses = [loss.strip("`") for loss in CASES.values()]
+    for column, (name, architecture) in enumerate(ARCHITECTURES.items()):
+        found, dead = axes[0, column], axes[1, column]
+        for row, case in enumerate(CASES):
+            group = _find(groups, case, name)
+            colour = "#0072b2" if case == "pursuit" else "#5f6368"
+            for latents, face in (("never_died", "white"), ("revived", colour)):
+                peeking = group["peeking"][latents]
+                found.errorbar(
+                    peeking["mean"]["found_again"],
+                    row,
+                    xerr=peeking["std"]["found_again"],
+                    fmt="o",
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=7,
+                )
+            dead.barh(row, group["mean"]["dead_fraction"], color=colour, height=0.6)
+        found.set(title=architecture, xlim=(0, 0.8))
+        dead.set(xlim=(0, 0.4), yticks=range(len(losses)))
+        dead.set_yticklabels(losses)
+        for axis in (found, dead):
+            axis.grid(axis="x", alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].invert_yaxis()
+    axes[0, 1].set_xlabel("found again by another seed: revived (filled), never died (hollow)")
+    axes[1, 1].set_xlabel("share of latents that are dead")
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+
+
 if __name__ == "__main__":
     print(table())
+    draw()
