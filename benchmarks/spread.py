@@ -35,7 +35,7 @@ from sae_lens_auxk.result_files import (
 
 @dataclass(frozen=True)
 class Part:
-    """One seed and some cases of the comparison ``whole``, and the folder that they are trained in."""
+    """One seed and some cases of the comparison ``whole``, and their folder."""
 
     whole: str
     comparison: Comparison

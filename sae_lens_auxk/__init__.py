@@ -2,9 +2,8 @@
 
 Importing the package registers seven architectures with SAELens: ``auxk-topk``,
 ``auxk-batchtopk``, ``auxk-matryoshka-batchtopk``, ``auxk-abstopk`` (where SAELens has ``abstopk``,
-from 6.53 on), ``auxk-jumprelu``, ``auxk-standard`` and ``auxk-gated``. Which auxiliary loss one
-trains with is said by the fields of :class:`AuxConfig`; what they save for inference is plain
-SAELens.
+from 6.53 on), ``auxk-jumprelu``, ``auxk-standard`` and ``auxk-gated``. The fields of
+:class:`AuxConfig` choose the auxiliary loss. What is saved for inference is plain SAELens.
 """
 
 from importlib.metadata import version

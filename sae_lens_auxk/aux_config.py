@@ -52,8 +52,8 @@ class AuxConfig:
         aux_relu (bool): Whether auxk passes its activations through a ReLU, as Gao et al.'s code
             does. False: negative pre-activations count as they are.
         aux_normalize (bool): Whether auxk is divided by the variance of what it reconstructs, as a
-            share of the input's, as in Gao et al.'s code: it counts the more, the better the SAE
-            is. False: it is in the units of SAELens's MSE, as in Gao et al.'s paper.
+            share of the input's, as in Gao et al.'s code, so that it weighs more as the SAE gets
+            better. False: it is in the units of SAELens's MSE, as in Gao et al.'s paper.
         dead_criterion (Literal["tokens", "steps", "batch"] | None): When a latent is dead.
             "tokens": silent for dead_threshold_tokens. "steps": by SAELens's own mask (silent
             for more than dead_feature_window steps). "batch": silent in this batch. None:
@@ -65,8 +65,8 @@ class AuxConfig:
             causes a warning.
         aux_batch_fraction (float): The share of each batch's rows, a new random sample at every
             step, that the auxiliary loss is computed on. Its mean over them is an unbiased
-            estimate of that over the batch (but for ghost_gradients, whose scale is a ratio of
-            two means), at that share of the cost. Dead latents are counted in all rows.
+            estimate of that over the batch (except for ghost_gradients, whose scale is a ratio
+            of two means), at that share of the cost. Dead latents are counted in all rows.
         aux_warm_up_steps (int): Steps over which the coefficient grows linearly from 0.
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.

@@ -101,7 +101,7 @@ class AuxTraining(_Base):
         """SAELens's training step, on an input of any leading shape (..., d_in).
 
         A row with a NaN, an infinity or a norm above 4e9 is replaced by a usable row of the batch,
-        counts no token, and is reported by a warning and the metric ``nonfinite_rows``. A batch
+        not counted as a token, and reported by a warning and the metric ``nonfinite_rows``. A batch
         with no usable row has a gradient of zero and leaves the counts and thresholds alone.
         (Under ``constant_norm_rescale`` a row of zeros is no better than a NaN.)
 
@@ -196,8 +196,8 @@ class AuxTraining(_Base):
 
     # --- the auxiliary loss ------------------------------------------------------------------
 
-    # The number of dead latents, a shape here, is another one at every step: compiled, this
-    # would be compiled again and again.
+    # The number of dead latents, a shape here, changes at every step, so a compiled version
+    # would be recompiled again and again.
     @never_compiled
     def _aux_loss(
         self,
@@ -249,7 +249,7 @@ class AuxTraining(_Base):
     def _aux_rows(self, n_rows: int, step: int) -> torch.Tensor | None:
         """The rows of the batch that the auxiliary loss sees (m,), or None for all of them.
 
-        A random sample without repetition, the same again in a resumed run.
+        A random sample without repetition, and the same in a resumed run.
         """
         if self.cfg.aux_batch_fraction == 1:
             return None
@@ -334,7 +334,7 @@ class AuxTraining(_Base):
 
     @never_compiled
     def _new_latents(self, step_input: AuxStepInput, output: TrainStepOutput) -> NewLatents | None:
-        """What dead latents start anew from after this step, where they do."""
+        """The new weights of dead latents, at a step that resamples them."""
         if step_input.again:
             return None
         warn_if_never_put_in(self, step_input.step)

@@ -44,7 +44,7 @@ def fired_in_batch(feature_acts: torch.Tensor, by_magnitude: bool = False) -> to
 
 
 def ranks_of_step() -> Any:
-    """The process group of the DistributedDataParallel whose forward pass this is, or None.
+    """The process group of the DistributedDataParallel that is running this forward pass, or None.
 
     Ranks without one may train SAEs of their own, which must not wait for each other.
     """
@@ -56,7 +56,7 @@ def ranks_of_step() -> Any:
 def over_ranks(
     fired: torch.Tensor, n_tokens: torch.Tensor, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the ranks of a process group have seen together, where each has rows of its own.
+    """Combine what the ranks of a process group have seen, each in its own rows.
 
     Args:
         fired: (d_sae,) bool, the latents that fired in this rank's rows.

@@ -15,7 +15,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    # Python gives up on lists in lists in lists.
+    # Deeply nested lists exceed Python's recursion limit.
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 

@@ -1,12 +1,12 @@
-"""``from_pretrained_path``: training goes on from a trained SAE, with an auxiliary loss.
+"""``from_pretrained_path``: continue from a trained SAE, with an auxiliary loss.
 
-SAELens makes the SAE out of the folder alone, by ``TrainingSAE.load_from_disk(path)``, and so
+SAELens builds the SAE from the folder alone, by ``TrainingSAE.load_from_disk(path)``, and so
 trains the class that the folder names, whatever ``cfg.sae`` says. That call knows no config; only
 the runner knows both. So its ``__init__`` is wrapped: where ``cfg.sae`` is one of this package's,
 it gets an SAE of that config, with the folder's weights, as its ``override_sae``.
 
-What is taken over is a function: the new SAE's first forward pass gives what the SAE in the folder
-gives. A field that would make it another function is refused.
+The new SAE computes the same function: its first forward pass gives what the SAE in the folder
+gives. A field that would change that function is refused.
 """
 
 import warnings
@@ -46,8 +46,8 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no SAE at ``path``.
-        ValueError: architecture or shape do not fit, or a field of ``cfg`` would make another
-            function of the weights.
+        ValueError: architecture or shape do not fit, or a field of ``cfg`` would change the
+            function that the weights compute.
     """
     given, state = sae_lens_disk_loader(path, cfg.device, {"dtype": cfg.dtype})
     given = handle_config_defaulting(given)
@@ -84,7 +84,7 @@ def _require_architecture(cfg: Any, given: dict[str, Any], path: str | Path) -> 
     if given["architecture"] not in fitting:
         raise ValueError(
             f"from_pretrained_path={str(path)!r} holds the architecture {given['architecture']}, "
-            f"whose weights {ours} cannot go on from: it must be one of {', '.join(fitting)}."
+            f"whose weights {ours} cannot take over: it must be one of {', '.join(fitting)}."
         )
 
 
@@ -99,12 +99,12 @@ def _require_same(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
     ]
     if differing:
         raise ValueError(
-            f"from_pretrained_path={str(path)!r} holds another SAE than the config describes: "
+            f"from_pretrained_path={str(path)!r} does not hold the SAE that the config describes: "
             f"{', '.join(differing)}."
         )
     k = given.get("k")
     if k is not None and k != cfg.k:
-        warnings.warn(f"k={cfg.k}, and the SAE in {path} was trained with k={k}", stacklevel=5)
+        warnings.warn(f"k={cfg.k}, but the SAE in {path} was trained with k={k}", stacklevel=5)
 
 
 def _share_threshold(
@@ -117,7 +117,7 @@ def _share_threshold(
     if (threshold != threshold[0]).any():
         raise ValueError(
             f"from_pretrained_path={str(path)!r} holds a jumprelu with a threshold for each "
-            f"latent, which {cfg.architecture()} does not have: auxk-jumprelu can go on from it."
+            f"latent, which {cfg.architecture()} does not have. auxk-jumprelu can take it over."
         )
     state["topk_threshold"] = threshold[0]
 
@@ -148,7 +148,7 @@ def sae_to_go_on_from(cfg: Any) -> Any:
 
 
 def fine_tune_in_every_runner() -> None:
-    """Make SAELens's ``LanguageModelSAETrainingRunner`` go on from ``from_pretrained_path``."""
+    """Make SAELens's ``LanguageModelSAETrainingRunner`` use ``from_pretrained_path``."""
 
     def init(
         runner_init: Any,

@@ -13,8 +13,8 @@ class UsableRows(NamedTuple):
 
     Attributes:
         mask: (B,) bool.
-        n: () int64, how many.
-        some: () bool, whether there is one.
+        n: () int64, their number.
+        some: () bool, whether there are any.
     """
 
     mask: torch.Tensor
@@ -99,7 +99,7 @@ class BadRowWatch:
                 self._next_report = step + STEPS_BETWEEN_REPORTS
 
     def report(self) -> bool:
-        """Warn if there were bad rows so far; whether there were."""
+        """Warn if there were bad rows so far, and return whether there were."""
         n_rows = int(self._n_rows)
         if n_rows:
             warnings.warn(

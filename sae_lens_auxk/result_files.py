@@ -34,13 +34,13 @@ RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
 LIVES_FILENAME = "lives.safetensors"
 """Of an SAE's latents: ``dead`` and ``ever_dead``, (d_sae,) bool, and ``alive_since``, (d_sae,)
-int64, the training sample at which it last came back from the dead, 0 for one that never died."""
+int64, the training sample at which it last came back to life, 0 for one that never died."""
 PAGE_FILENAME = "report.html"
 MARKDOWN_FILENAME = "report.md"
 FIGURES_FOLDER = "figures"
 RUNS_FOLDER = "runs"
 REPORT_FILES = (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME, f"{FIGURES_FOLDER}/*.png")
-"""Patterns of the files that tell the whole story without the SAEs."""
+"""Patterns of all files of a comparison except the SAEs."""
 
 
 def pass_folder(folder: Path, seed: int) -> Path:
@@ -88,7 +88,7 @@ def read_pass(folder: Path) -> list[Run]:
         if not runs or not _are_mappings(runs) or any(Run.__required_keys__ - {*r} for r in runs):
             raise ValueError(f"{path} is not the runs of a pass.")
     except ValueError as error:
-        raise ValueError(f"{error} Move {folder} away, and the pass is trained again.") from error
+        raise ValueError(f"{error} Move {folder} away to train the pass again.") from error
     # An earlier version may have measured what has no row any more.
     for run in runs:
         run["metrics"] = _in_table(run["metrics"], METRICS)

@@ -25,7 +25,7 @@ JUNK = 0.5
 FOUND_AGAIN = 0.7
 """A latent is found again by a seed that has a decoder row with a larger cosine."""
 MATCHED = 2048
-"""Of more latents, so many are drawn for the one-to-one matching, whose time grows with the cube
+"""Of more latents, this many are drawn for the one-to-one matching, whose time grows with the cube
 of their number."""
 AGES = 10
 """Number of equal parts of training that latents are grouped by."""
@@ -134,7 +134,7 @@ METRICS = {
     "mean_best_cosine": Metric(
         "best cosine",
         3,
-        "Mean over the alive latents of the best cosine that found again is about.",
+        'Mean over the alive latents of the best cosine that "found again" is based on.',
         better="up",
     ),
     "matched_cosine": Metric(
@@ -142,7 +142,7 @@ METRICS = {
         3,
         "Mean cosine of the best one-to-one matching of the alive latents of two seeds, over as "
         "many pairs as the seed with fewer has, mean over the other seeds (PW-MCC of Song et al. "
-        f"2025); of more than {MATCHED:,} there, so many are drawn. AbsTopK: the absolute cosine.",
+        f"2025). Of more than {MATCHED:,}, that many are drawn. AbsTopK: the absolute cosine.",
         better="up",
     ),
     "junk_share": Metric(
@@ -197,7 +197,7 @@ PEEKING = {
     "age": Metric(
         "age",
         1,
-        "Median share of the training since the latents of the group last came back from the dead.",
+        "Median share of the training since the latents of the group last came back.",
         percent=True,
     ),
     "junk_share": Metric(
@@ -211,7 +211,7 @@ PEEKING = {
     "duplicate_share": Metric(
         "duplicates",
         1,
-        "Share of the group that is not junk, but whose true feature another alive latent has "
+        "Share of the group that is not junk, but whose true feature another alive latent matches "
         "with a larger cosine.",
         percent=True,
         better="down",
@@ -299,7 +299,7 @@ class Measured(TypedDict):
 
 
 class AcrossSeeds(TypedDict, total=False):
-    """What needs a second seed, and is no part of a pass.
+    """What needs a second seed, and is not part of a pass.
 
     ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
     of training, from the first on. Latents that never died belong to the first. None where there

@@ -50,7 +50,7 @@ def fold_scaling_beside(sae: TrainingSAE[Any], checkpoint: Path) -> None:
         files = [file.name] + [ACTIVATION_WHITENING_FILENAME] * whitens
         raise ValueError(
             f"{checkpoint} has normalize_activations={mode!r}, but its scaling is missing: there "
-            f"must be {' and '.join(files)}. Use a checkpoint that was written to its end."
+            f"must be {' and '.join(files)}. Use a checkpoint that was written completely."
         )
     fold_scaling(sae, scaler)
 

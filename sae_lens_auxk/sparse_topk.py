@@ -1,6 +1,6 @@
 """The TopK family's training step, on the selected latents only.
 
-SAELens computes with all of (B, d_sae) four times over: a dense activation tensor forward, a
+SAELens computes with all of (B, d_sae) several times: a dense activation tensor forward, a
 dense gradient backward. Here the encoder's product is the one dense operation. The selected
 activations are a short list of (row, latent) pairs; decoder, and both gradients, touch only
 the rows of those pairs.
@@ -183,7 +183,7 @@ class SparseAccess:
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
         if self.by_magnitude:
-            h = self.columns_among(among, bound).h.abs()  # infinite where it is no latent's
+            h = self.columns_among(among, bound).h.abs()  # infinite where no latent is
             missing = (threshold.to(h.dtype) - h).relu()
             total = missing.sum(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
         else:

@@ -61,17 +61,17 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def require_text(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raise a ValueError unless ``value`` is a text; ``optional``: None is allowed too."""
+    """Raise a ValueError unless ``value`` is a string; ``optional``: None is allowed too."""
     if not isinstance(value, str) and not (optional and value is None):
-        raise reject(name, value, f"{'None or ' if optional else ''}a text")
+        raise reject(name, value, f"{'None or ' if optional else ''}a string")
 
 
 def require_writable(name: str, value: Any) -> None:
-    """Raise a ValueError unless JSON has what ``value`` is made of."""
+    """Raise a ValueError unless ``value`` can be written as JSON."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        allowed = "made of what JSON has: texts, finite numbers, True, False, None, lists, mappings"
+        allowed = "made of JSON types: strings, finite numbers, True, False, None, lists, mappings"
         raise ValueError(f"{reject(name, value, allowed)} ({error})") from error
 
 

@@ -183,7 +183,7 @@ def test_learnt_thresholds_are_no_batchtopk(tmp_path: Path) -> None:
 
 def test_another_k_is_a_warning(tmp_path: Path) -> None:
     trained("topk").save_model(tmp_path)
-    with pytest.warns(UserWarning, match=r"k=7, and the SAE in .* was trained with k=4"):
+    with pytest.warns(UserWarning, match=r"k=7, but the SAE in .* was trained with k=4"):
         assert made_by_the_runner("auxk-topk", tmp_path, k=7).cfg.k == 7
 
 

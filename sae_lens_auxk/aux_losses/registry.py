@@ -251,7 +251,7 @@ def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties
 
     The module that calls this must be imported before a config names the loss. On the command
     line, ``sae-lens-auxk train --import my_losses`` and ``compare --import my_losses`` do that. A
-    package that declares the loss is imported as soon as a config names it, without being asked::
+    package that declares the loss is imported as soon as a config names it, without a flag::
 
         [project.entry-points."sae_lens_auxk.aux_losses"]
         mine = "my_package.losses"

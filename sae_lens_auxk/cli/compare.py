@@ -139,7 +139,7 @@ def _parse(args: Sequence[str]) -> Namespace:
         known = [f"--{name}" for name in is_flag if is_flag[name]]
         own = ("--config", "--output", "--report_only", "--import")
         require_known(unknown, [*known, *own], "compare")
-    # simple-parsing forgets the default of a field that is no flag.
+    # simple-parsing forgets the default of a field that is not a flag.
     from_file = {name: getattr(default, name) for name in is_flag if not is_flag[name]}
     options.comparison = replace(options.comparison, **from_file)
     return options

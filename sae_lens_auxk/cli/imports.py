@@ -1,4 +1,4 @@
-"""``--import``: makes losses of one's own known before a command reads its configs."""
+"""``--import``: register your own losses before a command reads its configs."""
 
 import sys
 from argparse import ArgumentParser

@@ -96,11 +96,13 @@ def cases_of(comparison: Resolved) -> list[Case]:
         for k in ks:
             case = Case(name, architecture, given if k is None else {**given, "k": k})
             if len(case.slug) > MAX_SLUG:
-                allowed = "shorter, as a folder is called after it; name the case"
+                allowed = "shorter, since it names a folder; give the case a name"
                 raise reject("name", name, allowed)
             same = cases.setdefault((name, architecture, k), case)
             if same != case:
-                raise ValueError(f"cases: two that differ are called {case.title!r}; name them.")
+                raise ValueError(
+                    f"cases: two that differ are both {case.title!r}; give them names."
+                )
 
     variants = [
         {"aux_variant": variant} | ({} if alpha is None else {"aux_loss_coefficient": alpha})
@@ -119,9 +121,9 @@ def cases_of(comparison: Resolved) -> list[Case]:
         require_choice("architecture", architecture, [*ARCHITECTURES, *STOCK.values()])
         name = given.pop("name", None)
         if name is not None and (not isinstance(name, str) or not name):
-            raise reject("name", name, "a text (put quotes around a number)")
+            raise reject("name", name, "a string (put quotes around a number)")
         if name is not None and not name.isprintable():
-            raise reject("name", name, "a text without control characters")
+            raise reject("name", name, "a string without control characters")
         add(name, architecture, given)
     return list(cases.values())
 

@@ -17,7 +17,7 @@ from typing import TextIO
 
 LOCK_FILENAME = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What a file system says that has no locks."""
+"""The errors of a file system without locks."""
 SECONDS_BETWEEN_TRIES = 0.1
 
 

@@ -115,8 +115,8 @@ def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
             decoder = file.get_tensor("W_dec")[alive].float()
     except (SafetensorError, KeyError) as error:
         raise ValueError(
-            f"the SAE in {sae} cannot be read: {error} Move {sae.parent} away, and the pass is "
-            "trained again."
+            f"the SAE in {sae} cannot be read: {error} Move {sae.parent} away to train the "
+            "pass again."
         ) from error
     age = AGES * lived["alive_since"][alive] // max(run["training_samples"], 1)
     return Alive(decoder.to(device), lived["ever_dead"][alive], age.clamp(max=AGES - 1))

@@ -98,7 +98,7 @@ def resolve(comparison: Comparison) -> Resolved:
 
 
 def _require_types(given: Mapping[str, Any]) -> None:
-    """Refuse what has no truth value or cannot be written, before anything is asked of it."""
+    """Refuse values that have no truth value or cannot be written, before they are used."""
     for name in ("model_name", "dataset_path", "hook_name", "model_class_name"):
         require_text(name, given.get(name), optional=True)
     for name in ("preset", "aux_variant", "aux_loss_coefficient", "cases"):
@@ -218,6 +218,6 @@ def _require_free(
     """A ValueError for a name that is not a field of the config, or that a field of ours sets."""
     for name in given:
         if name in own:
-            raise ValueError(f"{what}: {name} is said by {own[name]}.")
+            raise ValueError(f"{what}: {name} is set by {own[name]}.")
     known = {f.name for f in fields(config_class) if not f.name.startswith("_")}
     require_known(given, known - set(own), what)

@@ -273,7 +273,7 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
 
 
 def _is_finished(folder: Path, seed: int) -> bool:
-    """Whether there is such a pass; a ValueError if something else has its name."""
+    """Whether the pass exists. Raises a ValueError if its name is taken by something else."""
     return pass_folder(folder, seed).exists() and bool(read_pass(pass_folder(folder, seed)))
 
 
@@ -302,7 +302,7 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
             return results
     # A kill or a full disk at the very first write leaves what is ours.
     elif {path.name for path in folder.iterdir()} - {LOCK_FILENAME, partial_results.name}:
-        raise ValueError(f"{folder} holds something else, not a comparison: give another --output.")
+        raise ValueError(f"{folder} does not hold a comparison: give another --output.")
     return {
         "version": VERSION,
         "name": folder.resolve().name,

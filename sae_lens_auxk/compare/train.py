@@ -30,7 +30,7 @@ def build_sae(config: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
 
 
 def is_for_memory(error: str) -> bool:
-    """Whether an error that was written down is a lack of memory: Python's, CUDA's, the CPU's."""
+    """Whether a recorded error is a lack of memory: Python's, CUDA's or the CPU's."""
     return any(sign in error for sign in ("MemoryError", "ALLOC_FAILED", "DefaultCPUAllocator"))
 
 

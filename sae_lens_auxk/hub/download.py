@@ -81,7 +81,7 @@ def download_sae(
         for name in SAE_FILES:
             if f"{sae_id}/{name}" in files:
                 with explained(repo_id):
-                    # Through the cache: what was fetched before an interruption is not again.
+                    # Through the cache: an interrupted download does not start over.
                     cached = hf_hub_download(repo_id, f"{sae_id}/{name}", revision=commit)
                 shutil.copyfile(cached, new / name)
         try:
@@ -130,7 +130,7 @@ def _require_free(target: Path, overwrite: bool) -> None:
     if target.is_symlink():
         raise HubError(f"{target} is a symbolic link, which is not replaced: name its target.")
     if not target.is_dir():
-        raise HubError(f"{target} is a file, no folder.")
+        raise HubError(f"{target} is a file, not a folder.")
     # Only what a download can write again may go: everything else in there is somebody's work.
     names = {path.name for path in target.iterdir() if path.is_file() and not path.is_symlink()}
     others = sorted({path.name for path in target.iterdir()} - (names & {*SAE_FILES}))

@@ -1,4 +1,4 @@
-"""What the Hub or the network answers, in words that a person can act on."""
+"""Errors of the Hub and the network, as messages that say what to do."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def _explain(error: BaseException, repo_id: str) -> str:
             f"to {repo_id}."
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the Hub must not be asked: unset it."
+        return "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it."
     # Without an answer, which huggingface_hub before 1.0 has too, it is a broken connection.
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         said = error.server_message or str(error).splitlines()[0]
@@ -79,11 +79,11 @@ def _explain(error: BaseException, repo_id: str) -> str:
                 "and the right to this user or organisation."
             )
         if status == 412:
-            return f"{repo_id} was changed by somebody else meanwhile. Run the same command again."
+            return f"{repo_id} was changed by someone else meanwhile. Run the same command again."
         return f"the Hub answered {status}: {said}"
     if isinstance(error, ValueError):
         return str(error)
     return (
         f"the connection to the Hub broke ({type(error).__name__}: {error}). Run the same command "
-        "again: what is complete there is not sent twice."
+        "again: complete files are not transferred twice."
     )

@@ -59,7 +59,7 @@ def with_part(card: str | None, name: str, part: str, repo_id: str) -> str:
     except (TypeError, AttributeError, KeyError) as error:
         raise HubError(
             f"the front matter of {repo_id}'s README.md has a field of a wrong type, such as "
-            f"tags that are no list: {error}"
+            f"tags that are not a list: {error}"
         ) from error
     text = model_card.text
     if start in text and end in text and text.index(start) < text.index(end):
@@ -93,7 +93,7 @@ def sae_part(repo_id: str, sae_id: str, folder: Path, samples: int | None) -> st
     runner_cfg = _optional_json(folder / RUNNER_CFG_FILENAME)
     sections = [
         f"## {sae_id}",
-        f"A checkpoint out of the training, after {samples:,} tokens." if samples else "",
+        f"A training checkpoint, after {samples:,} tokens." if samples else "",
         _description(folder, samples or (runner_cfg or {}).get("training_tokens")),
         "### How to load it",
         _load(repo_id, sae_id, folder),

@@ -25,7 +25,7 @@ _Backward = Callable[..., tuple[Any, ...]]
 
 
 def first_derivative_only(backward: _Backward) -> _Backward:
-    """Make a backward pass that is to be differentiated itself an error.
+    """Raise an error if a backward pass is to be differentiated itself.
 
     Torch's ``once_differentiable`` does the same where a gradient comes in as a tensor; a
     :func:`handle` gets none.

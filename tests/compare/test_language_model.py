@@ -149,7 +149,7 @@ def test_same_prompts_start_over() -> None:
     ("fields", "message"),
     [
         ({"language_model": {"stream": True}}, "stream is not a field.*Did you mean streaming"),
-        ({"language_model": {"lr": 1.0}}, "lr is said by lr"),
+        ({"language_model": {"lr": 1.0}}, "lr is set by lr"),
         ({"model_class_name": "Hooked"}, "model_class_name='Hooked'"),
         ({"model_class_name": "AutoModelForCausalLM"}, "hook_name=None.*model.layers"),
         ({"dataset_path": None}, "dataset_path=None"),

@@ -111,7 +111,7 @@ def test_a_checkpoint_goes_up_as_its_inference_model(
     }
     n_samples = int(trained["checkpoint"].name)
     assert 0 < n_samples < 20 * 64
-    assert f"checkpoint out of the training, after {n_samples:,} tokens" in card(client)
+    assert f"training checkpoint, after {n_samples:,} tokens" in card(client)
     TrainingSAE.load_from_disk(trained["checkpoint"]).save_inference_model(tmp_path / "own")
     back = SAE.load_from_disk(download_sae(REPO, output=tmp_path / "back"))
     assert same(back, SAE.load_from_disk(tmp_path / "own"))

@@ -129,7 +129,7 @@ def footnote(results: Results) -> str:
 def _about_other_seeds(results: Results, seeds: Sequence[int]) -> list[str]:
     """What to know of the measures that compare a run with other seeds, or why there are none."""
     if "found_again" in columns(results):
-        said = "Two seeds are one pair: the spread of latents found again says nothing."
+        said = "Two seeds are one pair, so the spread of latents found again says nothing."
         return [said] if seeds == [2] else []
     if seeds == [1]:
         return ["Whether latents are found again can be measured from two seeds on."]
@@ -150,7 +150,7 @@ def _every_seed_has_a_model(results: Results) -> bool:
 def troubles(results: Results) -> list[str]:
     """The runs that failed, each with its error, and the runs that are not finished."""
     failed = [
-        f"Failed: {run['name']}: {run.get('error') or 'no error was written down'}"
+        f"Failed: {run['name']}: {run.get('error') or 'no error was recorded'}"
         for run in results["runs"]
         if run["status"] == "failed"
     ]

@@ -28,6 +28,10 @@ p { margin: 4px 0 8px; max-width: 140ch; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 10px 0;
      padding: 10px 16px; background: #f3f6f9; border-left: 4px solid #0072b2; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 700px) {
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; }
+  td.name { min-width: 110px; max-width: 130px; }
+}
 .trouble { background: #fdf3e7; border-left: 4px solid #d55e00; padding: 8px 16px; }
 .trouble ul { margin: 0; padding-left: 20px; } .trouble li { overflow-wrap: anywhere; }
 .wide { overflow: auto; max-height: 75vh; }
@@ -35,6 +39,9 @@ table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabu
 small { display: block; font-size: 10px; line-height: 1; color: #595959; }
 th, td { padding: 3px 7px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 0; }
+.plot { overflow-x: auto; } .plot > div { min-width: 720px; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+th:first-child { z-index: 1; }
 th.text, td.text { text-align: left; }
 td.best { font-weight: 700; }
 td.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
@@ -42,7 +49,7 @@ th button { font: inherit; border: 0; background: none; cursor: pointer; padding
             text-decoration: underline dotted #767676; }
 th[aria-sort=ascending] button::after { content: " \\2191"; color: #000; }
 th[aria-sort=descending] button::after { content: " \\2193"; color: #000; }
-tbody tr:hover { background: #f3f6f9; }
+tbody tr:hover, tbody tr:hover td { background: #f3f6f9; }
 .key { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
 pre { font-size: 12px; background: #f6f6f6; padding: 8px; overflow-x: auto; }
 details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
@@ -90,7 +97,8 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
             config={"responsive": True, "displayModeBar": False},
         )
         sections.append(
-            f"<h2>{escape(figure.title)}</h2><p class=note>{escape(figure.caption)}</p>{plot}"
+            f"<h2>{escape(figure.title)}</h2><p class=note>{escape(figure.caption)}</p>"
+            f'<div class="plot" tabindex="0">{plot}</div>'
         )
         if figure.name == "peeking":
             sections.append(_table(peeking))
@@ -99,7 +107,7 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}</style>
-<script>{get_plotlyjs()}</script></head><body>
+<script>{get_plotlyjs()}</script></head><body><main>
 <h1>{name}</h1>
 <p class="note">{escape(results["data"].get("description", ""))}</p>
 <dl>{lines}</dl>
@@ -107,7 +115,7 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
 <p class="note">{escape(footnote(results))}</p>
 {"".join(sections)}
 <h2>How it was made</h2>{_configs(results)}
-<script>{SORT}</script>
+</main><script>{SORT}</script>
 </body></html>
 """
 
@@ -138,7 +146,7 @@ def _table(table: Table) -> str:
             )
         rows.append(f"<tr>{cells}</tr>")
     return (
-        f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f'<div class="wide" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
     )
@@ -159,12 +167,17 @@ def _configs(results: Results) -> str:
             folded[key] = run["sae_config"]
     return (
         f"<p class=note>{escape(results['machine'])}; {escape(packages)}; begun "
-        f"{escape(results['created'])}</p><pre>{escape(results['command'])}</pre>"
+        f"{escape(results['created'])}</p>{_pre(results['command'])}"
         "<details><summary>Configurations</summary>"
         + "".join(
             f"<details><summary>{escape(key)}</summary>"
-            f"<pre>{escape(json.dumps(content, indent=1))}</pre></details>"
+            f"{_pre(json.dumps(content, indent=1))}</details>"
             for key, content in folded.items()
         )
         + "</details>"
     )
+
+
+def _pre(text: str) -> str:
+    """Text as it is. Where it scrolls it must be reachable by the keyboard."""
+    return f'<pre tabindex="0">{escape(text)}</pre>'

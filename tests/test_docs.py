@@ -1,0 +1,44 @@
+"""The pages that repeat what stands elsewhere say the same."""
+
+import re
+import runpy
+from dataclasses import fields
+from pathlib import Path
+
+from sae_lens_auxk import AuxConfig
+from sae_lens_auxk.aux_losses import BUILT_IN
+
+ROOT = Path(__file__).parent.parent
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_choosing_has_the_committed_numbers() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks" / "choosing.py"))["table"]()
+    text = page("choosing.md")
+    shown = text.split("<!-- benchmarks/choosing.py -->\n")[1].split("\n<!-- end -->")[0]
+    assert shown == table
+
+
+def test_variants_has_every_variant_and_field() -> None:
+    text = page("variants.md")
+    for name in BUILT_IN:
+        assert f"\n## `{name}`\n" in text
+    for field in fields(AuxConfig):
+        assert f"`{field.name}`" in text, field.name
+
+
+def test_one_version_and_one_address() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version, site, source = (
+        re.findall(rf'^{key} = "(.*)"$', project, re.MULTILINE)[0]
+        for key in ("version", "Documentation", "Source")
+    )
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for text in (citation, (ROOT / "mkdocs.yml").read_text(encoding="utf-8")):
+        assert site in text
+        assert source in text
