@@ -53,7 +53,7 @@ class Part:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         config = self.folder.with_suffix(".yaml")
         config.write_text(yaml.safe_dump(self.comparison.to_dict()), encoding="utf-8")
-        command = [sys.executable, "-m", "sae_lens_auxk.cli", "compare", "--config", str(config)]
+        command = [sys.executable, "-m", "sae_lens_auxk", "compare", "--config", str(config)]
         command += ["--output", str(self.folder)]
         if imports:
             command += ["--import", *imports]
