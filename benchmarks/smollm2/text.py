@@ -2,8 +2,8 @@
 
     python benchmarks/smollm2/text.py smollm2/model smollm2/text
 
-Downloads about 450 MB with ``apt-get download`` and installs nothing. A package that Debian no longer
-has is named and left out, so another release gives another text.
+Downloads about 450 MB with ``apt-get download`` and installs nothing. A package that Debian no
+longer has is named and left out, so another release gives another text.
 
 Writes smollm2/text/train.parquet: rows of 256 tokens, each from one package and beginning with
 <|endoftext|>, in random order. Paragraphs of fewer than 12 words, or with many symbols, are left
