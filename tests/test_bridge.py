@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "getting-started.md"
 NAMES = {
     "model.layers.6": "blocks.6.hook_out",
     "model.layers.6.mlp": "blocks.6.mlp.hook_out",
@@ -54,7 +54,7 @@ def saved_sae(folder: Path, hook_name: str) -> SAE[Any]:
 
 
 def test_names_are_in_the_readme() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for pair in NAMES.items() for name in pair)
 
 
