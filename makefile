@@ -28,7 +28,7 @@ serve:
 # Runs the notebooks and keeps what they print.
 tutorials:
 	cd docs/tutorials && HF_HUB_OFFLINE=1 WANDB_MODE=disabled TQDM_DISABLE=1 \
-		jupyter execute --inplace *.ipynb
+		PYTHONWARNINGS=ignore DATASETS_VERBOSITY=critical jupyter execute --inplace *.ipynb
 
 package:
 	.ci/package

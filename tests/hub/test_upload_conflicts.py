@@ -136,7 +136,7 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
         return send(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(upload, "_send", late)
-    with pytest.raises(HubError, match="changed by somebody else"):
+    with pytest.raises(HubError, match="changed by someone else"):
         upload_sae(folder, REPO, "b")
     assert client.files(REPO)["b/cfg.json"] == b"{}"
 

