@@ -119,9 +119,9 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, table in (("quality", quality_table()), ("found", found_table())):
         print(table, end="\n\n")
-        begin, end = f"<!-- benchmarks/real_model.py {name} -->\n", "\n<!-- end -->"
+        begin, end = f"<!-- benchmarks/real_model.py {name} -->\n", "<!-- end -->"
         before, rest = text.split(begin)
-        text = before + begin + table + end + rest.split(end, 1)[1]
+        text = f"{before}{begin}{table}\n{end}{rest.split(end, 1)[1]}"
     PAGE.write_text(text, encoding="utf-8")
     draw()
 

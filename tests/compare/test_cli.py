@@ -20,7 +20,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the command would run: (comparison, folder, command line)."""
     calls: list[Any] = []
 
-    def keep(comparison: Any, folder: Path, line: str) -> Path:
+    def keep(comparison: Any, folder: Path, line: str, waits: bool) -> Path:  # noqa: ARG001
         calls.append((comparison, folder, line))
         return folder / "report.html"
 

@@ -258,7 +258,7 @@ def test_a_comparison_that_came_to_nothing_may_be_corrected(
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="does not hold a comparison"):
         run_comparison(tiny(), tmp_path)
 
 
