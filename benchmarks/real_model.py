@@ -94,12 +94,12 @@ def draw() -> None:
             1, len(architectures), figsize=size, sharey=True, sharex=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
+        axes[0, 0].invert_yaxis()
         for axis, architecture in zip(axes[0], architectures, strict=True):
             own = [(loss.strip("`"), group) for a, loss, group in rows if a == architecture]
             axis.set_yticks(range(len(own)), [loss for loss, _ in own])
             axis.set_title(architecture)
             axis.set_xlabel(label)
-            axis.invert_yaxis()
             for y, (loss, group) in enumerate(own):
                 colour = "#0072b2" if loss == "pursuit" else "#5f6368"
                 if key == "dead":
