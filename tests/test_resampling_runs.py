@@ -67,18 +67,11 @@ def test_a_resumed_run_is_bit_equal_to_one_never_interrupted(
     def config(**more: Any) -> Any:
         return runner_config(architecture, **tiny_model.run_fields(**fields, **more))
 
-    torch.manual_seed(1)
-    sae = TrainingSAE.from_dict(config().sae.to_dict())
-    kill_latents(sae, 15)
-    start = {name: value.clone() for name, value in sae.state_dict().items()}
-    whole = tiny_model.run(config(n_checkpoints=1, checkpoint_path=str(tmp_path)), override_sae=sae)
+    whole, path, resume = tiny_model.run_to_resume(config, tmp_path)
     n_resampled = [n for _, n in put_in_counts]
-    path = next(tmp_path.glob("*/*"))
     assert 8 < int(path.name) // 64 < 12
-    other = copy.deepcopy(whole)
-    other.load_state_dict(start)
     torch.manual_seed(2)
-    resumed = tiny_model.run(config(resume_from_checkpoint=str(path)), override_sae=other)
+    resumed = resume()
     n_after = [n for _, n in put_in_counts][len(n_resampled) :]
     assert n_after
     assert n_resampled[-len(n_after) :] == n_after

@@ -12,7 +12,6 @@ from sae_lens.config import LoggingConfig
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
 )
-from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import SyntheticModelConfig
 from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
 
@@ -97,17 +96,9 @@ def test_a_resumed_run_is_bit_equal_to_one_never_interrupted(
     def config(**more: Any) -> Any:
         return runner_config(architecture, **tiny_model.run_fields(**fields, **more))
 
-    torch.manual_seed(1)
-    sae = TrainingSAE.from_dict(config().sae.to_dict())
-    kill_latents(sae, 15)
-    start = {name: value.clone() for name, value in sae.state_dict().items()}
-    whole = run(config(n_checkpoints=1, checkpoint_path=str(tmp_path)), override_sae=sae)
-
-    checkpoint = next(tmp_path.glob("*/*"))
+    whole, checkpoint, resume = tiny_model.run_to_resume(config, tmp_path)
     assert 0 < int(checkpoint.name) < 20 * 64
-    other = copy.deepcopy(whole)
-    other.load_state_dict(start)
-    resumed = run(config(resume_from_checkpoint=str(checkpoint)), override_sae=other)
+    resumed = resume()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert int(resumed.training_steps) == 20

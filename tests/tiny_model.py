@@ -1,15 +1,30 @@
 """A small randomly initialised GPT-2 and a tokenised data set, for SAELens's runners."""
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import TrainingSAE
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from tests.helpers import kill_latents
 
 D_MODEL = 16
 CONTEXT_SIZE = 16
+SHORT_RUN: dict[str, Any] = {
+    "context_size": CONTEXT_SIZE,
+    "streaming": False,
+    "prepend_bos": False,
+    "training_tokens": 20 * 64,
+    "train_batch_size_tokens": 64,
+    "store_batch_size_prompts": 4,
+    "checkpoint_path": None,
+}
 
 
 def gpt2(seed: int = 0) -> HookedTransformer:
@@ -43,19 +58,13 @@ def run_fields(**fields: Any) -> dict[str, Any]:
     empty buffer, sees the same batches as one that was never interrupted.
     """
     defaults: dict[str, Any] = {
+        **SHORT_RUN,
         "model_name": "tiny",
         "hook_name": "blocks.1.hook_resid_pre",
-        "context_size": CONTEXT_SIZE,
-        "streaming": False,
-        "prepend_bos": False,
-        "training_tokens": 20 * 64,
-        "train_batch_size_tokens": 64,
-        "store_batch_size_prompts": 4,
         "n_batches_in_buffer": 4,
         "activations_mixing_fraction": 0.0,
         "lr": 1e-2,
         "n_eval_batches": 1,
-        "checkpoint_path": None,
         "output_path": None,
         "log_to_wandb": False,
         "verbose": False,
@@ -73,18 +82,37 @@ def run(cfg: LanguageModelSAERunnerConfig[Any], **overrides: Any) -> Any:
     return runner.run()
 
 
+def run_to_resume(config: Callable[..., Any], folder: Path) -> tuple[Any, Path, Callable[[], Any]]:
+    """A run that begins with 15 latents kept from firing and leaves a checkpoint in ``folder``.
+
+    Args:
+        config: makes the run's config, of fields that change.
+        folder: an empty folder.
+
+    Returns:
+        The run's SAE, the checkpoint, and what resumes from there and returns that SAE.
+    """
+    torch.manual_seed(1)
+    sae = TrainingSAE.from_dict(config().sae.to_dict())
+    kill_latents(sae, 15)
+    start = {name: value.clone() for name, value in sae.state_dict().items()}
+    whole = run(config(n_checkpoints=1, checkpoint_path=str(folder)), override_sae=sae)
+    checkpoint = next(folder.glob("*/*"))
+    other = copy.deepcopy(whole)
+    other.load_state_dict(start)
+
+    def resume() -> Any:
+        return run(config(resume_from_checkpoint=str(checkpoint)), override_sae=other)
+
+    return whole, checkpoint, resume
+
+
 def multi_sae_config(saes: dict[str, Any], **fields: Any) -> MultiSAETrainingRunnerConfig:
     """SAELens's config of a short run of several SAEs on the tiny model."""
     defaults: dict[str, Any] = {
+        **SHORT_RUN,
         "hook_names": "blocks.1.hook_resid_pre",
-        "context_size": CONTEXT_SIZE,
-        "streaming": False,
-        "prepend_bos": False,
-        "training_tokens": 20 * 64,
-        "train_batch_size_tokens": 64,
-        "store_batch_size_prompts": 4,
         "n_batches_in_buffer": 8,
-        "checkpoint_path": None,
         "logger": LoggingConfig(log_to_wandb=False),
     }
     return MultiSAETrainingRunnerConfig(saes=saes, **{**defaults, **fields})
