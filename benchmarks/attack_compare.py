@@ -5,9 +5,9 @@
 Each round starts a small comparison, kills it, and starts the same command twice at once. The two
 share the passes that are left, and both must finish. results.json must then equal that of an
 undisturbed comparison, apart from the times of steps and of the beginning. On 2 CPU
-cores, 2026-11-26:
+cores, 2026-11-26, in 2 minutes:
 
-    4 killed, 2 with a pass done, 4 equal
+    40 killed, 21 with a pass done, 40 equal
 """
 
 import argparse

@@ -101,6 +101,7 @@ def run_comparison(
 def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) -> dict[str, Any]:
     """Train passes until none is free; what the source says of its data, where one was trained."""
     source: Source | None = None
+    data: dict[str, Any] = {}
     n_samples = comparison.training_samples
     (folder / RUNS_FOLDER).mkdir(exist_ok=True)
     with tqdm(
@@ -110,21 +111,27 @@ def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) 
         unit=" samples",
         unit_scale=True,
     ) as bar:
+        left = [*comparison.seeds]
         while True:
-            taken = False
-            for seed in comparison.seeds:
+            for seed in [*left]:
                 with claim_if_free(_lock_of(folder, seed)) as is_own:
-                    taken |= not is_own
-                    if not is_own or _is_finished(folder, seed):
+                    if not is_own:
                         continue
-                    source = source or source_of(comparison)
+                    left.remove(seed)
+                    if _is_finished(folder, seed):
+                        continue
+                    if source is None:
+                        source = source_of(comparison)
+                        # Before a pass makes a synthetic model of its own: every process says the
+                        # same, whichever passes it gets.
+                        data = source.describe()
                     bar.set_postfix_str(f"seed {seed}")
                     _train_pass(comparison, source, seed, folder, bar)
                 with claim(folder):
                     results = _collect(read_results(folder), comparison, folder)
-                    write_results(folder, {**results, "data": source.describe()})
-            if not (taken and wait):
-                return {} if source is None else source.describe()
+                    write_results(folder, {**results, "data": data})
+            if not (left and wait):
+                return data
             time.sleep(SECONDS_BETWEEN_TRIES)
 
 

@@ -166,6 +166,11 @@ def test_more_seeds_go_on_with_the_same_results(
     assert {group["n_seeds"] for group in read_results(tmp_path)["groups"]} == {2}
 
 
+def test_the_data_are_described_by_the_first_seed_not_by_who_was_last(tmp_path: Path) -> None:
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    assert read_results(tmp_path)["data"]["synthetic_model"]["seed"] == 0
+
+
 def test_fewer_seeds_drop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_comparison(tiny(seeds=[0, 1]), tmp_path)
     first = read_results(tmp_path)
