@@ -101,9 +101,9 @@ class Sharded(_Base):
         Rank 0's random state counts. The rows of other processes are drawn and forgotten, so
         that the weights are those of one process on the CPU, and no process ever has them all.
         """
-        state = torch.get_rng_state()
+        state = torch.get_rng_state().to(self.device)  # NCCL takes no tensor on the CPU
         torch.distributed.broadcast(state, src=0, group=self.latents.group)
-        torch.set_rng_state(state)
+        torch.set_rng_state(state.cpu())
         cfg, device = self.cfg, self.device
         self.cfg, self.device = copy(cfg), torch.device("cpu")
         self.cfg.d_sae = self.latents.n
