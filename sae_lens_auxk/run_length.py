@@ -2,7 +2,8 @@
 
 SAELens gives a training SAE no view of the run's length, but every one of its runners makes a
 ``SAETrainer``. What it is made by is wrapped here; the only other wraps are in
-:mod:`sae_lens_auxk.fine_tuning` and :mod:`sae_lens_auxk.resampling`.
+:mod:`sae_lens_auxk.fine_tuning`, :mod:`sae_lens_auxk.resampling` and
+:mod:`sae_lens_auxk.sharded.clipping`.
 """
 
 import warnings

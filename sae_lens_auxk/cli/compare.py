@@ -38,13 +38,13 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
         The exit status.
     """
     command = shlex.join([*program, *args])
-    # SAELens would warn once per case about what this command does on purpose.
     # Under torchrun rank 0 speaks, and joins the results when all passes are there.
     waits = processes.n_processes() > 1 and processes.rank() == 0
     if processes.n_processes() > 1:
         processes.see_own_gpu_only()
     if processes.rank() > 0:
         processes.be_quiet()
+    # SAELens would warn once per case about what this command does on purpose.
     sae_lens_logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     try:
