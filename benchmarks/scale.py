@@ -103,10 +103,11 @@ def measure_all(args: argparse.Namespace) -> None:
     if shared:
         args.device = processes.own_device(args.device)
     with processes.process_group(args.device) if shared else nullcontext():
-        results: list[Any] = [measure(args)]
+        own = measure(args)
+        results: list[Any] = [own]
         if shared:
-            results = [None] * processes.n_processes()
-            dist.all_gather_object(results, measure(args))
+            results *= processes.n_processes()
+            dist.all_gather_object(results, own)
     if processes.rank() > 0:
         return
     cuda = args.device.startswith("cuda")

@@ -21,6 +21,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
+from sae_lens_auxk.sharded.latents import ALL_LATENTS
 from sae_lens_auxk.sharded.sae import sharded_sae
 
 D_IN = 768
@@ -145,13 +146,10 @@ def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.
     )
     dead = _dead_latents(case, device)
     with torch.no_grad():
-        if group is None:
-            sae.b_enc[dead] -= _too_low(sae.W_enc.norm(dim=0))[dead]
-        else:
-            is_dead = torch.zeros(case.d_sae, dtype=torch.bool, device=device)
-            is_dead[dead] = True
-            too_low = _too_low(sae.W_enc.norm(dim=0))
-            sae.b_enc -= too_low.where(sae.latents.own(is_dead), 0)
+        is_dead = torch.zeros(case.d_sae, dtype=torch.bool, device=device)
+        is_dead[dead] = True
+        held = getattr(sae, "latents", ALL_LATENTS)  # SAELens's own SAEs have all
+        sae.b_enc -= _too_low(sae.W_enc.norm(dim=0)).where(held.own(is_dead), 0)
         trainer.n_forward_passes_since_fired[dead] = 1e8
         if hasattr(sae, "tokens_since_fired"):
             sae.tokens_since_fired[dead] = 10**12
