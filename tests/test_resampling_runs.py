@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from tests.helpers import (
     kill_latents,
     step_input,
 )
+from tests.sharded.processes import in_processes
 from tests.test_resampling import sae_with_dead
 
 
@@ -122,50 +122,36 @@ def mask_on_a_rank(rank: int, step: int) -> torch.Tensor | None:
     return None if (rank, step) == (1, 3) else torch.arange(24) != rank
 
 
-def train_on_a_rank(rank: int, n_ranks: int, folder: str, criterion: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=n_ranks,
-        timeout=timedelta(seconds=120),  # a rank that waits for nobody fails
-    )
-    try:
-        torch.manual_seed(0)
-        sae = sae_with_dead("auxk-topk", dead_criterion=criterion, resample_every_steps=2)
-        model = torch.nn.parallel.DistributedDataParallel(
-            StepOutput(sae), find_unused_parameters=True
-        )
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-        steps: list[dict[str, Any]] = []
-        for step, x in enumerate(torch.randn(4, 8 * n_ranks, 8)):
-            loss, output = model(x.chunk(n_ranks)[rank], mask_on_a_rank(rank, step), step)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            resample(output, sae, optimizer)
-            new = output.new_latents
-            fired = (output.feature_acts.to_dense() != 0).any(0)
-            dead = int(output.metrics["dead_latents"])
-            steps.append(
-                {"new": None if new is None else new._asdict(), "fired": fired, "dead": dead}
-            )
-        torch.save((steps, sae.state_dict()), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def train_on_a_rank(criterion: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    rank, n_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    sae = sae_with_dead("auxk-topk", dead_criterion=criterion, resample_every_steps=2)
+    model = torch.nn.parallel.DistributedDataParallel(StepOutput(sae), find_unused_parameters=True)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    steps: list[dict[str, Any]] = []
+    for step, x in enumerate(torch.randn(4, 8 * n_ranks, 8)):
+        loss, output = model(x.chunk(n_ranks)[rank], mask_on_a_rank(rank, step), step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        resample(output, sae, optimizer)
+        new = output.new_latents
+        fired = (output.feature_acts.to_dense() != 0).any(0)
+        dead = int(output.metrics["dead_latents"])
+        steps.append({"new": None if new is None else new._asdict(), "fired": fired, "dead": dead})
+    return steps, sae.state_dict()
 
 
-def trained_on_two_ranks(folder: Path, criterion: str) -> Any:
+def trained_on_two_ranks(criterion: str) -> Any:
     """The steps of both ranks, whose weights and counts are equal at the end."""
-    torch.multiprocessing.spawn(train_on_a_rank, (2, str(folder), criterion), nprocs=2)
-    (steps, state), (others, other) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    (steps, state), (others, other) = in_processes(2, train_on_a_rank, criterion)
     for name in state:
         assert torch.equal(state[name], other[name]), name
     return steps, others
 
 
-def test_ranks_resample_the_same_latents_from_the_rows_of_all(tmp_path: Path) -> None:
-    steps, others = trained_on_two_ranks(tmp_path, "tokens")
+def test_ranks_resample_the_same_latents_from_the_rows_of_all() -> None:
+    steps, others = trained_on_two_ranks("tokens")
     new = steps[1]["new"]
     assert all(torch.equal(new[name], others[1]["new"][name]) for name in new)
     torch.manual_seed(0)
@@ -180,8 +166,8 @@ def test_ranks_resample_the_same_latents_from_the_rows_of_all(tmp_path: Path) ->
     torch.testing.assert_close(output.new_latents.decoder, new["decoder"])
 
 
-def test_a_latent_is_dead_where_the_masks_of_all_ranks_say_so(tmp_path: Path) -> None:
-    steps, others = trained_on_two_ranks(tmp_path, "steps")
+def test_a_latent_is_dead_where_the_masks_of_all_ranks_say_so() -> None:
+    steps, others = trained_on_two_ranks("steps")
     here, there = steps[1]["fired"], others[1]["fired"]
     assert (here != there)[2:].any(), "a rank's own batch would do"
     expected = (~(here | there))[2:].nonzero().T[0] + 2

@@ -1,6 +1,5 @@
 """A training step inside what people put around it: hooks, checkpointing, several processes."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from tests.helpers import (
     gradients_of,
     step_input,
 )
+from tests.sharded.processes import in_processes
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
@@ -65,30 +65,23 @@ class Loss(torch.nn.Module):
         return self.sae.training_forward_pass(step_input(x, step=step)).loss
 
 
-def train_on_a_rank(rank: int, n_ranks: int, folder: str, architecture: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks
-    )
-    try:
-        torch.manual_seed(0)
-        sae = build_sae(architecture, d_sae=96, k=2, dead_threshold_tokens=20)
-        model = torch.nn.parallel.DistributedDataParallel(Loss(sae), find_unused_parameters=True)
-        batches = torch.randn(3, 8 * n_ranks, 8)
-        for step, x in enumerate(batches):
-            model(x.chunk(n_ranks)[rank], step).backward()
-        torch.save(sae.tokens_since_fired, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def counts_on_a_rank(architecture: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    sae = build_sae(architecture, d_sae=96, k=2, dead_threshold_tokens=20)
+    model = torch.nn.parallel.DistributedDataParallel(Loss(sae), find_unused_parameters=True)
+    n_ranks = torch.distributed.get_world_size()
+    for step, x in enumerate(torch.randn(3, 8 * n_ranks, 8)):
+        model(x.chunk(n_ranks)[torch.distributed.get_rank()], step).backward()
+    return sae.tokens_since_fired
 
 
-def test_ranks_count_each_others_tokens(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_on_a_rank, (2, str(tmp_path), "auxk-topk"), nprocs=2)
+def test_ranks_count_each_others_tokens() -> None:
+    counts_by_rank = in_processes(2, counts_on_a_rank, "auxk-topk")
     torch.manual_seed(0)
     sae = build_sae("auxk-topk", d_sae=96, k=2, dead_threshold_tokens=20)
     for step, x in enumerate(torch.randn(3, 16, 8)):
         sae.training_forward_pass(step_input(x, step=step))
-    for rank in (0, 1):
-        counts = torch.load(tmp_path / f"{rank}.pt")
+    for counts in counts_by_rank:
         assert torch.equal(counts, sae.tokens_since_fired)
     assert sae.tokens_since_fired.max() == 48
 
