@@ -1,31 +1,102 @@
-"""The tables of docs/choosing.md and docs/issue-666.md, out of the committed results.
+"""The tables of the pages in docs that show committed results.
 
 python benchmarks/tables.py    # writes them into the pages
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 from sae_lens_auxk.compare.report.vocabulary import number
 from sae_lens_auxk.result_files import read_results
-from sae_lens_auxk.results import METRICS, PEEKING, Group
+from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Results
 
 DOCS = Path(__file__).parent.parent / "docs"
 LOSSES = {
     "SAELens": "SAELens's loss",
+    "none": "none",
     "auxk": "`auxk`",
+    "auxk, bias matched": "`auxk`, bias matched",
+    "auxk, bias none": "`auxk`, bias none",
+    "auxk, alpha 0.25": "`auxk`, coefficient 0.25",
+    "auxk, alpha 1": "`auxk`, coefficient 1",
     "straight_through": "`straight_through`",
     "resampling": "resampling alone",
+    "pursuit, up only": "`pursuit`, up only",
     "pursuit": "`pursuit`",
+    "reanimation": "`reanimation`",
+    "pre_activation": "`pre_activation`",
+    "ghost_gradients": "`ghost_gradients`",
+    "multi_topk": "`multi_topk`",
 }
-"""Losses by the first word of their case."""
+"""Losses by case, in the order of the rows. Other cases are not shown."""
 ARCHITECTURES = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
     "matryoshka-batchtopk": "Matryoshka",
 }
-FOUND_AGAIN = (("found_again", "revived"), ("found_again", "never_died"))
 BEGIN, END = "<!-- benchmarks/tables.py -->\n", "<!-- end -->"
+
+Column = tuple[str, Callable[[Results, Group], str]]
+"""The head of a column, and what it says of a group."""
+
+
+# --- columns ---------------------------------------------------------------------------------
+
+
+def of_all(key: str) -> Column:
+    """A metric of all latents."""
+    metric = METRICS[key]
+    return metric.label, lambda _, group: metric.show(*number(group, key))
+
+
+def of_group(key: str, latents: str) -> Column:
+    """A measure of the latents that were "revived", or that "never_died"."""
+    metric = PEEKING[key]
+    head = f"{metric.label}, {latents.replace('_', ' ')}"
+    return head, lambda _, group: metric.show(*number(group, key, latents))
+
+
+def of_both(key: str) -> Column:
+    """A measure of the revived latents, in brackets the mean of those that never died."""
+    metric = PEEKING[key]
+
+    def cell(_: Results, group: Group) -> str:
+        revived = metric.show(*number(group, key, "revived"))
+        return f"{revived} ({metric.show(number(group, key, 'never_died')[0])})"
+
+    return f"{metric.label}: revived (never died)", cell
+
+
+def of_part(part: int) -> Column:
+    """The share found again of the latents that last came alive in this part of training."""
+
+    def cell(results: Results, group: Group) -> str:
+        shares = [
+            share
+            for run in results["runs"]
+            if (run["case"], run["architecture"]) == (group["case"], group["architecture"])
+            if (share := run.get("found_again_by_age", [None] * AGES)[part]) is not None
+        ]
+        spread = stdev(shares) if len(shares) > 1 else None
+        return METRICS["found_again"].show(mean(shares) if shares else None, spread)
+
+    return f"{100 * part // AGES}–{100 * (part + 1) // AGES}%", cell
+
+
+def setting(key: str, head: str) -> Column:
+    """A field of the comparison."""
+    return head, lambda results, _: _setting(results, key)
+
+
+def _setting(results: Results, key: str) -> str:
+    value = results["comparison"][key]
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
+
+
+# --- tables ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,81 +105,150 @@ class Table:
 
     Attributes:
         results: folders of comparisons, in docs/results.
-        columns: a metric and the latents that it is of, "" for all.
+        columns: those after architecture and loss.
     """
 
     results: tuple[str, ...]
-    columns: tuple[tuple[str, str], ...]
+    columns: tuple[Column, ...]
 
     def markdown(self) -> str:
-        heads = [(PEEKING if of else METRICS)[key].label for key, of in self.columns]
-        names = [
-            f"{head}, {of.replace('_', ' ')}" if of else head
-            for head, (_, of) in zip(heads, self.columns, strict=True)
-        ]
-        lines = [
-            f"| architecture | loss | {' | '.join(names)} |",
-            "|---" * (len(names) + 2) + "|",
-        ]
-        groups = [
-            g for name in self.results for g in read_results(DOCS / "results" / name)["groups"]
-        ]
+        return _markdown(
+            ["architecture", "loss", *(head for head, _ in self.columns)],
+            [row for name in self.results for row in self._rows(_read(name))],
+        )
+
+    def _rows(self, results: Results) -> Iterator[list[str]]:
+        groups = {(_architecture(g), _case(g)): g for g in results["groups"]}
         for name, architecture in ARCHITECTURES.items():
             for case, loss in LOSSES.items():
-                for group in groups:
-                    if _is(group, case, name):
-                        cells = " | ".join(self._cells(group))
-                        lines.append(f"| {architecture} | {loss} | {cells} |")
-        return "\n".join(lines)
+                group = groups.get((name, case))
+                if group is not None:
+                    yield [architecture, loss, *(cell(results, group) for _, cell in self.columns)]
 
-    def _cells(self, group: Group) -> list[str]:
+
+@dataclass(frozen=True)
+class Settings:
+    """A row for each comparison.
+
+    Attributes:
+        results: folders of comparisons, in docs/results.
+    """
+
+    results: tuple[str, ...]
+
+    HEADS = {
+        "d_sae": "latents",
+        "k": "k",
+        "training_samples": "samples",
+        "dead_after": "dead after",
+        "batch_size": "batch",
+        "lr": "learning rate",
+        "seeds": "seeds",
+        "eval_samples": "held-out samples",
+    }
+
+    def markdown(self) -> str:
+        heads = ["results", "data", *self.HEADS.values(), "form of `pursuit`", "date"]
+        return _markdown(heads, [self._row(name) for name in self.results])
+
+    def _row(self, name: str) -> list[str]:
+        results = _read(name)
+        cases = {_case(group) for group in results["groups"]}
         return [
-            (PEEKING if of else METRICS)[key].show(*number(group, key, of))
-            for key, of in self.columns
+            f"[{name}](results/{name}/report.md)",
+            results["data"]["description"],
+            *(_setting(results, key) for key in self.HEADS),
+            "both halves" if "pursuit" in cases else "up only",
+            results["created"][:10],
         ]
 
 
+def _read(name: str) -> Results:
+    return read_results(DOCS / "results" / name)
+
+
+def _architecture(group: Group) -> str:
+    return group["architecture"].removeprefix("auxk-").replace("_", "-")
+
+
+def _case(group: Group) -> str:
+    """SAELens's own loss has the architecture in its name where a preset made the case."""
+    case = group["case"]
+    return "SAELens" if case.startswith("SAELens ") else case
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
+FOUND_AGAIN = (of_group("found_again", "revived"), of_group("found_again", "never_died"))
+COMPARED = (of_both("n_latents"), of_both("firing_rate"))
+OUTCOME = tuple(map(of_all, ("dead_fraction", "explained_variance", "f1", "mcc", "uniqueness")))
+JUNK = of_all("junk_share")
+PARTS = tuple(map(of_part, range(AGES)))
+PEEKED = (of_both("junk_share"), of_both("features_hurt"))
+LAYER_15 = ("smollm2-layer15/topk", "smollm2-layer15/batchtopk")
+LAYER_15_OUTCOME = Table(
+    LAYER_15,
+    (
+        *map(of_all, ("dead_fraction", "explained_variance", "ce_loss_recovered", "found_again")),
+        *FOUND_AGAIN,
+        of_group("age", "revived"),
+    ),
+)
+NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
+LONG = ("synthsaebench/long-topk",)
+WIDE = tuple(
+    f"synthsaebench/{name}"
+    for name in ("wide-topk", "long-wide-topk", "longer-wide-topk", "wide-batchtopk")
+)
+K, SAMPLES = setting("k", "k"), setting("training_samples", "samples")
 TABLES = {
-    "choosing.md": Table(
-        ("pursuit",),
-        (
-            ("dead_fraction", ""),
-            ("explained_variance", ""),
-            ("f1", ""),
-            ("uniqueness", ""),
-            *FOUND_AGAIN,
+    "choosing.md": (
+        Table(
+            ("pursuit",),
+            (
+                *map(of_all, ("dead_fraction", "explained_variance", "f1", "uniqueness")),
+                *FOUND_AGAIN,
+            ),
         ),
     ),
-    "issue-666.md": Table(
-        ("smollm2-layer15/topk", "smollm2-layer15/batchtopk"),
-        (
-            ("dead_fraction", ""),
-            ("explained_variance", ""),
-            ("ce_loss_recovered", ""),
-            ("found_again", ""),
-            *FOUND_AGAIN,
-            ("age", "revived"),
+    "issue-666.md": (LAYER_15_OUTCOME,),
+    "evidence.md": (
+        Settings((*LAYER_15, "pursuit", *NARROW, *LONG, *WIDE, "smollm2")),
+        LAYER_15_OUTCOME,
+        Table(LAYER_15, PARTS),
+        Table(LAYER_15, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
+        Table(("pursuit",), (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
+        Table(("pursuit",), PARTS),
+        Table(("pursuit",), (of_both("n_alive"), *COMPARED, *PEEKED)),
+        Table(NARROW, (K, *OUTCOME, JUNK)),
+        Table(NARROW, (K, *COMPARED, *PEEKED)),
+        Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),
+        Table(WIDE, (SAMPLES, *OUTCOME, JUNK)),
+        Table(WIDE, (SAMPLES, *COMPARED, *PEEKED)),
+        Table(
+            ("smollm2",),
+            tuple(map(of_all, ("dead_fraction", "explained_variance", "ce_loss_recovered"))),
         ),
     ),
 }
-"""By the page in docs that shows it."""
+"""By the page in docs that shows them, in its order."""
 
 
-def _is(group: Group, case: str, architecture: str) -> bool:
-    own = group["architecture"].removeprefix("auxk-").replace("_", "-")
-    return own == architecture and group["case"].split()[0] == case
-
-
-def with_table(text: str, table: Table) -> str:
-    """A page's text with the table between the two marks."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}{table.markdown()}\n{END}{rest.split(END, 1)[1]}"
+def with_tables(text: str, tables: Sequence[Table | Settings]) -> str:
+    """A page's text with the tables between its pairs of marks."""
+    before, *parts = text.split(BEGIN)
+    for table, part in zip(tables, parts, strict=True):
+        before += f"{BEGIN}{table.markdown()}\n{END}{part.split(END, 1)[1]}"
+    return before
 
 
 def main() -> None:
-    for page, table in TABLES.items():
+    for page, tables in TABLES.items():
         path = DOCS / page
-        path.write_text(with_table(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":
