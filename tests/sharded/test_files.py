@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +77,34 @@ def _config(folder: Path, **fields: Any) -> Any:
     )
 
 
+@contextmanager
+def _in_float64() -> Generator[None, None, None]:
+    """SAELens's store takes torch's default dtype, whatever the SAE's.
+
+    torch 2.11 has no gradient of the squared error of a float64 and a float32 tensor.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _run(folder: Path, fields: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     n = dist.get_world_size()
     cfg = _config(folder, store_batch_size_prompts=4 // n, n_batches_in_buffer=4 // n, **fields)
     torch.manual_seed(7)
-    ShardedTrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2()).run()
+    with _in_float64():
+        ShardedTrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2()).run()
 
 
 def _run_whole(folder: Path, fields: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     cfg = _config(folder, **fields)
     torch.manual_seed(7)
-    model = tiny_model.gpt2()
-    LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), model).run()
+    with _in_float64():
+        LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2()).run()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
