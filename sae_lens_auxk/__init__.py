@@ -3,7 +3,7 @@
 Importing the package registers seven architectures with SAELens: ``auxk-topk``,
 ``auxk-batchtopk``, ``auxk-matryoshka-batchtopk``, ``auxk-abstopk`` (where SAELens has ``abstopk``,
 from 6.53 on), ``auxk-jumprelu``, ``auxk-standard`` and ``auxk-gated``. The fields of
-:class:`AuxConfig` choose the auxiliary loss. What is saved for inference is plain SAELens.
+:class:`AuxConfig` choose the auxiliary loss. SAEs saved for inference are plain SAELens SAEs.
 """
 
 from importlib.metadata import version

@@ -1,7 +1,7 @@
 """``auxk-abstopk``: TopK whose latents fire in both directions.
 
 The ``k`` latents with the largest ``|h|`` of each row fire at ``h``, without a ReLU. SAELens has
-this architecture since 6.53; with an older one this file is not imported.
+had this architecture since 6.53; with an older version this file is not imported.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class AuxKAbsTopKTrainingSAEConfig(AuxConfig, AbsTopKTrainingSAEConfig):  # type
 class AuxKAbsTopKTrainingSAE(SparseTopK, AuxTraining, AbsTopKTrainingSAE):  # type: ignore[misc]
     """AbsTopK (arXiv 2510.00404); saved for inference as SAELens's ``abstopk``.
 
-    "Near to firing" is ``|h|`` for every variant, as it is for SAELens's own loss of this
-    architecture: that takes the dead latents with the largest ``|h|`` and keeps their signs.
+    Every variant measures how near a latent is to firing by ``|h|``, as does SAELens's own loss for
+    this architecture, which takes the dead latents with the largest ``|h|`` and keeps their signs.
     """
 
     by_magnitude: ClassVar[bool] = True

@@ -1,8 +1,8 @@
 """The architectures: SAELens's training SAEs joined with the auxiliary loss.
 
-Only what an architecture says about itself stands here: its name, what it is for inference,
-and what a pre-activation must exceed to fire. AbsTopK has a file of its own
-(:mod:`sae_lens_auxk.abstopk`), since SAELens before 6.53 has none.
+This file holds only what differs between architectures: the name, the inference architecture, and
+what a pre-activation must exceed to fire. AbsTopK has its own file (:mod:`sae_lens_auxk.abstopk`),
+since SAELens before 6.53 does not have it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,8 +56,8 @@ from sae_lens_auxk.ops.activations import smallest_active
 from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
 from sae_lens_auxk.step_data import AuxStepInput
 
-# SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once a level
-# and fails the second time; Gated's own losses compare raw with normalised activations.
+# SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once per level and
+# fails the second time; Gated's own losses compare raw with normalised activations.
 RUN_TIME_NORMALIZATIONS = ("constant_norm_rescale", "layer_norm")
 
 
@@ -116,11 +116,10 @@ class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
 
 @dataclass
 class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]
-    """``auxk-matryoshka-batchtopk``: SAELens's fields for Matryoshka and those of AuxConfig.
+    """``auxk-matryoshka-batchtopk``: SAELens's Matryoshka fields and those of AuxConfig.
 
-    ``use_matryoshka_aux_loss=False`` takes the residual of the whole SAE and all its dead
-    latents; True adds up the loss of each level, with the level's own residual, dead latents
-    and ``k_aux``.
+    ``use_matryoshka_aux_loss=False`` uses the residual of the whole SAE and all its dead latents.
+    True sums one loss per level, each with the level's own residual, dead latents and ``k_aux``.
     """
 
     unsupported_normalizations: ClassVar[tuple[str, ...]] = RUN_TIME_NORMALIZATIONS
@@ -153,7 +152,7 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(
                 inner = [out for _, out in self._iterable_decode(feature_acts)]
         residuals = [record.x - out.detach() for out in inner]
         start = 0
-        # The outermost level is the SAE itself, so its residual is there already.
+        # The outermost level is the SAE itself, so its residual is already known.
         for end, residual in zip(
             self.cfg.matryoshka_widths, [*residuals, record.residual], strict=True
         ):

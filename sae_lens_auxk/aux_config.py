@@ -36,50 +36,51 @@ class AuxConfig:
 
     Args:
         aux_variant (str): The auxiliary loss: the name of a file in sae_lens_auxk/aux_losses
-            ("auxk", "pursuit", "none", ...), where its formula stands, or a name given to
+            ("auxk", "pursuit", "none", ...), which gives its formula, or a name given to
             register_aux_loss.
         aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha. None: the
-            variant's default, its source's value or one chosen by measurement. SAELens's own TopK
-            loss, which this replaces, has 1.
-        k_aux (int | None): How many dead latents, those with the largest pre-activation, auxk
-            and straight_through use in each row. None (on the command line, the flag without a
-            value): d_in // 2 (Gao et al. 2024, B.1).
+            variant's default, which is its source's value or was chosen by measurement. SAELens's
+            own TopK loss, which this replaces, uses 1.
+        k_aux (int | None): How many dead latents auxk and straight_through use in each row; they
+            take those with the largest pre-activations. None (on the command line, the flag without
+            a value): d_in // 2 (Gao et al. 2024, B.1).
         aux_bias (Literal["decoder", "matched", "none"]): What auxk adds to the dead latents'
             reconstruction of the residual r. "decoder": b_dec, so that dead latents are pulled
-            toward r - b_dec (sparsify removed its own as a bug, #132 and #134). "matched":
-            b_dec there and a constant b_dec on r, as in Gao et al.'s code: the value of "none",
-            with a gradient to b_dec. "none": nothing, as in Gao et al.'s paper and SAELens.
+            toward r - b_dec (sparsify removed the same term as a bug, #132 and #134). "matched":
+            b_dec, and a constant b_dec added to r, as in Gao et al.'s code: the same value as
+            "none", with a gradient to b_dec. "none": nothing, as in Gao et al.'s paper and SAELens.
         aux_relu (bool): Whether auxk passes its activations through a ReLU, as Gao et al.'s code
             does. False: negative pre-activations count as they are.
-        aux_normalize (bool): Whether auxk is divided by the variance of what it reconstructs, as a
-            share of the input's, as in Gao et al.'s code, so that it weighs more as the SAE gets
-            better. False: it is in the units of SAELens's MSE, as in Gao et al.'s paper.
+        aux_normalize (bool): Whether to divide auxk by the variance of its target relative to the
+            input's variance, as in Gao et al.'s code, so that it weighs more as the SAE gets
+            better. False: auxk is in the units of SAELens's MSE, as in Gao et al.'s paper.
         dead_criterion (Literal["tokens", "steps", "batch"] | None): When a latent is dead.
             "tokens": silent for dead_threshold_tokens. "steps": by SAELens's own mask (silent
             for more than dead_feature_window steps). "batch": silent in this batch. None:
             "batch" for reanimation, else "tokens".
         dead_threshold_tokens (int | None): Tokens of silence after which a latent is dead, with
-            dead_criterion="tokens". None: 10 million (Gao et al. 2024), or a twentieth of the
-            run's training samples where that is less, fixed when the trainer is made and written
-            into the saved metadata. No latent dies in a run shorter than the threshold, which
-            causes a warning.
-        aux_batch_fraction (float): The share of each batch's rows, a new random sample at every
-            step, that the auxiliary loss is computed on. Its mean over them is an unbiased
-            estimate of that over the batch (except for ghost_gradients, whose scale is a ratio
-            of two means), at that share of the cost. Dead latents are counted in all rows.
+            dead_criterion="tokens". None: 10 million (Gao et al. 2024), or a twentieth of the run's
+            training samples if that is less. This is fixed when the trainer is created and is saved
+            in the metadata. No latent can die in a run shorter than the threshold; such a run gives
+            a warning.
+        aux_batch_fraction (float): The share of each batch's rows that the auxiliary loss is
+            computed on, a new random sample at every step. It cuts the cost to that share, and the
+            mean over the sample is an unbiased estimate of the mean over the batch (except for
+            ghost_gradients, whose scale is a ratio of two means). Dead latents are counted over all
+            rows.
         aux_warm_up_steps (int): Steps over which the coefficient grows linearly from 0.
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.
-        aux_decay_steps (int): Steps that the fall to 0 takes.
-        resample_every_steps (int | None): After every so many training steps dead latents start
-            anew from rows of the batch that are reconstructed badly (Bricken et al. 2023, who took
-            25000), beside the auxiliary loss. Dead is what dead_criterion says, but for "batch":
-            tokens are counted then. SAELens's trainers put them in; a training loop of your own
-            has to call sae_lens_auxk.resample, and is warned where it does not. None: never.
-        resample_stop_step (int | None): The last training step, counted from 1, that dead latents
-            may be resampled after (Bricken et al. 2023: 100000). None: the one that leaves a
-            resampled latent a whole dead window before the run ends, fixed when the trainer is
-            made and written into the saved metadata.
+        aux_decay_steps (int): Number of steps over which the coefficient falls to 0.
+        resample_every_steps (int | None): Reset dead latents every this many training steps to rows
+            of the batch that are reconstructed badly (Bricken et al. 2023 used 25000), in addition
+            to the auxiliary loss. dead_criterion says which latents are dead, except that "batch"
+            counts tokens here. SAELens's trainers do this by themselves; your own training loop
+            must call sae_lens_auxk.resample, and gets a warning if it does not. None: never.
+        resample_stop_step (int | None): The last training step, counted from 1, after which dead
+            latents may be resampled (Bricken et al. 2023: 100000). None: the last step that leaves
+            a resampled latent a full dead window before the run ends, fixed when the trainer is
+            created and saved in the metadata.
     """
 
     aux_variant: str = "auxk"
@@ -105,7 +106,7 @@ class AuxConfig:
             setattr(self, field.name, python_value(getattr(self, field.name)))
         _validate(self)
         metadata: Any = self.metadata
-        if isinstance(metadata, dict):  # as SAEConfig.from_dict hands it over
+        if isinstance(metadata, dict):  # SAEConfig.from_dict passes a dict
             self.metadata = SAEMetadata(**metadata)
         super().__post_init__()  # type: ignore[misc]
 
@@ -116,24 +117,24 @@ class AuxConfig:
 
     @property
     def resolved_k_aux(self) -> int:
-        """``k_aux``, or ``d_in // 2`` (Gao et al. 2024, B.1) where that is None."""
+        """``k_aux``, or ``d_in // 2`` (Gao et al. 2024, B.1) if it is None."""
         return self.d_in // 2 if self.k_aux is None else self.k_aux  # type: ignore[attr-defined]
 
     @property
     def resolved_dead_threshold_tokens(self) -> int:
-        """``dead_threshold_tokens``, or 10 million where no trainer has fixed it yet."""
+        """``dead_threshold_tokens``, or 10 million if no trainer has fixed it yet."""
         threshold = self.dead_threshold_tokens
         return DEFAULT_THRESHOLD if threshold is None else threshold
 
     @property
     def resolved_dead_criterion(self) -> DeadCriterion:
-        """``dead_criterion``, or the variant's own where that is None."""
+        """``dead_criterion``, or the variant's own if it is None."""
         return self.dead_criterion or self.aux_loss.default_dead_criterion
 
     def aux_coefficient_at(self, step: int) -> float:
         """The scheduled coefficient at a training step, counted from 0.
 
-        Warm-up is SAELens's: ``step / aux_warm_up_steps`` of the full value, so 0 at first.
+        Warm-up is as in SAELens: ``step / aux_warm_up_steps`` of the full value, starting at 0.
         """
         if self.aux_variant == "none":
             return 0.0
@@ -154,7 +155,7 @@ class AuxConfig:
 
 
 def _validate(cfg: Any) -> None:
-    """Raise a ValueError that names field, value and what is allowed."""
+    """Raise a ValueError that names the field, its value and what is allowed."""
     loss = find_aux_loss(cfg.aux_variant)
     is_topk = issubclass(type(cfg), TopKTrainingSAEConfig)
     if loss.topk_only and not is_topk:

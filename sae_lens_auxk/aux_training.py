@@ -1,11 +1,11 @@
-"""The seam: where a SAELens training SAE meets an auxiliary loss.
+"""Connects a SAELens training SAE with an auxiliary loss.
 
 SAELens's trainer calls ``training_forward_pass`` once a step. :class:`AuxTraining` stands in front
-of it: it puts a batch into one shape, keeps bad rows out, and hands the step on, to SAELens's own
-or to a sparse one. Either calls ``_aux_loss``, which counts dead latents, builds the record that a
-loss may see, calls the loss by its name and multiplies it by the scheduled coefficient.
+of it: it flattens the batch, replaces bad rows, and passes the step on to SAELens's own step or to
+a sparse one. Either calls ``_aux_loss``, which counts dead latents, builds the record that a loss
+may see, calls the loss by its name and multiplies it by the scheduled coefficient.
 
-What belongs to one step travels in arguments: see :mod:`sae_lens_auxk.step_data`.
+The data of one step is passed in arguments: see :mod:`sae_lens_auxk.step_data`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,12 +50,12 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def never_compiled(method: _Method) -> _Method:
-    """Leave a method out of ``torch.compile``: it runs as it is, between compiled parts."""
+    """Exclude a method from ``torch.compile``: it runs uncompiled between compiled parts."""
     return torch.compiler.disable(method)  # type: ignore[no-any-return]
 
 
 class AuxTraining(_Base):
-    """Mixin in front of a SAELens training SAE; see the module docstring.
+    """Mixin placed before a SAELens training SAE; see the module docstring.
 
     Buffers, both int64, in training checkpoints and not in the saved inference model:
 
@@ -79,7 +79,7 @@ class AuxTraining(_Base):
     """Which latents this process holds."""
 
     resampled_length: ClassVar[float] = 0.2
-    """Length of a resampled latent's encoder vector, in mean lengths of the living latents'."""
+    """Length of a resampled latent's encoder vector, relative to the mean of the living latents."""
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -92,7 +92,7 @@ class AuxTraining(_Base):
         self._dead_count_ahead = DeadCountAhead()
         self._steps_before_run = 0
         self._loaded = False
-        self.drawn_at: int | None = None  # the step whose new latents are not put in yet
+        self.drawn_at: int | None = None  # step whose new latents are not applied yet
 
     # --- a step ------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class AuxTraining(_Base):
         A row with a NaN, an infinity or a norm above 4e9 is replaced by a usable row of the batch,
         not counted as a token, and reported by a warning and the metric ``nonfinite_rows``. A batch
         with no usable row has a gradient of zero and leaves the counts and thresholds alone.
-        (Under ``constant_norm_rescale`` a row of zeros is no better than a NaN.)
+        (Under ``constant_norm_rescale`` a row of zeros counts as bad too.)
 
         Raises:
             ValueError: the batch is empty, or has no usable row at the first step of a run.
@@ -133,8 +133,8 @@ class AuxTraining(_Base):
         output.loss = output.loss * usable.some
         output.metrics["nonfinite_rows"] = usable.n_bad
         if isinstance(self, TopKTrainingSAE):
-            # For the log only, where it overlays the curve of SAELens's own TopK family. The total
-            # is summed up by now, so it does not count a second time.
+            # For the log only, so that it overlays the curve of SAELens's own TopK family. The
+            # total is already summed, so the loss is not counted twice.
             output.losses[SAELENS_AUX_LOSS_KEY] = output.losses[AUX_LOSS_KEY]
         if len(leading) != 1:
             for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
@@ -142,7 +142,7 @@ class AuxTraining(_Base):
         return output
 
     def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
-        """The step on flat, finite input: SAELens's own, which calls ``calculate_aux_loss``."""
+        """Run the step on flat, finite input. SAELens's own step calls ``calculate_aux_loss``."""
         output = super().training_forward_pass(step_input)
         output.metrics.update(step_input.metrics)
         return output
@@ -155,7 +155,7 @@ class AuxTraining(_Base):
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The architecture's own losses, and ``aux_loss``.
+        """Return the architecture's own losses and ``aux_loss``.
 
         SAELens's TopK loss (``auxiliary_reconstruction_loss``) is replaced; the losses of the
         other architectures stay.
@@ -182,7 +182,7 @@ class AuxTraining(_Base):
         return torch.zeros((), device=self.W_dec.device)
 
     def initial_biases(self) -> dict[str, float]:
-        """What a new SAE has for each latent beside its weights: parameters (d_sae,), values."""
+        """Initial values of the per-latent parameters (d_sae,) other than the weights, by name."""
         return {"b_enc": 0.0}
 
     def _levels(
@@ -191,13 +191,13 @@ class AuxTraining(_Base):
         feature_acts: torch.Tensor,  # noqa: ARG002
         inner: Sequence[torch.Tensor] | None,  # noqa: ARG002
     ) -> Iterator[AuxLossInputs]:
-        """The records whose losses are added up: one, except for Matryoshka's levels."""
+        """The inputs whose losses are summed: one, or one per level for Matryoshka."""
         yield record
 
     # --- the auxiliary loss ------------------------------------------------------------------
 
-    # The number of dead latents, a shape here, changes at every step, so a compiled version
-    # would be recompiled again and again.
+    # The number of dead latents is a shape here and changes at every step, so a compiled version
+    # would be recompiled each time.
     @never_compiled
     def _aux_loss(
         self,
@@ -207,14 +207,14 @@ class AuxTraining(_Base):
         sae_out: torch.Tensor,
         inner: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Count the batch; the auxiliary loss, with its coefficient, and the step's metrics.
+        """Count the batch; return the weighted auxiliary loss and the step's metrics.
 
         Args:
             step_input: the batch.
             feature_acts: (B, d_sae) the activations, dense or sparse COO.
-            access: the way to ``h`` and ``W_i``.
+            access: gives ``h`` and ``W_i``.
             sae_out: (B, d_in) the reconstruction.
-            inner: (B, d_in) each, Matryoshka's inner reconstructions, where they are known.
+            inner: (B, d_in) each, Matryoshka's inner reconstructions, if known.
         """
         step = step_input.step
         coefficient = self.cfg.aux_coefficient_at(step)
@@ -249,7 +249,7 @@ class AuxTraining(_Base):
     def _aux_rows(self, n_rows: int, step: int) -> torch.Tensor | None:
         """The rows of the batch that the auxiliary loss sees (m,), or None for all of them.
 
-        A random sample without repetition, and the same in a resumed run.
+        A random sample without replacement, the same in a resumed run.
         """
         if self.cfg.aux_batch_fraction == 1:
             return None
@@ -262,7 +262,7 @@ class AuxTraining(_Base):
     def _update_dead_latents(
         self, step_input: AuxStepInput, feature_acts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the batch; the dead latents (d_sae,), and how many were revived."""
+        """Count the batch; return the dead latents (d_sae,) and how many were revived."""
         fired = fired_in_batch(feature_acts, self.by_magnitude) & step_input.usable.some
         n_tokens = step_input.usable.n
         if (ranks := ranks_of_step()) is not None:
@@ -283,11 +283,11 @@ class AuxTraining(_Base):
         return dead, (was_dead & fired).sum()
 
     def _dead_bound(self, dead: torch.Tensor, n_rows: int, again: bool) -> int:
-        """An upper bound on the number of dead latents, called at every step if at all.
+        """An upper bound on the number of dead latents. Call it at every step or never.
 
-        On CUDA the number itself is known late: reading it waits for the device, which only
-        ``dead_criterion="steps"`` does, whose mask is SAELens's. Under DistributedDataParallel
-        every rank must have the same number of rows.
+        On CUDA, reading the exact number waits for the device. Only ``dead_criterion="steps"``,
+        which uses SAELens's mask, does so. Under DistributedDataParallel every rank must have the
+        same number of rows.
         """
         match self.cfg.resolved_dead_criterion:
             case "tokens" if self._knows_late():
@@ -334,7 +334,7 @@ class AuxTraining(_Base):
 
     @never_compiled
     def _new_latents(self, step_input: AuxStepInput, output: TrainStepOutput) -> NewLatents | None:
-        """The new weights of dead latents, at a step that resamples them."""
+        """New weights for the dead latents if this step resamples them."""
         if step_input.again:
             return None
         warn_if_never_put_in(self, step_input.step)
@@ -347,11 +347,11 @@ class AuxTraining(_Base):
 
     @never_compiled
     def _schedule_step(self, step_input: TrainStepInput) -> int:
-        """The step that schedules are at, the same in a resumed run.
+        """The step to use for schedules, the same in a resumed run.
 
-        SAELens saves a checkpoint before it counts the step that the checkpoint ends with, so
-        its ``n_training_steps`` is one behind after resuming. The first step after loading a
-        checkpoint finds out by how much; a new run on loaded weights starts at step 0.
+        SAELens saves a checkpoint before it counts the last step, so its ``n_training_steps`` is
+        one behind after resuming. The first step after loading a checkpoint determines the offset;
+        a new run on loaded weights starts at step 0.
         """
         if self._loaded:
             if step_input.n_training_steps > 0:
@@ -386,13 +386,13 @@ class AuxTraining(_Base):
         for name in _COUNTS:
             if name in state_dict:
                 state_dict[name] = count_from_bytes(state_dict[name])
-            else:  # a checkpoint of SAELens's own architecture, to be trained on
+            else:  # a checkpoint of SAELens's own architecture, to train further
                 fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
                 state_dict[name] = fresh
 
 
 def _in_backward_pass() -> bool:
-    """Whether autograd is running, which a forward pass within means gradient checkpointing."""
+    """Whether autograd is running. A forward pass inside it means gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 

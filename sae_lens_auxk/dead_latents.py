@@ -17,10 +17,9 @@ DEFAULT_THRESHOLD = 10_000_000
 
 
 def threshold_for(training_samples: int) -> int:
-    """Tokens of silence that make a latent dead, where a config leaves them to the run's length.
+    """Tokens of silence that make a latent dead if the config does not set them.
 
-    10 million, or a twentieth of the run where that is less, so that a short run has dead latents
-    at all.
+    10 million, or a twentieth of the run if that is less, so that latents can die in a short run.
     """
     return max(1, min(DEFAULT_THRESHOLD, training_samples // 20))
 
@@ -46,7 +45,7 @@ def fired_in_batch(feature_acts: torch.Tensor, by_magnitude: bool = False) -> to
 def ranks_of_step() -> Any:
     """The process group of the DistributedDataParallel that is running this forward pass, or None.
 
-    Ranks without one may train SAEs of their own, which must not wait for each other.
+    Without a group, ranks may be training separate SAEs, which must not wait for each other.
     """
     ddp = DistributedDataParallel._active_ddp_module if is_available() else None
     return None if ddp is None else ddp.process_group
@@ -56,11 +55,11 @@ def ranks_of_step() -> Any:
 def over_ranks(
     fired: torch.Tensor, n_tokens: torch.Tensor, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine what the ranks of a process group have seen, each in its own rows.
+    """Combine the counts of all ranks of a process group, each from its own rows.
 
     Args:
         fired: (d_sae,) bool, the latents that fired in this rank's rows.
-        n_tokens: () int64, how many rows those are.
+        n_tokens: () int64, the number of those rows.
         group: the group.
     """
     both = torch.cat([fired.long(), n_tokens.view(1)])
@@ -73,7 +72,7 @@ def dead_on_all_ranks(dead: torch.Tensor, group: Any) -> torch.Tensor:
     """(d_sae,) bool: the latents that are dead on every rank of a process group.
 
     Args:
-        dead: (d_sae,) bool, those that are on this rank.
+        dead: (d_sae,) bool, the latents that are dead on this rank.
         group: the group.
     """
     least = dead.to(torch.uint8)
@@ -83,11 +82,11 @@ def dead_on_all_ranks(dead: torch.Tensor, group: Any) -> torch.Tensor:
 
 @torch.compiler.disable()
 def agree_on_dead(step_input: TrainStepInput, d_sae: int) -> None:
-    """Replace SAELens's mask of dead latents by what all ranks agree on, if there are ranks.
+    """Replace SAELens's mask of dead latents with the one all ranks agree on, if there are ranks.
 
-    A rank without a mask has no dead latent, and asks the others all the same: they wait for it.
-    The mask is replaced in the caller's own input. Gradient checkpointing hands that in again, in
-    the backward pass, where no rank can be asked.
+    A rank without a mask has no dead latents but still takes part, since the others wait for it.
+    The mask is replaced in the caller's own input, because gradient checkpointing passes it in
+    again during the backward pass, where ranks cannot communicate.
     """
     if (ranks := ranks_of_step()) is not None:
         dead = step_input.dead_neuron_mask
@@ -100,36 +99,36 @@ def agree_on_dead(step_input: TrainStepInput, d_sae: int) -> None:
 def count_tokens(
     tokens_since_fired: torch.Tensor, fired: torch.Tensor, n_tokens: int | torch.Tensor
 ) -> None:
-    """Count a batch in place: 0 for latents that fired in it, ``n_tokens`` more for the rest."""
+    """Count a batch in place: reset latents that fired to 0 and add ``n_tokens`` to the rest."""
     tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
 
 
 class DeadCountAhead:
-    """An upper bound on the number of latents that are dead at the next step, known in time.
+    """An upper bound on the number of dead latents at the next step, without a device wait.
 
-    The number itself is on the device, and reading it waits until the device has come that far.
-    But a latent that is dead after the next batch of at most as many tokens is at most this
-    batch's tokens short of dead now, and the number of those has arrived by then.
+    The exact number is on the device, and reading it waits for the device. But a latent that is
+    dead after the next batch, if that is no larger, is at most this batch's tokens short of the
+    threshold now. The number of such latents has reached the host by the next step.
     """
 
     def __init__(self) -> None:
         self._noted: tuple[torch.Tensor, torch.cuda.Event | None, int] | None = None
         self.latest: int | None = None
-        """What :meth:`bound` returned last, for a step that is computed a second time."""
+        """The last result of :meth:`bound`, for a step that is computed twice."""
 
     @torch.no_grad()
     def note(self, tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> None:
-        """Count, after a step with ``n_tokens``, what may be dead after the next one."""
+        """After a step with ``n_tokens``, count the latents that may be dead after the next one."""
         count = (tokens_since_fired >= threshold - n_tokens).sum()
         arrived = torch.cuda.Event() if count.is_cuda else None
-        # Copied to pinned memory, as torch does with non_blocking: nothing waits here.
+        # torch copies to pinned memory with non_blocking, so nothing waits here.
         count = count.to("cpu", non_blocking=True)
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(tokens_since_fired.device))
         self._noted = count, arrived, n_tokens
 
     def bound(self, n_tokens: int) -> int | None:
-        """The bound for a step with ``n_tokens``; None where nothing is known."""
+        """The bound for a step with ``n_tokens``; None if it is not known."""
         self.latest = None
         if self._noted is not None and n_tokens <= self._noted[2]:
             count, arrived, _ = self._noted
@@ -139,7 +138,7 @@ class DeadCountAhead:
         return self.latest
 
     def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:
-        # A copy of an SAE, or one sent to another process, starts without it.
+        # A copied SAE, or one sent to another process, starts without the pending count.
         return DeadCountAhead, ()
 
 

@@ -27,7 +27,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file, then rename it to ``path``, which is never half a file."""
+    """Let ``write`` make a file, then rename it to ``path``, which is never half written."""
     beside = partial_file(path)
     try:
         write(beside)
@@ -38,7 +38,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def partial_file(path: Path) -> Path:
-    """What :func:`replace_file` writes first; a process that is killed leaves it."""
+    """The file that :func:`replace_file` writes first; a killed process leaves it behind."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 

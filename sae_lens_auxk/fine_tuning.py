@@ -1,12 +1,13 @@
 """``from_pretrained_path``: continue from a trained SAE, with an auxiliary loss.
 
-SAELens builds the SAE from the folder alone, by ``TrainingSAE.load_from_disk(path)``, and so
-trains the class that the folder names, whatever ``cfg.sae`` says. That call knows no config; only
-the runner knows both. So its ``__init__`` is wrapped: where ``cfg.sae`` is one of this package's,
-it gets an SAE of that config, with the folder's weights, as its ``override_sae``.
+SAELens builds the SAE from the folder alone, with ``TrainingSAE.load_from_disk(path)``, so it
+trains the class that the folder names, whatever ``cfg.sae`` says. That call does not see the
+config; only the runner knows both. So the runner's ``__init__`` is wrapped: if ``cfg.sae`` belongs
+to this package, the runner gets an SAE of that config, with the folder's weights, as its
+``override_sae``.
 
-The new SAE computes the same function: its first forward pass gives what the SAE in the folder
-gives. A field that would change that function is refused.
+The new SAE computes the same function: its first forward pass gives the same output as the SAE in
+the folder. A field that would change that function is refused.
 """
 
 import warnings
@@ -22,7 +23,7 @@ from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.saelens import wrap_once
 from sae_lens_auxk.saved_sae import ESTIMATED_SCALING, fold_scaling_beside
 
-# SAELens's defaults, for a folder that does not say.
+# SAELens's defaults, for folders whose config lacks these fields.
 _SAME = {
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
@@ -34,19 +35,19 @@ _ROUNDING = 1e-3
 
 
 def load_pretrained(cfg: Any, path: str | Path) -> Any:
-    """An SAE of a config of this package, with the weights of the SAE in a folder.
+    """Build an SAE from this package's config, with the weights of the SAE in a folder.
 
     Args:
         cfg: the config; it is not changed.
         path: a training checkpoint or a saved inference model, of this package or of SAELens. Its
-            architecture is that of ``cfg``, SAELens's own of that kind, or what ``cfg`` is saved
-            as for inference (so a BatchTopK that was released is a ``jumprelu`` whose latents share
-            a threshold). Of a checkpoint of this package, the counts of dead latents are taken
-            over too. The scale of a checkpoint's data is folded into the weights.
+            architecture must be that of ``cfg``, SAELens's own version of it, or the one that
+            ``cfg`` is saved as for inference (a released BatchTopK is a ``jumprelu`` whose latents
+            share a threshold). A checkpoint of this package also restores the counts of dead
+            latents. The scaling of a checkpoint's data is folded into the weights.
 
     Raises:
         FileNotFoundError: there is no SAE at ``path``.
-        ValueError: architecture or shape do not fit, or a field of ``cfg`` would change the
+        ValueError: the architecture or shape does not fit, or a field of ``cfg`` would change the
             function that the weights compute.
     """
     given, state = sae_lens_disk_loader(path, cfg.device, {"dtype": cfg.dtype})
@@ -89,7 +90,7 @@ def _require_architecture(cfg: Any, given: dict[str, Any], path: str | Path) -> 
 
 
 def _require_same(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
-    """Refuse fields that differ, all in one error; warn about another ``k``."""
+    """Refuse fields that differ, all in one error; warn about a different ``k``."""
     wanted = {name: given.get(name, default) for name, default in _SAME.items()}
     wanted |= {"d_in": given["d_in"], "d_sae": given["d_sae"]}
     differing = [
@@ -110,7 +111,7 @@ def _require_same(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
 def _share_threshold(
     cfg: Any, given: dict[str, Any], state: dict[str, torch.Tensor], path: str | Path
 ) -> None:
-    """BatchTopK's one threshold out of the ``jumprelu`` that it is released as."""
+    """Recover BatchTopK's single threshold from the ``jumprelu`` that it is released as."""
     if given["architecture"] != "jumprelu" or not hasattr(cfg, "topk_threshold_lr"):
         return
     threshold = state.pop("threshold")
@@ -123,7 +124,7 @@ def _share_threshold(
 
 
 def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
-    """Give the SAE ``cfg.rescale_acts_by_decoder_norm``, where it stays the same function."""
+    """Set ``rescale_acts_by_decoder_norm`` from ``cfg``, if the SAE's function stays the same."""
     wanted, is_rescaled = cfg.rescale_acts_by_decoder_norm, sae.cfg.rescale_acts_by_decoder_norm
     if is_rescaled and not wanted:
         sae.fold_W_dec_norm()
@@ -136,7 +137,7 @@ def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
 
 
 def sae_to_go_on_from(cfg: Any) -> Any:
-    """The SAE that a run's config names, None where there is nothing for this package to load.
+    """Load the SAE that a run's config names; None if there is nothing for this package to load.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`load_pretrained`.

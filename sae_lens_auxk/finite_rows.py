@@ -14,7 +14,7 @@ class UsableRows(NamedTuple):
     Attributes:
         mask: (B,) bool.
         n: () int64, their number.
-        some: () bool, whether there are any.
+        some: () bool, whether there is at least one.
     """
 
     mask: torch.Tensor
@@ -37,10 +37,10 @@ def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype)
     Args:
         x: the batch.
         normalize_activations: the SAE's.
-        dtype: what the SAE computes its losses in, float32 or float64.
+        dtype: the dtype of the SAE's losses, float32 or float64.
     """
     x = x.flatten(1)
-    if x.dtype == torch.float64:  # torch's norm refuses to narrow its input
+    if x.dtype == torch.float64:  # torch's norm cannot take a narrower dtype than its input
         x = x.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
     mask = norm <= largest_norm(dtype)
@@ -51,10 +51,10 @@ def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype)
 
 
 def largest_norm(dtype: torch.dtype) -> float:
-    """The largest norm of a row that a step survives: 4e9 in float32.
+    """The largest row norm that does not ruin a training step: 4e9 in float32.
 
-    A weight's gradient grows with the square of a row's norm, and gradient clipping squares that
-    once more. An infinite norm there sets the gradient of the whole batch to 0 or NaN.
+    A weight's gradient grows with the square of a row's norm, and gradient clipping squares it
+    again. If that overflows, the gradient of the whole batch becomes 0 or NaN.
     """
     return torch.finfo(dtype).max ** 0.25
 
@@ -63,9 +63,9 @@ def largest_norm(dtype: torch.dtype) -> float:
 def replace_rows(x: torch.Tensor, usable: UsableRows) -> torch.Tensor:
     """Put the first usable row of ``x`` (B, ...) in place of every row that is not usable.
 
-    A batch without a usable row becomes ones. A repeated row gives its token more weight, once for
-    each bad row, but needs no change of shape and no host synchronisation, which dropping the rows
-    would.
+    A batch without a usable row becomes all ones. Repeating a row gives its token extra weight,
+    once for each bad row. Dropping rows instead would change the shape and synchronise with the
+    host.
     """
     first = usable.mask.int().argmax(dim=0, keepdim=True)
     instead = x.index_select(0, first).where(usable.some, 1.0)
@@ -92,14 +92,14 @@ class BadRowWatch:
                 "activations hold NaN or infinity, or the statistics that SAELens estimated for "
                 f"normalize_activations={normalize_activations!r} do"
             )
-        # Reading a tensor waits for the device, so on CUDA it is read now and then only.
+        # Reading a tensor waits for the device, so on CUDA it is read only now and then.
         if step >= self._next_report or step == 0:
             reported = self.report()
             if reported or usable.n.is_cuda:
                 self._next_report = step + STEPS_BETWEEN_REPORTS
 
     def report(self) -> bool:
-        """Warn if there were bad rows so far, and return whether there were."""
+        """Warn if there have been bad rows so far, and return whether there have."""
         n_rows = int(self._n_rows)
         if n_rows:
             warnings.warn(

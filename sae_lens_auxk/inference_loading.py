@@ -1,9 +1,9 @@
-"""Opens a training checkpoint as the inference model that it would be saved as.
+"""Open a training checkpoint as the inference model that it would be saved as.
 
 SAELens reads ``architecture`` from a checkpoint's config and looks that name up among its
-inference classes. Under this package's names it finds a class of this kind, whose instance
-turns into the plain SAELens class as soon as the weights are there: from then on nothing
-tells it from an SAE loaded out of ``save_inference_model``'s folder.
+inference classes. Under this package's names it finds a class of this kind, whose instance turns
+into the plain SAELens class once the weights are loaded. From then on it is the same as an SAE
+loaded from ``save_inference_model``'s folder.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,8 +27,8 @@ class InferenceFromCheckpoint(_Base):
     plain_class: ClassVar[type[SAE[Any]]]
 
     def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False):
-        # SAELens hands over the weights and the config, not the folder with the scaler beside
-        # them, so that nothing can be folded here. Unfolded, the SAE would be silently wrong.
+        # SAELens passes the weights and the config, but not the folder with the scaler, so nothing
+        # can be folded here. Without folding, the SAE would be silently wrong.
         if cfg.normalize_activations in ESTIMATED_SCALING:
             raise ValueError(
                 f"normalize_activations={cfg.normalize_activations!r}: SAE.load_from_disk does "

@@ -1,7 +1,7 @@
-"""Ways to the pre-activations and decoder rows of some latents.
+"""Access to the pre-activations and decoder rows of some latents.
 
-An auxiliary loss needs a few columns of ``h``, or its largest entries, and the decoder rows that go
-with them. :class:`LatentAccess` is that interface. :class:`DenseAccess` is plain torch on SAELens's
+An auxiliary loss needs a few columns of ``h``, or its largest entries, and the matching decoder
+rows. :class:`LatentAccess` is that interface. :class:`DenseAccess` is plain torch on SAELens's
 tensors and serves every architecture; ``SparseAccess`` in :mod:`sae_lens_auxk.sparse_topk` never
 makes the dense gradients.
 """
@@ -17,7 +17,7 @@ from sae_lens_auxk.sharded.latents import ALL_LATENTS, AllLatents
 
 
 class Activations(Protocol):
-    """Pre-activations of some latents in each row, and what can be done with them.
+    """Pre-activations of some latents in each row, and operations on them.
 
     ``h`` is (B, m), with its graph; an entry outside of the selection is 0.
     """
@@ -36,8 +36,8 @@ class Activations(Protocol):
     def decode_as(self, values: torch.Tensor) -> torch.Tensor:
         """The same with constants ``values`` (B, m) instead of ``h``.
 
-        W_dec's gradient is that of latents which fire at these values: as in SAELens's own loss,
-        the norm is a constant where ``h`` is rescaled by it.
+        W_dec gets the gradient of latents firing at these values. As in SAELens's own loss, the
+        norm is a constant if ``h`` is rescaled by it.
         """
         ...
 
@@ -65,11 +65,10 @@ class Columns(Protocol):
 
 
 class LatentAccess(Protocol):
-    """One step's ``h`` (B, d_sae) and ``W_i``; everything with its graph.
+    """One step's ``h`` (B, d_sae) and ``W_i``, both with their graphs.
 
-    Where ``by_magnitude``, latents fire in both directions (AbsTopK): how near a latent is to
-    firing is said by ``|h|``, and how well it matches by ``|W_i . x_b|``. What decodes keeps its
-    sign.
+    If ``by_magnitude``, latents fire in both directions (AbsTopK): ``|h|`` measures how near a
+    latent is to firing, and ``|W_i . x_b|`` how well it matches. Decoded values keep their sign.
     """
 
     @property
@@ -79,8 +78,8 @@ class LatentAccess(Protocol):
     def latents(self) -> AllLatents:
         """Which latents this process holds: all, unless they are shared among processes.
 
-        Where they are shared, ``h`` and what is computed of it are of this process's latents. Masks
-        and levels are of all, and so is what decodes.
+        If they are shared, ``h`` and results computed from it cover only this process's latents.
+        Masks, levels and decoded outputs cover all latents.
         """
         ...
 
@@ -108,14 +107,14 @@ class LatentAccess(Protocol):
         """The ``k`` largest ``h`` of each row; where ``by_magnitude``, those of largest ``|h|``.
 
         Args:
-            k: how many; where fewer can be chosen, all of these.
+            k: how many; if fewer can be chosen, all of them.
             among: (d_sae,) bool, the latents to choose from, or None for all.
             bound: an upper bound on how many there are.
         """
         ...
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
-        """The latent of each row with the largest ``W_i . x_b / |W_i|``, where it is among some.
+        """The latent of each row with the largest ``W_i . x_b / |W_i|``, if it is in ``among``.
 
         The largest ``|W_i . x_b| / |W_i|`` where ``by_magnitude``.
 
@@ -127,7 +126,9 @@ class LatentAccess(Protocol):
         ...
 
     def shortfall(self, threshold: torch.Tensor, among: torch.Tensor, bound: int) -> torch.Tensor:
-        """(B,): the sums of ``relu(threshold - h)`` over some latents; of ``|h|`` as above.
+        """(B,): the sum of ``relu(threshold - h)`` over some latents.
+
+        Uses ``|h|`` if ``by_magnitude``.
 
         Args:
             threshold: broadcastable to (B, d_sae).
@@ -137,7 +138,7 @@ class LatentAccess(Protocol):
         ...
 
     def at_rows(self, rows: torch.Tensor) -> "LatentAccess":
-        """The same for some rows (m,) of the batch."""
+        """The same access for some rows (m,) of the batch."""
         ...
 
 

@@ -3,12 +3,12 @@
 A comparison's folder:
 
     results.json               every number and the whole configuration
-    report.html, report.md     what came out, and figures/*.png
+    report.html, report.md the report, and figures/*.png
     runs/seed-0/pass.json      the runs of a finished pass
     runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
                                the lives of its latents
     runs/seed-0.partial/       a pass that is running or was interrupted
-    runs/seed-0.lock           the process that is at work on the pass
+    runs/seed-0.lock           the process that is working on the pass
     .lock                      the process that is writing the results
 
 :mod:`sae_lens_auxk.results` has the format of the results.
@@ -40,7 +40,7 @@ MARKDOWN_FILENAME = "report.md"
 FIGURES_FOLDER = "figures"
 RUNS_FOLDER = "runs"
 REPORT_FILES = (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME, f"{FIGURES_FOLDER}/*.png")
-"""Patterns of all files of a comparison except the SAEs."""
+"""Glob patterns for all files of a comparison except the SAEs."""
 
 
 def pass_folder(folder: Path, seed: int) -> Path:
@@ -89,7 +89,7 @@ def read_pass(folder: Path) -> list[Run]:
             raise ValueError(f"{path} is not the runs of a pass.")
     except ValueError as error:
         raise ValueError(f"{error} Move {folder} away to train the pass again.") from error
-    # An earlier version may have measured what has no row any more.
+    # An earlier version may have measured a metric that is no longer in the table.
     for run in runs:
         run["metrics"] = _in_table(run["metrics"], METRICS)
         if run["peeking"]:
@@ -107,7 +107,7 @@ def _are_mappings(value: Any) -> bool:
 
 
 def write_pass(folder: Path, runs: list[Run]) -> None:
-    """Write the runs of a finished pass; raises what :func:`write_results` raises."""
+    """Write the runs of a finished pass; raises the same errors as :func:`write_results`."""
     _require_rows_of(runs)
     write_json(folder / PASS_FILENAME, runs)
 

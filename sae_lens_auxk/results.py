@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 VERSION = 1
-"""Of the format of results.json."""
+"""Version of the format of results.json."""
 
 Numbers = dict[str, float | None]
 """Numbers by metric. None where a number could not be measured."""
@@ -19,14 +19,14 @@ Numbers = dict[str, float | None]
 # --- the table of metrics --------------------------------------------------------------------
 
 DENSE = 0.1
-"""A latent that fires on a larger share of the samples is dense."""
+"""A latent is dense if it fires on a larger share of the samples."""
 JUNK = 0.5
-"""A latent whose best cosine with a true feature is smaller is junk."""
+"""A latent is junk if its best cosine with a true feature is smaller."""
 FOUND_AGAIN = 0.7
-"""A latent is found again by a seed that has a decoder row with a larger cosine."""
+"""A latent is found again by another seed if one of its decoder rows has a larger cosine."""
 MATCHED = 2048
-"""Of more latents, this many are drawn for the one-to-one matching, whose time grows with the cube
-of their number."""
+"""The most latents used in the one-to-one matching, whose time grows with the cube of their number;
+from more, this many are drawn."""
 AGES = 10
 """Number of equal parts of training that latents are grouped by."""
 
@@ -262,7 +262,7 @@ PEEKING = {
 
 
 def require_in_table(metrics: Iterable[str], peeking: Iterable[str] = ()) -> None:
-    """Check that every metric has its row.
+    """Check that every metric has a row.
 
     Args:
         metrics: keys that ``METRICS`` must have.
@@ -284,7 +284,7 @@ def require_in_table(metrics: Iterable[str], peeking: Iterable[str] = ()) -> Non
 
 
 class Measured(TypedDict):
-    """The measurements of a run; unless it is finished, ``metrics`` is empty and the rest None.
+    """The measurements of a run; until it is finished, ``metrics`` is empty and the rest None.
 
     ``density`` is a histogram, ``log10_edges`` and ``counts``, of the firing rates.
     ``silent_latents`` is a number of latents. ``peeking`` has the numbers of ``revived`` latents
@@ -299,7 +299,7 @@ class Measured(TypedDict):
 
 
 class AcrossSeeds(TypedDict, total=False):
-    """What needs a second seed, and is not part of a pass.
+    """Measurements that need a second seed and are not part of a pass.
 
     ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
     of training, from the first on. Latents that never died belong to the first. None where there

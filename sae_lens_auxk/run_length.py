@@ -1,7 +1,7 @@
-"""Fits dead latents and their resampling to the length of a run, when its trainer is made.
+"""Fit dead-latent thresholds and resampling to the length of a run when its trainer is created.
 
-SAELens gives a training SAE no view of the run's length, but every one of its runners makes a
-``SAETrainer``. What it is made by is wrapped here; the only other wraps are in
+SAELens does not tell a training SAE the run's length, but each of its runners creates a
+``SAETrainer``. This module wraps its constructor; the only other wrappers are in
 :mod:`sae_lens_auxk.fine_tuning`, :mod:`sae_lens_auxk.resampling` and
 :mod:`sae_lens_auxk.sharded.clipping`.
 """
@@ -20,9 +20,9 @@ from sae_lens_auxk.saelens import wrap_once
 
 
 def fix_dead_threshold(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
-    """Replace ``dead_threshold_tokens=None`` in the SAE's config by the number for this run.
+    """Replace ``dead_threshold_tokens=None`` in the SAE's config with the number for this run.
 
-    The config is copied, so that the one that the user holds can start another run.
+    The config is copied, so that the user's own copy can start another run.
     """
     if sae.cfg.dead_threshold_tokens is None:
         threshold = threshold_for(trainer_cfg.total_training_samples)
@@ -55,12 +55,13 @@ def warn_if_no_latent_can_die(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> 
 
 
 def fix_last_resampling(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
-    """Replace ``resample_stop_step=None`` in the SAE's config by the number for this run.
+    """Replace ``resample_stop_step=None`` in the SAE's config with the number for this run.
 
-    That is the dead window before the run's last step. A latent that is resampled later is saved
-    before anyone can say whether it is dead again, at worst without a single step of training.
-    Where this is before the first resampling there is none (``resample_every_steps=None``), which
-    causes a warning that names both numbers. A ``resample_stop_step`` that is given stays.
+    The stop step is one dead window before the run's last step. A latent that is resampled later
+    would be saved before it could be seen to be dead again, at worst without a single step of
+    training. If the stop step is before the first resampling, resampling is turned off
+    (``resample_every_steps=None``) with a warning that names both numbers. A given
+    ``resample_stop_step`` is kept.
 
     The config is copied, as in :func:`fix_dead_threshold`, which has to come first.
     """
@@ -91,12 +92,12 @@ def _dead_window(cfg: AuxConfig, trainer_cfg: SAETrainerConfig) -> int:
 
 
 def _n_steps(trainer_cfg: SAETrainerConfig) -> int:
-    """Training steps of a run, whose last one SAELens may fill up with more samples."""
+    """Training steps of a run; SAELens may fill the last one up with extra samples."""
     return ceil(trainer_cfg.total_training_samples / trainer_cfg.train_batch_size_samples)
 
 
 def fit_to_run(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
-    """What a new trainer does to one of this package's SAEs; nothing to others."""
+    """Adapt one of this package's SAEs to a new trainer's run; leave other SAEs alone."""
     if isinstance(sae.cfg, AuxConfig):
         fix_dead_threshold(sae, trainer_cfg)
         warn_if_no_latent_can_die(sae.cfg, trainer_cfg)
@@ -104,7 +105,7 @@ def fit_to_run(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
 
 
 def fit_in_every_trainer() -> None:
-    """Make SAELens's ``SAETrainer`` call :func:`fit_to_run` when it is made."""
+    """Make SAELens's ``SAETrainer`` call :func:`fit_to_run` when it is created."""
 
     def init(made: Any, self: Any, cfg: SAETrainerConfig, sae: Any, *args: Any, **kw: Any) -> None:
         made(self, cfg, sae, *args, **kw)

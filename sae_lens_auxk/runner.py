@@ -1,4 +1,4 @@
-"""``runner_config``: a whole SAELens run out of flat keywords."""
+"""``runner_config``: the config of a whole SAELens run from flat keywords."""
 
 from dataclasses import fields
 from typing import Any
@@ -12,8 +12,8 @@ from sae_lens_auxk.validation import nearest, require_choice
 def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerConfig[Any]:
     """Build SAELens's ``LanguageModelSAERunnerConfig`` from an architecture's name and fields.
 
-    Each keyword goes where a field of that name is: to the SAE's config, to the run's, or to
-    its ``LoggingConfig``; ``dtype`` and ``device``, which SAE and run both have, to both.
+    Each keyword goes to the config with a field of that name: the SAE's, the run's, or its
+    ``LoggingConfig``. ``dtype`` and ``device``, which the SAE and the run both have, go to both.
 
     Args:
         architecture: a name in SAELens's training registry, this package's or SAELens's own.

@@ -4,7 +4,7 @@ Supported are the versions that pyproject.toml allows; docs/compatibility.md say
 A difference between them is bridged here and nowhere else, each with its reason and version, except
 for ``auxk-abstopk``, which ``architectures.py`` registers where SAELens has ``abstopk`` (6.53).
 
-SAELens releases weekly. What it exports from its top (``sae_lens.__all__``) and what the users of
+SAELens releases weekly. Its top-level exports (``sae_lens.__all__``) and what the users of
 an SAE call (``encode``, ``save_model``, the fields of a config, ...) can be relied on. The names
 below are others, private or without a promise, each with files that use it. tests/test_saelens.py
 looks every one of them up, so that a release without one fails by its name.
@@ -172,7 +172,7 @@ if TYPE_CHECKING:
 ACTIVATION_WHITENING_FILENAME: str = getattr(
     constants, "ACTIVATION_WHITENING_FILENAME", "activation_whitening.safetensors"
 )
-"""The whitening beside a checkpoint, which SAELens has since 6.52."""
+"""File of the whitening in a checkpoint; SAELens has written it since 6.52."""
 
 
 def whitening_of(scaler: "ActivationScaler") -> "ActivationWhitening | None":
@@ -185,9 +185,9 @@ def whitening_of(scaler: "ActivationScaler") -> "ActivationWhitening | None":
 
 
 def wrap_once(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
-    """Make ``owner.name(...)`` call ``wrapper(method, self, ...)``, with the method as it was.
+    """Make ``owner.name(...)`` call ``wrapper(method, self, ...)`` with the original method.
 
-    Nothing happens to a method that is wrapped already, as when the package is imported anew.
+    A method that is already wrapped is left alone, for example if the package is imported again.
     """
     method = getattr(owner, name)
     if hasattr(method, "wrapped_by_sae_lens_auxk"):

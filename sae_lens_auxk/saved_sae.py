@@ -1,4 +1,4 @@
-"""What SAELens's own runners do with a trained SAE's files, for code that runs without them."""
+"""Handle a trained SAE's files as SAELens's runners do, for code that runs without them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from sae_lens_auxk.saelens import ACTIVATION_WHITENING_FILENAME, whitening_of
 
 ESTIMATED_SCALING = ("expected_average_only_in", "covariance_whitening")
-"""Values of ``normalize_activations`` under which weights mean nothing without the scaler that
-training estimated. Folding it in sets the field to "none"."""
+"""Values of ``normalize_activations`` for which the weights need the scaler that training
+estimated. Folding it in sets the field to "none"."""
 
 
 def fold_scaling(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
@@ -56,9 +56,9 @@ def fold_scaling_beside(sae: TrainingSAE[Any], checkpoint: Path) -> None:
 
 
 def silent_latents(folder: Path) -> int | None:
-    """Latents that never fired since the last ``feature_sampling_window`` of training began.
+    """Number of latents that have not fired since the last ``feature_sampling_window`` began.
 
-    None where the folder has no file of firing rates.
+    None if the folder has no file of firing rates.
     """
     path = folder / SPARSITY_FILENAME
     if not path.is_file():

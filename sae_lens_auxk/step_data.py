@@ -1,7 +1,7 @@
-"""What a training step takes and gives back, beside what SAELens's own does.
+"""Inputs and outputs of a training step beyond those of SAELens's own.
 
-SAELens hands a step's input through to ``calculate_aux_loss``, and its output back to the trainer,
-so what belongs to one step travels in them.
+SAELens passes a step's input on to ``calculate_aux_loss`` and its output back to the trainer, so
+they carry the data of one step.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from sae_lens_auxk.resampling import NewLatents
 
 @dataclass(kw_only=True)
 class AuxStepInput(TrainStepInput):
-    """A step's input, with what SAELens has to hand on to ``calculate_aux_loss`` and back.
+    """A step's input, with data for ``calculate_aux_loss`` and a place for its metrics.
 
     Attributes:
         usable: the rows that can be trained on.
@@ -32,6 +32,6 @@ class AuxStepInput(TrainStepInput):
 
 @dataclass
 class AuxStepOutput(TrainStepOutput):
-    """A step's output, with what :func:`~sae_lens_auxk.resampling.resample` has to put in."""
+    """A step's output, with the latents that :func:`~sae_lens_auxk.resampling.resample` applies."""
 
     new_latents: NewLatents | None = None

@@ -1,4 +1,4 @@
-"""What the latents of a batch had to reconstruct, and what they left of it."""
+"""The reconstruction targets of a batch, and their residual."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 
 
 class Targets(NamedTuple):
-    """Of one batch, detached, in at least float32.
+    """Targets of one batch, detached, in at least float32.
 
     Attributes:
         x: (B, d_in) what the decoder's output is compared with. Under ``normalize_activations=
             "layer_norm"`` each row's mean is subtracted, as it is from the decoder's output.
-        residual: (B, d_in) what the reconstruction left of it.
+        residual: (B, d_in) ``x`` minus the reconstruction.
         scale: (B, 1) factor from the decoder's output to the units of ``x``, or None. Only the two
             run-time modes of ``normalize_activations`` have one; the others change the data before
             the SAE sees it.
@@ -30,7 +30,7 @@ def targets_of(
 
     Args:
         sae_in: (B, ...) with d_in entries a row.
-        sae_out: the same of the reconstruction.
+        sae_out: the reconstruction, of the same shape.
         normalize_activations: the SAE's.
         dtype: of the result.
     """

@@ -1,4 +1,4 @@
-"""Errors that name a field, its value and what is allowed, with the nearest name there is."""
+"""Errors that name a field, its value and what is allowed, and suggest the nearest name."""
 
 import difflib
 import json
@@ -34,7 +34,7 @@ def reject(name: str, value: Any, allowed: str) -> ValueError:
 
 
 def require_choice(name: str, value: Any, choices: Collection[str], hint: str = "") -> None:
-    """Raise a ValueError with the choices, ``hint`` and the nearest choice unless it is one."""
+    """Raise a ValueError with the choices, ``hint`` and the nearest one unless one is given."""
     if not isinstance(value, str) or value not in choices:
         error = reject(name, value, f"one of {', '.join(choices)}{hint}")
         raise ValueError(f"{error}{nearest(str(value), choices)}")
@@ -49,7 +49,7 @@ def require_known(given: Iterable[str], known: Iterable[str], what: str) -> None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean ...?"``, or nothing where no known name is close."""
+    """``" Did you mean ...?"``, or ``""`` if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -76,7 +76,7 @@ def require_writable(name: str, value: Any) -> None:
 
 
 def require_int(name: str, value: Any, *, minimum: int, optional: bool = False) -> None:
-    """Raise a ValueError unless ``value`` is an integer from ``minimum`` to what int64 holds.
+    """Raise a ValueError unless ``value`` is an integer >= ``minimum`` that fits int64.
 
     ``optional``: None is allowed too.
     """
