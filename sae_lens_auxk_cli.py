@@ -46,7 +46,7 @@ def refuse(message: str) -> int:
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal; names in it may come from a repository of anyone's.
+    """Escape control characters for a terminal; names may come from an untrusted repository.
 
     Example:
         >>> printable("two\\nlines, \\x1b[31mred")

@@ -1,14 +1,14 @@
-"""AuxK on GPT-2 small: a run of SAELens with one of this package's architectures.
+"""AuxK on GPT-2 small: a SAELens run with one of this package's architectures.
 
     python examples/gpt2.py
 
-The same from the shell:
+The same run from the shell:
 
     sae-lens-auxk train --architecture auxk-topk --aux_variant auxk --k 32 --d_in 768 \
         --d_sae 24576 --model_name gpt2 --hook_name blocks.6.hook_resid_pre \
         --dataset_path Skylion007/openwebtext --is_dataset_tokenized false ...
 
-It needs the Hugging Face Hub for the model and the text, and a GPU to be done in hours.
+It needs the Hugging Face Hub for the model and the text, and a GPU to finish within hours.
 """
 
 from typing import Any

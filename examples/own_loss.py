@@ -1,8 +1,8 @@
-"""An auxiliary loss of one's own, used like those of the package.
+"""A custom auxiliary loss, used like the package's own.
 
 A loss is a pure function of one record (see ``sae_lens_auxk.AuxLossInputs``) and the config.
-This one is a softer pre-activation loss: it pulls dead latents towards the firing threshold
-by the square of what they miss, so that those nearest to firing are pulled least.
+This one is a softer pre-activation loss: it penalises the square of a dead latent's distance below
+the firing threshold, so that those nearest to firing are pulled least.
 
     python examples/own_loss.py 2>own_loss.log
 """

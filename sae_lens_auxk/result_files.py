@@ -3,7 +3,7 @@
 A comparison's folder:
 
     results.json               every number and the whole configuration
-    report.html, report.md the report, and figures/*.png
+    report.html, report.md     the report, and figures/*.png
     runs/seed-0/pass.json      the runs of a finished pass
     runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
                                the lives of its latents

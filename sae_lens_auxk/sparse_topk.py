@@ -2,13 +2,13 @@
 
 SAELens computes with all of (B, d_sae) several times: a dense activation tensor forward, a
 dense gradient backward. Here the encoder's product is the one dense operation. The selected
-activations are a short list of (row, latent) pairs; decoder, and both gradients, touch only
-the rows of those pairs.
+activations are a short list of (row, latent) pairs; the decoder and both gradients touch only the
+rows of those pairs.
 
-What the step computes is SAELens's: same selection, same losses, same gradients. With
+The step computes the same as SAELens's: same selection, same losses, same gradients. With
 ``rescale_acts_by_decoder_norm`` SAELens multiplies a pre-activation by its decoder norm, selects,
-and divides by it again to decode; the norm's gradients cancel, so that here it serves for the
-selection only.
+and divides by it again to decode; the norm's gradients cancel, so here it is used for the selection
+only.
 """
 
 from collections.abc import Iterable
@@ -52,8 +52,8 @@ class SparseActivations:
     Attributes:
         encoder: where they come from.
         selected: which they are.
-        chosen: (B, k) bool, those of them that count: not all where fewer could be chosen, nor
-            one whose decoder row is 0 where ``h`` is divided by its norm.
+        chosen: (B, k) bool, which of them count. Surplus ones do not if fewer than k could be
+            chosen, nor does one with a decoder row of 0 if ``h`` is divided by its norm.
         pre: (B, k) pre-activations before the decoder norm, which is what decodes with the rows
             of W_dec as they are; 0 where not chosen.
     """
@@ -102,7 +102,7 @@ class SparseActivations:
 class SparseColumns:
     """See :class:`~sae_lens_auxk.latent_access.Columns`.
 
-    ``latents`` (n,) int64 are those of the columns, of which the first ``n_latents`` () count.
+    ``latents`` (n,) int64 are the latents of the columns; only the first ``n_latents`` () count.
     """
 
     h: torch.Tensor
@@ -194,13 +194,13 @@ class SparseAccess:
         return replace(self, encoder=self.encoder.at_rows(rows))
 
     def _own(self, among: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of some latents that this process holds (n,), and how many count ()."""
+        """The given latents that this process holds (n,), and how many of them count ()."""
         among = self.latents.own(among)
         return indices_of(among, self.latents.own_bound(among, bound)), among.sum()
 
 
-# Over up to so many times k_aux dead latents a dense product is faster than pairs. By device:
-# measured on a CPU, and on an H100 (docs/performance.md).
+# With up to this many times k_aux dead latents, a dense product is faster than pairs. Measured per
+# device type, on a CPU and on an H100 (docs/performance.md).
 COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
 
 
@@ -211,7 +211,7 @@ class SparseTopK(_Base):
     gradient, or parameters in half precision, for which torch has no gradient of the products.
     """
 
-    # A shorter one loses against the living latents in every row: see resampling.py.
+    # A shorter one loses to the living latents in every row: see resampling.py.
     resampled_length: ClassVar[float] = 1.0
 
     @override
@@ -292,7 +292,7 @@ class SparseTopK(_Base):
     def _decode_levels(
         self, decoder: Decoder, values: torch.Tensor, selected: Pairs
     ) -> Iterable[tuple[int, torch.Tensor]]:
-        """Widths, ascending, and (B, d_in) the output of the decoder with so many latents.
+        """Widths, ascending, and (B, d_in) the decoder's output with that many latents.
 
         One level, the whole SAE, except for Matryoshka.
         """
@@ -334,7 +334,7 @@ def _has_hook(module: torch.nn.Module) -> bool:
 
 
 class SparseBatchTopK(SparseTopK):
-    """The same for BatchTopK: ``k`` a row on average, the largest of the batch."""
+    """The same for BatchTopK: the largest of the whole batch, ``k`` per row on average."""
 
     @override
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:

@@ -1,4 +1,4 @@
-"""AuxK: the dead latents nearest to firing reconstruct what the live ones left over."""
+"""AuxK: the dead latents nearest to firing reconstruct the residual of the live ones."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     published code (openai/sparse_autoencoder, ``main`` in train.py and ``normalized_mse`` in
     kernels.py), which is ``aux_bias="matched"``, ``aux_relu=True`` and ``aux_normalize=True``. It
     divides the main loss by ``V(x)`` and this one by ``V(target)``; SAELens's main loss is not
-    divided, hence ``V(x)`` here. Deviation from that code: ``V(x)`` is the batch's, not that of
-    a sample taken before the training.
+    divided, hence ``V(x)`` here. Deviation from that code: ``V(x)`` is computed on the batch, not
+    on a sample taken before training.
 
     Deviation from SAELens and sparsify: no factor ``min(|D| / k_aux, 1)``. AbsTopK: ``T_b`` has the
-    largest ``|h_b|``, with their signs, as in SAELens's own loss of it; ``cfg.aux_relu`` would
-    drop the negative ones.
+    latents with the largest ``|h_b|``, which keep their signs, as in SAELens's own loss;
+    ``cfg.aux_relu`` would drop the negative ones.
     """
     acts = inputs.nearest_dead(cfg.resolved_k_aux)
     if cfg.aux_relu:

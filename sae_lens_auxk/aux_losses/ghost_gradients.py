@@ -12,15 +12,15 @@ def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: A
     """The MSE between ``r`` and the ghost output, scaled so that its value is the main MSE.
 
     The ghost output is ``sum_{i in D} exp(h_bi) W_i``, scaled in each row to half the norm
-    of ``r_b``. Both scales are constants to the gradient. Each row's largest ``h`` is taken
-    off before exp: the scale to half the residual's norm takes a common factor out again,
-    value and gradient, and exp of an LLM's pre-activations overflows.
+    of ``r_b``. Both scales are constants to the gradient. Each row's largest ``h`` is subtracted
+    before exp, because exp of an LLM's pre-activations overflows. This changes neither value nor
+    gradient: the scale to half the residual's norm cancels a common factor.
 
-    Source: Anthropic, Circuits Updates January 2024, "Ghost Grads"; left by them in March
-    2024. Prior art, kept as a baseline, so also as it is for AbsTopK: exp knows one direction only.
+    Source: Anthropic, Circuits Updates January 2024, "Ghost Grads"; abandoned by them in March
+    2024. It is kept unchanged as a baseline, also for AbsTopK, although exp favours one sign only.
     """
-    # In h's own precision: the rounding of exp(h) is no larger than what that of h makes of it.
-    # In place, as autocast would else compute exp in float32.
+    # In h's own precision: rounding exp(h) adds no more error than rounding h already has.
+    # In place, since autocast would otherwise compute exp in float32.
     dead = inputs.dead_columns()
     largest = inputs.largest_of(dead.h)
     acts = (dead.h - largest.clamp(min=torch.finfo(largest.dtype).min)).exp_()

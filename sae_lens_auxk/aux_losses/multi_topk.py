@@ -13,8 +13,8 @@ from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || x - decode(relu(top 4k of h)) ||^2``.
 
-    The ``4k`` largest ``h`` of each row, dead or alive, so all parameters move. BatchTopK's
-    ``k`` is an average; ``int(4 k)`` latents are taken in every row there.
+    It uses the ``4k`` largest ``h`` of each row, dead or alive, so all parameters get a gradient.
+    BatchTopK's ``k`` is an average; there, every row uses ``int(4 k)`` latents.
 
     Source: Gao et al. 2024, section 4.3 (Multi-TopK, ``L(k) + L(4k) / 8``), with the ReLU of
     their TopK (section 2.3). AbsTopK, which has no ReLU: the ``4k`` largest ``|h|``, as they are.

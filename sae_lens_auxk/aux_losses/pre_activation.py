@@ -17,7 +17,7 @@ def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: AR
 
     Source: Anthropic, Circuits Updates January 2025, "Dictionary Learning Optimization
     Techniques". Deviations: only dead latents are counted (as in SAELens's
-    ``pre_act_loss_coefficient``), and they are not weighted by their decoder norms. AbsTopK: of
-    ``|h_bi|``, against the row's smallest active one, as its selection compares.
+    ``pre_act_loss_coefficient``), and they are not weighted by their decoder norms. AbsTopK:
+    ``|h_bi|`` is compared with the row's smallest active one, as in its selection.
     """
     return inputs.dead_shortfall().mean()

@@ -13,10 +13,10 @@ from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """One more step of matching pursuit, and a push down where firing would be wrong. Value 0.
 
-    Up: ``-2 mean_b [ stopgrad(r_b . W_i) h_bi + stopgrad(a_b r_b) . W_i ]``. ``i`` is, of *all*
-    latents (of the level's, where Matryoshka's levels have losses of their own), the one with the
-    largest ``p_b = r_b . W_i / |W_i|``, and ``a_b = p_b / |W_i|``. Rows in which ``i`` is alive, or
-    ``p_b`` is not above 0, count 0.
+    Up: ``-2 mean_b [ stopgrad(r_b . W_i) h_bi + stopgrad(a_b r_b) . W_i ]``. Of *all* latents (or
+    the level's, if each Matryoshka level has its own loss), ``i`` is the one with the largest ``p_b
+    = r_b . W_i / |W_i|``, and ``a_b = p_b / |W_i|``. Rows in which ``i`` is alive, or ``p_b`` is
+    not above 0, count 0.
 
     Down: ``-2 mean_b sum_{j in T_b, h_bj > 0} stopgrad(min(r_b . W_j - h_bj |W_j|^2, 0)) h_bj``,
     where ``T_b`` are the ``min(k_aux, |D|)`` dead latents with the largest ``h_b``.
@@ -33,8 +33,8 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     latents near to firing also get the main loss's gradient as if they fired at ``h``, where it
     points down. docs/pursuit.md shows what each half does.
 
-    Deviation from the main loss: each latent is taken to fire alone. The up half has ``r_b``
-    without the firing. AbsTopK: ``i`` is the latent with the largest ``|p_b|``, and may fire
+    Deviation from the main loss: each latent is assumed to fire alone. The up half uses ``r_b``
+    from before the firing. AbsTopK: ``i`` is the latent with the largest ``|p_b|``, and may fire
     negatively: ``a_b`` has the sign of ``p_b``; ``T_b`` has the largest ``|h_b|``, which is pushed
     towards 0.
 

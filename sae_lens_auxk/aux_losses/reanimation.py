@@ -17,15 +17,16 @@ from sae_lens_auxk.aux_losses.registry import AuxLossInputs, register_aux_loss
 def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``-d_in * mean over (B, d_sae) of h * [dead]``.
 
-    The source subtracts the mean from an MSE that is a mean over elements; the factor
-    ``d_in`` carries its coefficient over to SAELens's MSE, a sum over ``d_in``. "Dead" is
-    "silent in this batch" unless ``cfg.dead_criterion`` says otherwise. Seen to make dense
-    latents when it is too strong.
+    The source subtracts the mean from an MSE that is a mean over elements; the factor ``d_in``
+    converts its coefficient to SAELens's MSE, a sum over ``d_in``. "Dead" is "silent in this batch"
+    unless ``cfg.dead_criterion`` says otherwise. It was seen to make latents dense when it is too
+    strong.
 
-    Source: Overcomplete, "Handling dead codes in SAEs". AbsTopK: ``|h|`` is raised, since that is
-    what its selection compares.
+    Source: Overcomplete, "Handling dead codes in SAEs". AbsTopK: ``|h|`` is raised, since its
+    selection compares that.
     """
     B, d_in = inputs.x.shape
-    # Where, not times: a live latent's sum may be anything, and gets a gradient of exactly 0.
+    # where() instead of a product: a live latent's sum may be NaN, and its gradient must be exactly
+    # 0.
     total = inputs.total(inputs.hidden_pre_sums().where(inputs.dead, 0).to(inputs.x.dtype))
     return -d_in * total / (B * inputs.d_sae)

@@ -1,16 +1,16 @@
 """What an auxiliary loss may see, and the registry that finds it by name.
 
 An auxiliary loss is a pure function ``loss(inputs, cfg) -> scalar tensor``. It reads one
-:class:`AuxLossInputs` record and the SAE's config, and knows no module, trainer or logger. The
-caller applies the scheduled coefficient. The package's own losses are one file each in this
-folder; :func:`register_aux_loss` adds another.
+:class:`AuxLossInputs` record and the SAE's config, and does not see modules, the trainer or the
+logger. The caller applies the scheduled coefficient. The package's own losses are one file each in
+this folder; :func:`register_aux_loss` adds another.
 
 Notation in the formulas of every file here: ``B`` rows in the batch, ``x`` the SAE's input, ``h``
 the pre-activations, ``D`` the dead latents, ``W_i`` the decoder row of latent ``i`` (divided by
 its norm where SAELens's ``rescale_acts_by_decoder_norm`` is on), ``b`` the decoder bias, ``r =
 stopgrad(x - sae_out)`` the residual. Losses are summed over ``d_in`` and averaged over the batch,
-as SAELens's MSE is, so that a coefficient means against that MSE what its source meant against its
-own.
+as SAELens's MSE is, so that a coefficient has the same weight relative to that MSE as in its
+source.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from sae_lens_auxk.latent_access import Activations, Columns, LatentAccess
 from sae_lens_auxk.validation import require_choice
 
 ENTRY_POINTS = "sae_lens_auxk.aux_losses"
-"""The group in which an installed package declares its losses."""
+"""The entry-point group in which an installed package declares its losses."""
 
 DeadCriterion = Literal["tokens", "steps", "batch"]
 
@@ -41,17 +41,17 @@ class AuxLossInputs:
         x: (B, d_in) the target of the reconstruction. Under ``normalize_activations=
             "layer_norm"`` each row's mean is subtracted, as it is from the decoder's output.
         residual: (B, d_in) ``r``, detached.
-        dead: (d_sae,) bool, the dead latents by the config's ``dead_criterion``; of one level,
-            where each of Matryoshka's levels has its own loss.
+        dead: (d_sae,) bool, the dead latents by the config's ``dead_criterion``; only those of one
+            level if each Matryoshka level has its own loss.
         dead_bound: an upper bound on the number of dead latents, known without waiting for the
             device.
-        access: the way to ``h`` and ``W_i``; the methods below use it.
+        access: gives ``h`` and ``W_i``; the methods below use it.
         W_dec: (d_sae, d_in) decoder weights as they are stored.
         b_dec: (d_in,) decoder bias.
         output_scale: (B, 1) factor from the decoder's output to the units of ``x``, or None. Only
             the two run-time modes of ``normalize_activations`` have one.
-        firing_threshold: returns what ``h`` must exceed for a latent to fire, in a shape that
-            broadcasts to (B, d_sae). A function because TopK must search for it.
+        firing_threshold: returns the value that ``h`` must exceed for a latent to fire,
+            broadcastable to (B, d_sae). It is a function because TopK must search for the value.
         level: which latents compete: all, or those of one Matryoshka level.
     """
 
@@ -68,15 +68,15 @@ class AuxLossInputs:
 
     @property
     def d_sae(self) -> int:
-        """The number of latents, also where the record is that of one Matryoshka level."""
+        """The number of latents of the whole SAE, even for one Matryoshka level."""
         return self.dead.numel()
 
     @property
     def by_magnitude(self) -> bool:
         """Whether latents fire in both directions, as AbsTopK's do, and have no ReLU.
 
-        Nearness to firing is ``|h|`` then, and the methods below that compare, sum or threshold
-        ``h`` do so with ``|h|``.
+        If so, ``|h|`` measures nearness to firing, and the methods below that compare, sum or
+        threshold ``h`` use ``|h|``.
         """
         return self.access.by_magnitude
 
@@ -146,15 +146,15 @@ class AuxLossInputs:
         return self.access.largest(k, self.dead, self.dead_bound)
 
     def best_dead_match(self, x: torch.Tensor) -> Activations:
-        """Of all latents the one with the largest ``W_i . x_b / |W_i|``, in rows where it is dead.
+        """Each row's latent with the largest ``W_i . x_b / |W_i|``, if that latent is dead.
 
-        The one with the largest ``|W_i . x_b| / |W_i|`` where ``by_magnitude``.
+        It is the one with the largest ``|W_i . x_b| / |W_i|`` if ``by_magnitude``.
 
         Args:
             x: (B, d_in).
 
         Returns:
-            One entry a row. A row whose best match is alive has none.
+            One entry per row, or none for a row whose best match is alive.
         """
         return self.access.best_match(x, self.dead, self.level)
 
@@ -165,8 +165,8 @@ class AuxLossInputs:
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` (..., m) over its last dimension, which are latents: (...).
 
-        Where latents are shared among processes, ``x`` has this process's, and this is the sum over
-        all of them. With one process it is ``x.sum(dim=-1)``.
+        If latents are shared among processes, ``x`` has this process's latents, and the sum is over
+        all processes. With one process it is ``x.sum(dim=-1)``.
         """
         return self.access.latents.sum(x.sum(dim=-1))
 
@@ -182,7 +182,7 @@ class AuxLossInputs:
         return reconstruction * self.output_scale
 
     def at_rows(self, rows: torch.Tensor) -> "AuxLossInputs":
-        """The same step, seen by some rows (m,) of its batch only."""
+        """The same step, restricted to some rows (m,) of its batch."""
 
         def threshold() -> torch.Tensor:
             of_all = self.firing_threshold()
@@ -210,18 +210,18 @@ class AuxLoss:
         function: ``(inputs, cfg) -> scalar``, without the coefficient.
         default_coefficient: the coefficient where the config has ``aux_loss_coefficient=None``.
         default_dead_criterion: the criterion where the config has ``dead_criterion=None``.
-        uses_dead_latents: False for a loss that is also wanted while no latent is dead. True: the
-            loss is 0 then.
+        uses_dead_latents: whether the loss is 0 while no latent is dead. False: it is computed
+            anyway.
         uses_k_aux: whether the loss takes the ``k_aux`` dead latents with the largest ``h`` of
             each row (:meth:`AuxLossInputs.nearest_dead`) rather than all of them. Only the metric
             ``k_aux_used`` asks.
-        topk_only: whether only architectures of the TopK family can serve it.
-        sync_free: whether it does without ``dead_latents`` and everything made of them, so that no
-            step waits for the device. Such a loss is also called where no latent is dead, and must
-            not fail there; its value is not used.
+        topk_only: whether it works only with architectures of the TopK family.
+        sync_free: whether it avoids ``dead_latents`` and everything computed from them, so that no
+            step waits for the device. Such a loss is also called when no latent is dead, and must
+            not fail then; its value is not used.
         shardable: whether the loss sums over latents by :meth:`AuxLossInputs.total` only, and
             compares them by :meth:`AuxLossInputs.largest_of` and the methods of the record, so that
-            it is the same where latents are shared among processes. Only then it may be used there.
+            it is the same where latents are shared among processes. Otherwise it is refused there.
     """
 
     function: AuxLossFn
@@ -234,7 +234,7 @@ class AuxLoss:
     shardable: bool = False
 
     def __call__(self, inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
-        """The loss of one record, 0 where it needs dead latents and there are none."""
+        """The loss of one record; 0 if it needs dead latents and there are none."""
         if self.uses_dead_latents and not self.sync_free and inputs.dead_latents.numel() == 0:
             return inputs.x.new_zeros(())
         loss = self.function(inputs, cfg)
@@ -290,7 +290,7 @@ def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties
 
 
 def find_aux_loss(name: Any) -> AuxLoss:
-    """The loss that ``aux_variant=name`` stands for, from an installed package if need be.
+    """Find the loss named by ``aux_variant=name``, in an installed package if necessary.
 
     Raises:
         ValueError: no loss has this name, or the package that declares it cannot be imported.
@@ -311,7 +311,7 @@ _HOW_TO_IMPORT = (
 
 
 def _load(entry_point: EntryPoint) -> None:
-    """Import what an entry point names, which registers a loss of its name."""
+    """Import the module that an entry point names, which registers a loss of that name."""
     package = entry_point.dist.name if entry_point.dist else "an unknown package"
     which = (
         f"aux_variant={entry_point.name!r} cannot be used: its entry point in the group "

@@ -62,7 +62,7 @@ def train(args: Sequence[str]) -> int:
 
 
 def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
-    """SAELens's config of a run; an error for what is not allowed."""
+    """Parse SAELens's config of a run; raise a ValueError for anything not allowed."""
     imports = ArgumentParser(
         add_help=False,
         allow_abbrev=False,
@@ -110,7 +110,7 @@ def _errors_raised() -> Generator[None]:
 
 @torch.no_grad()
 def summary(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> str:
-    """What a finished run is about in a few lines, measured by SAELens's own evaluator.
+    """Summarise a finished run in a few lines, measured by SAELens's own evaluator.
 
     Explained variance, L0 and the latents that stay silent are over ``n_eval_batches`` batches
     of prompts that follow the training text; the latents silent in training are over its

@@ -1,4 +1,4 @@
-"""The cases that a comparison stands for, each an SAE's config with a name."""
+"""The cases of a comparison, each a named SAE config."""
 
 import hashlib
 import itertools
@@ -46,18 +46,18 @@ class Case:
 
     @property
     def k(self) -> float | None:
-        """Active latents per sample, where the architecture has that."""
+        """Active latents per sample, if the architecture has ``k``."""
         return self.fields.get("k")
 
     @property
     def title(self) -> str:
-        """The case with everything that tells it from the others."""
+        """A name with everything that distinguishes the case from the others."""
         parts = (self.name, self.architecture, *([] if self.k is None else [f"k {self.k:g}"]))
         return ", ".join(parts)
 
     @property
     def slug(self) -> str:
-        """``title`` as the name of a folder; :func:`folders_of` tells equal ones apart."""
+        """``title`` as a folder name; :func:`folders_of` resolves equal ones."""
         return re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")
 
     def sae_config(self, comparison: Resolved, d_in: int) -> TrainingSAEConfig:

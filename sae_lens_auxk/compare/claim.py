@@ -1,8 +1,8 @@
 """Processes that work in the folder of one comparison.
 
 A claim is a lock of the operating system on a file. It ends with the process, however that dies, so
-there is never a claim to clear away by hand. Windows and some network file systems have no such
-lock, and nothing is claimed there: one process at a time is what such a folder is for.
+there is never a stale claim to remove by hand. Windows and some network file systems have no such
+lock, so nothing is claimed there: use one process at a time in such a folder.
 """
 
 import errno
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_TRIES = 0.1
 def claim(folder: Path) -> Generator[None]:
     """Hold the results in a folder, to read and write them; make it if there is none.
 
-    Waits for a process that holds them, which none does for long.
+    Waits for a process that holds them; none holds them for long.
     """
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -38,9 +38,9 @@ def claim(folder: Path) -> Generator[None]:
 
 @contextmanager
 def claim_if_free(path: Path) -> Generator[bool]:
-    """Hold what the file at ``path`` stands for, unless another process does; whether it is held.
+    """Claim the file at ``path`` unless another process holds it; yield whether it is held.
 
-    The file is there as long as the claim is.
+    The file exists as long as the claim.
     """
     if sys.platform == "win32":
         yield True

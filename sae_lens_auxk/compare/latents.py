@@ -1,4 +1,4 @@
-"""What can be measured of a single latent of an SAE, with or without the true features.
+"""Measures of single latents of an SAE, with or without the true features.
 
 docs/peeking.md derives each measure, shows on planted and on trained latents how well it tells
 latents without meaning, duplicates and split features from features, and says where it fails.
@@ -21,7 +21,8 @@ TINY = 1e-12
 def has_signed_rows(architecture: str) -> bool:
     """Whether a decoder row and its negative are different latents.
 
-    They are not where a latent fires in both directions. Elsewhere activations are not negative.
+    They are the same latent if latents fire in both directions. Otherwise activations are never
+    negative.
     """
     return not architecture.endswith("abstopk")
 
@@ -51,7 +52,7 @@ def measure_latents(
         sae: an SAE whose decoder is linear.
         x: (N, d_in) held-out activations in the units that the SAE takes.
         latents: (n,) int64, the latents to measure, each of which fires on some row.
-        firings: (d_sae,), what :func:`count_firings` gives; a latent that fires is alive.
+        firings: (d_sae,), from :func:`count_firings`; a latent that fires is alive.
         true_features: (n_features, d_in) directions of the true features, where known.
         feature_acts: batches (B, n_features) of the true features' activations, dense or sparse,
             together the N rows.

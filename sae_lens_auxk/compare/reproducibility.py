@@ -28,7 +28,7 @@ from sae_lens_auxk.result_files import LIVES_FILENAME
 from sae_lens_auxk.results import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
 
 ROWS_PER_CHUNK = 1024
-"""At 36,864 latents, so many rows of cosines take 150 MB."""
+"""At 36,864 latents, this many rows of cosines take 150 MB."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Reproducibility:
 def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list[Run]:
     """The runs; those whose case has another finished seed get the numbers of this module.
 
-    A run whose files are gone, or that has no alive latent, gets none and counts as no seed.
+    A run whose files are gone, or that has no alive latents, gets no numbers and does not count as
+    a seed.
 
     Args:
         runs: of all passes of a comparison. They are left as they are.
@@ -181,7 +182,7 @@ def matched_cosine(a: torch.Tensor, b: torch.Tensor, signed: bool = True) -> flo
 
 
 def by_chance(n_latents: int, d_in: int, signed: bool = True) -> Numbers:
-    """What ``found_again`` and ``mean_best_cosine`` are for random directions.
+    """The expected ``found_again`` and ``mean_best_cosine`` for random directions.
 
     Args:
         n_latents: number of directions on the other side, all independent and uniform.

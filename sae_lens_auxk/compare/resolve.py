@@ -1,4 +1,4 @@
-"""A comparison with every default filled in, and what is refused."""
+"""Fill in a comparison's defaults and refuse values that are not allowed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -98,7 +98,7 @@ def resolve(comparison: Comparison) -> Resolved:
 
 
 def _require_types(given: Mapping[str, Any]) -> None:
-    """Refuse values that have no truth value or cannot be written, before they are used."""
+    """Refuse values that have no truth value or cannot be saved, before they are used."""
     for name in ("model_name", "dataset_path", "hook_name", "model_class_name"):
         require_text(name, given.get(name), optional=True)
     for name in ("preset", "aux_variant", "aux_loss_coefficient", "cases"):
@@ -215,7 +215,8 @@ def _require_left_out(comparison: Resolved, names: Iterable[str], allowed: str) 
 def _require_free(
     what: str, given: Iterable[str], config_class: type[Any], own: Mapping[str, str]
 ) -> None:
-    """A ValueError for a name that is not a field of the config, or that a field of ours sets."""
+    """Raise a ValueError for a name that is not a config field, or that the comparison sets
+    itself."""
     for name in given:
         if name in own:
             raise ValueError(f"{what}: {name} is set by {own[name]}.")

@@ -65,17 +65,17 @@ def run_comparison(
 ) -> Path:
     """Train the passes that are missing, measure them, write the results and the report.
 
-    Several processes may do this in one folder, each in passes that no other is at work on; what a
-    dead process was at work on is free again. Each writes the results of the passes that are
-    finished when it is, so that the last one's are whole. If this is interrupted, they are written
-    too.
+    Several processes may do this in one folder, each on passes that no other process is working on;
+    the pass of a dead process becomes free again. Each process, when it finishes, writes the
+    results of all passes finished by then, so the last one writes them all. An interrupted call
+    writes them too.
 
     Args:
         comparison: what to compare.
         folder: where to write. Results of the same comparison in it are kept.
         command: the command line to show in the report.
-        wait: whether to wait for passes that other processes are at work on, and take over those
-            of processes that die.
+        wait: whether to wait for passes that other processes are working on, and take over those of
+            processes that die.
 
     Returns:
         The path of the report.
@@ -99,7 +99,7 @@ def run_comparison(
 
 
 def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) -> dict[str, Any]:
-    """Train passes until none is free; what the source says of its data, where one was trained."""
+    """Train passes until none is free; return the data's description if one was trained."""
     source: Source | None = None
     data: dict[str, Any] = {}
     n_samples = comparison.training_samples

@@ -1,4 +1,4 @@
-"""The same data for each SAE that SAELens evaluates: its own sources would go on to new data."""
+"""The same data for each SAE that SAELens evaluates; its own sources would move on to new data."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 
 
 class SameFeatures:
-    """What SAELens's evaluation asks of a generator of activations, the same ones each time.
+    """Stands in for SAELens's activation generator, and returns the same activations each time.
 
     The generator itself would draw them anew for every case, from torch's one global state.
     """
@@ -20,9 +20,9 @@ class SameFeatures:
 
 
 class SamePrompts:
-    """What ``run_evals`` asks of SAELens's activation store, with the same prompts each time.
+    """Stands in for SAELens's activation store in ``run_evals``, with the same prompts each time.
 
-    The store itself reads on, and every case would be measured on other text.
+    The store itself would read on, and every case would be measured on different text.
     """
 
     def __init__(self, tokens: list[torch.Tensor]):

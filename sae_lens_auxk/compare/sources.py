@@ -39,7 +39,7 @@ from sae_lens_auxk.validation import nearest, reject
 HELD_OUT_SEED = 2**31
 """Added to a pass's seed for its held-out samples: they are not its training samples again."""
 SHUFFLED_ROWS = 10_000
-"""Of a streamed text each row is drawn from the next so many; one on disk is shuffled whole."""
+"""Size of the shuffle buffer for streamed text, in rows; text on disk is shuffled as a whole."""
 
 
 class Pass(Protocol):
@@ -52,12 +52,12 @@ class Pass(Protocol):
 
     @property
     def hook_name(self) -> str:
-        """What the batches are called."""
+        """The name of the hook that the batches come from."""
         ...
 
     @property
     def true_features(self) -> torch.Tensor | None:
-        """(n_features, d_in), where they are known."""
+        """(n_features, d_in), or None if they are not known."""
         ...
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -80,12 +80,12 @@ class Pass(Protocol):
         ...
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
-        """What else this kind of data can say about an inference SAE."""
+        """Further metrics of an inference SAE that this kind of data allows."""
         ...
 
 
 class Source(Protocol):
-    """What a comparison is about."""
+    """Where the data of a comparison comes from."""
 
     d_in: int
 

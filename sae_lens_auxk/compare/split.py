@@ -11,9 +11,9 @@ import torch
 
 TINY = 1e-12
 COLLINEAR = 1e-4
-"""A latent with less of its variance left beside another one adds nothing to it."""
+"""A latent with a smaller share of its variance unexplained by another adds nothing to it."""
 SPLIT_TENSORS = 14
-"""At most so many float32 tensors (n, d_sae) are held at once."""
+"""At most this many float32 tensors (n, d_sae) are held at once."""
 
 
 @torch.no_grad()

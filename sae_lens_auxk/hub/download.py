@@ -43,7 +43,7 @@ def download_sae(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Fetch one SAE into a local folder; the folder is there whole or not at all.
+    """Fetch one SAE into a local folder, completely or not at all.
 
     Args:
         repo_id: ``user/repo`` on the Hugging Face Hub.

@@ -38,7 +38,7 @@ def require_repo_id(repo_id: str) -> None:
 
 @contextmanager
 def explained(repo_id: str) -> Generator[None]:
-    """Turn what huggingface_hub raises into a HubError.
+    """Turn errors of huggingface_hub into a HubError.
 
     Raises:
         HubError: for every error of the network and of the Hub.

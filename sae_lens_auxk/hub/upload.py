@@ -67,8 +67,8 @@ def upload_sae(
 ) -> Upload:
     """Publish the SAE, training checkpoint or comparison in ``folder`` on the Hugging Face Hub.
 
-    Each SAE is one commit, so it is there whole or not at all. Files that are already there are
-    not sent again, so the same call completes an interrupted upload.
+    Each SAE is one commit, so it is published completely or not at all. Files that are already on
+    the Hub are not sent again, so the same call completes an interrupted upload.
 
     Args:
         folder: the output_path of a ``LanguageModelSAETrainingRunner``, what

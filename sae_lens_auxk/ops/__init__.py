@@ -34,9 +34,9 @@ def use_sparse_step() -> bool:
     return _choice() != "dense"
 
 
-# An annotation could say no more than ModuleType: the inferred type knows what is in it.
+# No annotation: ModuleType would hide the module's contents, which the inferred type knows.
 def kernels(x: torch.Tensor):
-    """The module of Triton kernels where an operation on ``x`` may use them, else None."""
+    """The module of Triton kernels if an operation on ``x`` may use them, else None."""
     if not _may_use_triton() or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     from sae_lens_auxk.ops import triton_kernels  # where Triton is not installed, this fails

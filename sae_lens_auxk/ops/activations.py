@@ -16,19 +16,18 @@ _OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
 
 
 class SelectedActivations(torch.Tensor):
-    """A sparse COO tensor (B, d_sae) whose ``sum(0)`` or ``sum(-2)`` is dense, and does not wait.
+    """A sparse COO tensor (B, d_sae) whose ``sum(0)`` and ``sum(-2)`` are dense and do not wait.
 
     SAELens's trainer asks at every step which latents fired, and how often:
-    ``acts.bool().float().sum(0)``. Torch's own answer is sparse, and to find out how many entries
-    it has it sorts them and waits for the device. This is all that differs from any other sparse
-    COO tensor.
+    ``acts.bool().float().sum(0)``. Torch's own result is sparse, and to count its entries it sorts
+    them and waits for the device. Otherwise this is an ordinary sparse COO tensor.
     """
 
     @staticmethod
     def of(
         rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor, shape: torch.Size
     ) -> "SelectedActivations":
-        """From (N,) rows, latents and values, without a graph; no pair may be there twice."""
+        """From (N,) rows, latents and values, without a graph; no pair may occur twice."""
         acts = torch.sparse_coo_tensor(
             torch.stack([rows, latents]), values, shape, check_invariants=False
         )
@@ -135,7 +134,7 @@ def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = Fal
 
     Args:
         feature_acts: (B, d_sae), dense or sparse COO.
-        k: as many entries as a row has at most; a :class:`SelectedActivations` has them all.
+        k: the most entries that a row has; a :class:`SelectedActivations` has them all.
         by_magnitude: whether activations may be negative; then it is the smallest absolute one.
     """
     if isinstance(feature_acts, SelectedActivations):

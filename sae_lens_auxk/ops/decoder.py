@@ -19,7 +19,7 @@ class Decoder:
         norm: (d_sae,) the norms of its rows, without a graph, where pre-activations are
             multiplied by them, or None.
         gradient: the buffer.
-        handle: what stands for W_dec in the graph.
+        handle: the tensor that stands for W_dec in the graph.
     """
 
     def __init__(

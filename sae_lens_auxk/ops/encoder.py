@@ -27,7 +27,7 @@ class Encoder:
         hidden_pre: (B, d_sae) ``h``, without a graph.
         x: (B, d_in) the centred input, in the parameters' precision.
         gradient: the buffer.
-        handle: what stands for W_enc in the graph.
+        handle: the tensor that stands for W_enc in the graph.
     """
 
     def __init__(

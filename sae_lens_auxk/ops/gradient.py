@@ -25,7 +25,7 @@ _Backward = Callable[..., tuple[Any, ...]]
 
 
 def first_derivative_only(backward: _Backward) -> _Backward:
-    """Raise an error if a backward pass is to be differentiated itself.
+    """Raise an error if the backward pass itself is differentiated.
 
     Torch's ``once_differentiable`` does the same where a gradient comes in as a tensor; a
     :func:`handle` gets none.
@@ -148,14 +148,15 @@ class LatentGradient:
         self._along = scale if self._along is None else self._along + scale
 
     def _begin(self) -> None:
-        # A backward pass that does not lead to W leaves its sums behind; they are not the next's.
+        # A backward pass that does not reach W leaves its sums behind; the next must not use them.
         current = torch._C._current_graph_task_id()
         if current != self._pass:
             self._rows = self._along = None
             self._pass = current
 
     def take(self) -> torch.Tensor | None:
-        """What this backward pass has added, in the layout of ``W``; None for nothing."""
+        """The gradient that this backward pass added, in the layout of ``W``; None if it added
+        none."""
         self._begin()
         total, along = self._rows, self._along
         # Autograd would copy a gradient that something else still holds.

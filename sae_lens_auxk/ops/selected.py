@@ -1,13 +1,13 @@
 """A few selected latents of each row, and the three products with them.
 
-The products are what the training step of a sparse autoencoder needs, each a derivative of the
+The training step of a sparse autoencoder needs these three products, each a derivative of the
 others: for each row a weighted sum of rows of a (d_sae, d) matrix, for each selected entry a dot
 product, and for each latent a weighted sum of rows of (B, d). There are two forms.
 
 - :class:`Pairs`: (row, latent) pairs. Only what is selected is read. The torch reference is
   ``torch.nn.functional.embedding_bag`` throughout.
-- :class:`InColumns`: entries of a dense (B, n) over n of the latents. A dense product reads all
-  of them, but ten and more times as fast, which pays where n is small.
+- :class:`InColumns`: entries of a dense (B, n) over n of the latents. A dense product reads all of
+  them, but at least ten times as fast, which pays off if n is small.
 
 ``values`` have one entry for each selected one, float32 or float64, in any shape. No function
 here has a gradient; :mod:`sae_lens_auxk.ops.encoder` and :mod:`~sae_lens_auxk.ops.decoder` add

@@ -1,8 +1,8 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportIndexIssue=false, reportCallIssue=false
 """Triton kernels for CUDA. Each has its plain torch reference beside the call that chooses it.
 
-They run on a CPU too, by Triton's interpreter (``TRITON_INTERPRET=1``), which is how they are
-tested where there is no GPU.
+They also run on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``), which tests use without a
+GPU.
 """
 
 from collections.abc import Callable

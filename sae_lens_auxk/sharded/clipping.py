@@ -1,10 +1,10 @@
 """Gradient clipping by the norm of all processes' gradients.
 
 SAELens's trainer calls ``torch.nn.utils.clip_grad_norm_`` in the middle of its step, with the
-parameters that a process holds, and each process would clip by another norm. During a step of an
-SAE whose latents are shared that name is :func:`clip_grad_norm_` here. (DTensors would be clipped
-right by torch itself. But Adam then works on one parameter after the other, with a
-dispatch of DTensor's for each of its operations: milliseconds a step.)
+parameters that a process holds, so each process would clip by a different norm. During a step of an
+SAE whose latents are shared that name is :func:`clip_grad_norm_` here. (torch itself clips DTensors
+correctly. But Adam then handles one parameter at a time, with a DTensor dispatch for each
+operation, which costs milliseconds per step.)
 """
 
 from collections.abc import Iterable

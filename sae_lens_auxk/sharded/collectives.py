@@ -1,10 +1,10 @@
 """The exchanges between the processes that share the latents of an SAE.
 
 Every process computes the same losses from the same batch, and runs its backward pass from the same
-number. So a sum over processes hands its gradient on as it is, and what all processes use with
-their own latents adds up theirs (the operators g and f of Shoeybi et al. 2019, "Megatron-LM").
-torch's own differentiable collectives take each process's loss for a part of one that is the sum,
-and would give N times the gradient.
+number. So a sum over processes passes its gradient on unchanged, and a tensor that all processes
+use with their own latents sums their gradients (the operators g and f of Shoeybi et al. 2019,
+"Megatron-LM"). torch's own differentiable collectives treat each process's loss as one part of a
+total, and would give N times the gradient.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Activations: each process runs the language model on its share of the data set.
 
-A training batch is the processes' batches behind each other, the same on every process.
+A training batch concatenates the processes' batches and is the same on every process.
 """
 
 import math
@@ -21,7 +21,7 @@ from sae_lens_auxk.sharded.collectives import gather
 
 
 def share_data(store: ActivationsStore, group: Any) -> None:
-    """Leave a new store its process's share of the rows, and of a training batch.
+    """Limit a new store to its process's share of the rows and of a training batch.
 
     Of a data set with a length, the rows ``rank``, ``rank + N``, ...; of a stream what
     ``datasets`` gives each of N nodes.
@@ -56,7 +56,7 @@ def _share(dataset: Any, n: int, rank: int) -> Any:
 
 
 class GatheredBatches(Iterator[torch.Tensor]):
-    """The batches of all processes, one behind the other."""
+    """The batches of all processes, concatenated."""
 
     def __init__(self, own: Iterator[torch.Tensor], group: Any, device: str):
         self._own, self._group, self._device = own, group, device
@@ -72,7 +72,7 @@ BY_RANK = "n_dataset_processed_by_rank"
 def save_position(store: ActivationsStore, group: Any, device: str, checkpoint: Path) -> None:
     """Write how many rows all processes have read, in SAELens's file; rank 0 writes.
 
-    Beside it, for a run that goes on with as many processes, what each of them has.
+    It also writes each process's own position, for a run that resumes with as many processes.
     """
     by_rank = gather(torch.tensor(store.n_dataset_processed, device=device), group).cpu()
     if group.rank() == 0:
@@ -82,7 +82,7 @@ def save_position(store: ActivationsStore, group: Any, device: str, checkpoint: 
 
 
 def load_position(store: ActivationsStore, group: Any, checkpoint: Path) -> None:
-    """Skip what this process has read of its share, or its part of what all have read."""
+    """Skip the rows this process has read, or its part of those that all have read."""
     state = load_file(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
     by_rank = state.get(BY_RANK)
     if by_rank is not None and len(by_rank) == group.size():

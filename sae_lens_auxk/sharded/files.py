@@ -1,4 +1,4 @@
-"""Files of a shared SAE: what one process would have written, a block at a time.
+"""Files of a shared SAE, as one process would have written them, a block at a time.
 
 Rank 0 writes, and never holds more of the others than one block. torch.distributed.checkpoint would
 do the same in files of its own, which neither SAELens nor a run in one process could read.
@@ -22,7 +22,7 @@ from sae_lens_auxk.files import replace_file
 from sae_lens_auxk.sharded.latents import Shard
 
 SHARDED_DIM = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}
-"""Tensors of which a process holds its latents' part, and along which dimension."""
+"""The sharded dimension of each tensor of which a process holds only its latents' part."""
 
 BLOCK_BYTES = 2**26
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8"}
@@ -64,7 +64,7 @@ def _blocks(own: torch.Tensor, dim: int | None, held: Shard) -> Iterator[torch.T
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], held: Shard) -> None:
-    """Write the file that ``safetensors.torch.save_file`` writes of the whole tensors.
+    """Write the same file as ``safetensors.torch.save_file`` would for the whole tensors.
 
     Args:
         path: the file, on rank 0; other processes write nothing.
@@ -123,7 +123,7 @@ def read_safetensors(path: Path, device: torch.device, held: Shard) -> dict[str,
     tensors: dict[str, torch.Tensor] = {}
     part = slice(held.start, held.start + held.n)
     with safe_open(path, "pt", device=str(device)) as file:
-        for name in file.keys():  # noqa: SIM118  (it is no mapping)
+        for name in file.keys():  # noqa: SIM118  (it is not a mapping)
             match SHARDED_DIM.get(name):
                 case None:
                     tensors[name] = file.get_tensor(name)
@@ -138,10 +138,10 @@ def read_safetensors(path: Path, device: torch.device, held: Shard) -> dict[str,
 
 
 def write_whole_optimizer_state(trainer: SAETrainer[Any, Any]) -> None:
-    """Make the state that a trainer's optimizer gives out, and takes in, that of all processes.
+    """Make a trainer's optimizer save and load the state of all processes.
 
     On rank 0 it lies in memory-mapped files, from which ``torch.save`` writes; on others it is
-    empty. The trainer keeps and saves what it does with one process.
+    empty. The trainer keeps and saves the same data as with one process.
     """
     optimizer, held = trainer.optimizer, trainer.sae.latents
     dims = [SHARDED_DIM.get(name) for name, _ in trainer.sae.named_parameters()]
@@ -186,10 +186,10 @@ def _whole_on_disk(
 
 
 def load_trainer_state(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
-    """SAELens's ``load_trainer_state``, which reads of the optimizer's state only this process's.
+    """SAELens's ``load_trainer_state``, reading only this process's part of the optimizer's state.
 
-    The trainer is one that :func:`write_whole_optimizer_state` has seen. The checkpoint is of any
-    number of processes.
+    :func:`write_whole_optimizer_state` must have been called on the trainer. The checkpoint may
+    come from any number of processes.
     """
     cfg = trainer.cfg
     try:

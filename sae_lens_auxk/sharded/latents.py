@@ -1,8 +1,8 @@
 """Which latents a process holds, and the operations that go over all of them.
 
-A training step is written for the latents that a process holds. Where it needs all of them, to
-compare or to add up, it asks one of these: :class:`AllLatents` in an ordinary run, where every
-answer is the plain one, or a :class:`Shard` of them.
+A training step is written for the latents that a process holds. To compare or sum over all latents,
+it uses one of two classes: :class:`AllLatents` in an ordinary run, where every answer is the plain
+one, or a :class:`Shard` of them.
 """
 
 from dataclasses import dataclass, field, fields
@@ -21,7 +21,7 @@ class AllLatents:
     """The first latent that this process holds."""
 
     def own(self, of_latents: torch.Tensor) -> torch.Tensor:
-        """(n, ...): what ``of_latents`` (d_sae, ...) says of the latents held here."""
+        """(n, ...): the entries of ``of_latents`` (d_sae, ...) for the latents held here."""
         return of_latents
 
     def own_slice(self, latents: slice) -> slice:
@@ -37,7 +37,7 @@ class AllLatents:
 
         Args:
             among: (n,) bool.
-            bound: the same of all latents.
+            bound: the same for all latents.
         """
         return bound
 
@@ -48,7 +48,7 @@ class AllLatents:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x``, a sum over the latents of each process, over the processes.
 
-        Its gradient is that of what every process computes of it, the same in each.
+        Every process computes the same from it, so its gradient is the same in each.
         """
         return x
 

@@ -103,7 +103,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
 
 
 def require_shared_run(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> None:
-    """Raise a ValueError that names what of a run's config cannot be shared among processes."""
+    """Raise a ValueError that names what in a run's config cannot be shared among processes."""
     require_shardable(cfg.sae, n_processes)
     if cfg.from_pretrained_path is not None:
         raise ValueError(
@@ -118,6 +118,6 @@ def require_shared_run(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a run's ``checkpoint_path``, None where there is none."""
+    """The last complete checkpoint in a run's ``checkpoint_path``, or None."""
     found = [path.parent for path in folder.glob(f"*/{RUNNER_CFG_FILENAME}")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,4 +1,4 @@
-"""A training SAE of which each process holds a share of the latents."""
+"""A training SAE whose latents are shared among processes."""
 
 import json
 from copy import copy
@@ -47,7 +47,7 @@ def sharded_sae(cfg: Any, group: Any) -> TrainingSAE[Any]:
 
 
 def require_shardable(cfg: Any, n_processes: int) -> None:
-    """Raise a ValueError that names what of a config cannot be shared among processes."""
+    """Raise a ValueError that names what in a config cannot be shared among processes."""
     # Imported late: the architectures import what stands here.
     from sae_lens_auxk.architectures import ARCHITECTURES
 
@@ -84,8 +84,8 @@ class Sharded(_Base):
     """Mixin in front of a training SAE of the TopK family; see :func:`sharded_sae`.
 
     The parameters are those of this process's latents. ``cfg.d_sae``, ``tokens_since_fired`` and
-    the ``feature_acts`` of a step are of all latents: what fired is known to every process, so
-    SAELens's trainer counts it right in each. ``hidden_pre`` of a step's output is this process's.
+    the ``feature_acts`` of a step cover all latents: every process knows which latents fired, so
+    SAELens's trainer counts correctly in each. ``hidden_pre`` of a step's output is this process's.
     """
 
     latents: Shard
@@ -98,8 +98,8 @@ class Sharded(_Base):
     def initialize_weights(self) -> None:
         """The rows and columns that SAELens draws for these latents, on the CPU.
 
-        Rank 0's random state counts. The rows of other processes are drawn and forgotten, so
-        that the weights are those of one process on the CPU, and no process ever has them all.
+        Rank 0's random state is used. The rows of other processes are drawn and discarded, so the
+        weights equal those of one process on the CPU, and no process ever holds them all.
         """
         state = torch.get_rng_state().to(self.device)  # NCCL takes no tensor on the CPU
         torch.distributed.broadcast(state, src=0, group=self.latents.group)
@@ -115,7 +115,7 @@ class Sharded(_Base):
             parameter.data = parameter.data.to(device)
 
     def _draw(self, n_rows: int) -> None:
-        """Draw rows of W_dec, as SAELens does, for nobody."""
+        """Draw rows of W_dec as SAELens does and discard them."""
         for first in range(0, n_rows, ROWS_AT_ONCE):
             rows = min(ROWS_AT_ONCE, n_rows - first)
             torch.nn.init.kaiming_uniform_(torch.empty(rows, self.cfg.d_in, dtype=self.dtype))
@@ -152,7 +152,8 @@ class Sharded(_Base):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """What one process would have saved, in ``path`` on rank 0. Every process calls this."""
+        """Save the same files as one process would, in ``path`` on rank 0. Every process calls
+        this."""
         state = self.state_dict()
         self.process_state_dict_for_saving(state)
         return self._save(Path(path), state, self.cfg.to_dict())
@@ -176,7 +177,7 @@ class Sharded(_Base):
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """From a checkpoint of any number of processes; reads this process's part of it."""
+        """Load this process's part of a checkpoint from any number of processes."""
         path = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
         state = read_safetensors(path, self.device, self.latents)
         self.process_state_dict_for_loading(state)
