@@ -1,10 +1,10 @@
-"""Kills comparisons at random times and checks that the same command still gets the results.
+"""Kill comparisons at random times and check that the same command still gets the results.
 
     python benchmarks/attack_compare.py --kills 40
 
 Each round starts a small comparison, kills it, and starts the same command twice at once. The two
-share the passes that are left, and both must finish. results.json must then equal that of an
-undisturbed comparison, apart from the times of steps and of the beginning. On 2 CPU
+share the remaining passes, and both must finish. results.json must then equal that of an
+undisturbed comparison, apart from the step times and the start time. On 2 CPU
 cores, 2026-11-26, in 2 minutes:
 
     40 killed, 21 with a pass done, 40 equal
@@ -80,7 +80,7 @@ def main() -> None:
             victim.join(rng.uniform(0, seconds) if seconds else None)
             victim.kill()
             victim.join()
-            if victim.exitcode == 0:  # too late; so much time there is to kill it in
+            if victim.exitcode == 0:  # it finished before the kill: this is the time available
                 seconds = time.perf_counter() - begin
                 continue
             counts["killed"] += 1

@@ -1,4 +1,4 @@
-"""Gives configs random values, right and wrong, and counts what becomes of them.
+"""Give configs random values, valid and invalid, and count the outcomes.
 
     python -m benchmarks.attack_configs --configs 4000 --comparisons 1000
 
@@ -138,7 +138,7 @@ def time_limit() -> Generator[None]:
 
 
 def outcome(make: Callable[[], Any], use: Callable[[Any], str], changed: set[str]) -> list[str]:
-    """What became of a config, and the error."""
+    """The outcome of a config, and the error."""
     with time_limit():
         try:
             made = make()

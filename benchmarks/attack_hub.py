@@ -38,7 +38,7 @@ LINKS += ("runs/seed-0/auxk-k3/sparsity.safetensors", "runs/seed-0/auxk-k3", "ru
 
 
 class Payload:
-    """What a pickle does when it is loaded: it makes a file."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +67,7 @@ def command(cli: Any, *args: str) -> tuple[str, str]:
 
 
 def damaged(rng: random.Random, good: dict[str, bytes], marker: Path) -> dict[str, bytes]:
-    """The files of an SAE, or what claims to be one."""
+    """The files of an SAE, or of something that claims to be one."""
     files = dict(good)
     name = rng.choice([*files])
     kind = rng.choice(("good", "pickle", "cut", "junk", "lie"))

@@ -1,4 +1,4 @@
-"""Kills processes of a training that torchrun runs, at random times.
+"""Kill processes of a torchrun training run at random times.
 
     python -m benchmarks.attack_shared --kills 30
 

@@ -1,4 +1,4 @@
-"""Kills trainings at random times, and spoils batches in the middle of them.
+"""Kill training runs at random times, and corrupt batches in the middle of them.
 
     python -m benchmarks.attack_training --kills 60 --faults 960
 
@@ -73,7 +73,7 @@ def some_training(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 class Training:
-    """A run of SAELens's, in a process of its own and a folder that it can go on in."""
+    """A SAELens run in its own process, in a folder from which it can resume."""
 
     model = tiny_model.gpt2()
     tokens = tiny_model.tokens(400)

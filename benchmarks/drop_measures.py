@@ -1,9 +1,9 @@
-"""Drop measures from committed results that are not in the tables any more.
+"""Drop measures that are no longer in the tables from committed results.
 
     python benchmarks/drop_measures.py docs/results/smollm2
     sae-lens-auxk compare --report_only docs/results/smollm2
 
-Numbers that stay are not changed. docs/peeking.md says which measures were dropped, and why.
+The other numbers do not change. docs/peeking.md says which measures were dropped, and why.
 """
 
 import argparse

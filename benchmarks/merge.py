@@ -1,9 +1,9 @@
-"""Several comparisons' results as one, with its report: parts trained by processes of their own.
+"""Merge the results of comparisons that were trained in separate processes, and write a report.
 
     python benchmarks/merge.py MERGED PART PART ...
 
 The parts are folders of ``sae-lens-auxk compare``, of the same data and training, that differ in
-cases, architectures or seeds. Of a run that two of them have finished, the first is taken.
+cases, architectures or seeds. If two of them have finished the same run, the first is used.
 """
 
 import argparse

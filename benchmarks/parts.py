@@ -1,4 +1,4 @@
-"""The parts of a sparse training step, and what was tried in their place, one by one.
+"""Time each part of a sparse training step, and the alternatives that were tried.
 
 Run by ``benchmarks/performance.py --sections parts``.
 """

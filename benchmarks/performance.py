@@ -1,4 +1,4 @@
-"""Everything in docs/performance.md: measured by one command, written by the same.
+"""Measure and write everything in docs/performance.md with one command.
 
     python benchmarks/performance.py --device cuda      # one H100: about 6 minutes
     python benchmarks/performance.py --device cpu       # 2 cores: about 10 minutes

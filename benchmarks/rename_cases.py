@@ -1,4 +1,4 @@
-"""Rename cases and variants in committed results, wherever their names stand.
+"""Rename cases and variants in committed results, wherever their names occur.
 
     python benchmarks/rename_cases.py docs/results/pursuit-up-only \\
         --rename "pursuit=pursuit, up only"

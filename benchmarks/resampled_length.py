@@ -1,6 +1,6 @@
 """How long must a resampled latent's encoder vector be in the TopK family?
 
-Bricken et al. 2023 gave it 0.2 times the mean length of the living latents'. Here it gets other
+Bricken et al. 2023 gave it 0.2 times the mean length of the living latents'. This tries other
 lengths, with no auxiliary loss, otherwise as in benchmarks/resampling.yaml (docs/resampling.md):
 
     python benchmarks/resampled_length.py --output resampled-length

@@ -1,4 +1,4 @@
-"""What of the tests passes with which SAELens: the table of docs/compatibility.md.
+"""Which tests pass with which SAELens: the table in docs/compatibility.md.
 
 One environment, in which sae-lens is replaced version by version, so that torch is installed once:
 
@@ -45,7 +45,7 @@ def run(selection: list[str]) -> dict[str, str]:
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     summary = output.strip().splitlines()[-1]
     if not re.search(r" in [0-9.]+s", summary):
-        raise SystemExit(f"pytest came to nothing:\n{output}")
+        raise SystemExit(f"pytest gave no result:\n{output}")
     counts = {what: n for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}
     for line in output.splitlines():
         if line.startswith(("FAILED", "ERROR")):

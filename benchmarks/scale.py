@@ -1,4 +1,4 @@
-"""What sharing the latents of an SAE among processes costs: measured, and a model of the rest.
+"""The cost of sharing the latents of an SAE among processes: measured, and a model of the rest.
 
     torchrun --nproc-per-node 2 -m benchmarks.scale --device cuda --d_sae 131072 --out 2.json
     python -m benchmarks.scale --device cuda --d_sae 131072 --out 1.json

@@ -3,7 +3,7 @@
 All on the same random data, through SAELens's own ``SAETrainer.step`` (for sparsify its forward,
 backward, the same clipping and Adam). A share of the latents is dead: their encoder biases are
 so low that they do not fire, and every count says that they have not. Some are nearer to firing
-than others, in all rows, as in a real run: there the means of dead latents' pre-activations differ
+than others, in all rows, as in a real run, where the means of dead latents' pre-activations differ
 among each other as much as those of one latent do among rows, or more. The learning rate is next to
 nothing, so that all of it stays as it is. Used by ``benchmarks/performance.py``.
 """
@@ -75,7 +75,7 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
 
 
 def ratio(case: Case, base: Case, device: str, rounds: int = 11) -> dict[str, float]:
-    """How many times as long as one of ``base`` a step of ``case`` takes.
+    """The ratio of a step's time for ``case`` to that for ``base``.
 
     The two take turns, and the median (minimum, maximum) is of the ratios of neighbours: the speed
     of a machine that others use too changes within minutes.

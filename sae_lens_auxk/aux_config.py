@@ -215,7 +215,7 @@ def _validate(cfg: Any) -> None:
     if cfg.normalize_activations in cfg.unsupported_normalizations:
         excluded = " and ".join(cfg.unsupported_normalizations)
         allowed = (
-            f"anything but {excluded} for {cfg.architecture()}: SAELens's training step of this "
+            f"anything but {excluded} for {cfg.architecture()}: SAELens's training step for this "
             "architecture fails or is wrong with them"
         )
         raise reject("normalize_activations", cfg.normalize_activations, allowed)

@@ -85,7 +85,7 @@ def _require_architecture(cfg: Any, given: dict[str, Any], path: str | Path) -> 
     if given["architecture"] not in fitting:
         raise ValueError(
             f"from_pretrained_path={str(path)!r} holds the architecture {given['architecture']}, "
-            f"whose weights {ours} cannot take over: it must be one of {', '.join(fitting)}."
+            f"whose weights {ours} cannot load: it must be one of {', '.join(fitting)}."
         )
 
 
@@ -131,7 +131,7 @@ def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
     elif wanted and not is_rescaled and ((sae.W_dec.norm(dim=-1) - 1).abs() > _ROUNDING).any():
         raise ValueError(
             f"rescale_acts_by_decoder_norm=True is not allowed: the SAE in {path} was trained "
-            "without it, or is folded, and its decoder rows are not of length 1. It must be False."
+            "without it, or is folded, and its decoder rows do not have length 1. It must be False."
         )
     sae.cfg.rescale_acts_by_decoder_norm = wanted
 

@@ -88,7 +88,7 @@ class BadRowWatch:
         self._n_rows = self._n_rows + usable.n_bad
         if step == 0 and not usable.some:
             raise ValueError(
-                "no row of the first training batch is finite and of a reasonable norm: the "
+                "no row of the first training batch is finite and has a reasonable norm: the "
                 "activations hold NaN or infinity, or the statistics that SAELens estimated for "
                 f"normalize_activations={normalize_activations!r} do"
             )

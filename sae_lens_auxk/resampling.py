@@ -106,7 +106,7 @@ def warn_if_never_put_in(sae: Any, step: int) -> None:
         # Without a number, so that Python shows it once.
         warnings.warn(
             "resample_every_steps is set, but this training loop resamples nothing: a loop that "
-            "does not go through SAELens's SAETrainer.step has to call "
+            "does not go through SAELens's SAETrainer.step must call "
             "sae_lens_auxk.resample(output, sae, optimizer) after the optimizer's step",
             stacklevel=2,
         )
@@ -130,7 +130,7 @@ def resampled(
     seed: int,
     held: AllLatents = ALL_LATENTS,
 ) -> NewLatents | None:
-    """New weights for the dead latents, or for as many, the first, as there are inputs to draw.
+    """Draw new weights for the dead latents; the first ones only, if inputs run out.
 
     This waits for the device. The draw itself is made on the CPU, so that it is the same on every
     device and rank.
@@ -223,10 +223,10 @@ def moments_of(sae: Any, optimizer: torch.optim.Optimizer) -> list[tuple[torch.T
             plain = type(state) is torch.Tensor and state.is_floating_point()
             if key not in MOMENTS or not plain or state.shape != parameter.shape:
                 raise ValueError(
-                    f"resample_every_steps={sae.cfg.resample_every_steps} does not go with the "
+                    f"resample_every_steps={sae.cfg.resample_every_steps} does not work with the "
                     f"optimizer {type(optimizer).__name__}, which keeps {key!r} {state.dtype} "
                     f"{tuple(state.shape)} of {name} {tuple(parameter.shape)}; allowed are "
-                    f"moments, floating-point and of the parameter's shape: {sorted(MOMENTS)}"
+                    f"floating-point moments of the parameter's shape: {sorted(MOMENTS)}"
                 )
             moments.append((state, 1 if name == "W_enc" else 0))
     return moments

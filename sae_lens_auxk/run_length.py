@@ -74,8 +74,8 @@ def fix_last_resampling(sae: Any, trainer_cfg: SAETrainerConfig) -> None:
     if every > last:
         less = f", less the dead window of {window}" if window else ""
         warnings.warn(
-            f"resample_every_steps={every} is more than {last}, the last step of this run that "
-            f"latents may be resampled after ({n_steps} training steps{less}): no latent will be "
+            f"resample_every_steps={every} is more than {last}, the last step of this run after "
+            f"which latents may be resampled ({n_steps} training steps{less}): no latent will be "
             "resampled",
             stacklevel=4,
         )

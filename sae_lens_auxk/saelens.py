@@ -6,8 +6,8 @@ for ``auxk-abstopk``, which ``architectures.py`` registers where SAELens has ``a
 
 SAELens releases weekly. Its top-level exports (``sae_lens.__all__``) and what the users of
 an SAE call (``encode``, ``save_model``, the fields of a config, ...) can be relied on. The names
-below are others, private or without a promise, each with files that use it. tests/test_saelens.py
-looks every one of them up, so that a release without one fails by its name.
+below are private or not guaranteed; each is listed with the files that use it.
+tests/test_saelens.py looks up every one of them, so a release without one fails and names it.
 
 What an SAE is made of:
 

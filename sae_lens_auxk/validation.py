@@ -13,7 +13,7 @@ INT64_MAX = 2**63 - 1
 
 
 def python_value(value: Any) -> Any:
-    """NumPy numbers as Python's, also inside lists, tuples and mappings; other values as they are.
+    """Convert NumPy numbers to Python's, also inside lists, tuples and mappings.
 
     JSON has no NumPy numbers, so a config that keeps one cannot be saved.
     """

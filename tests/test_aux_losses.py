@@ -348,7 +348,7 @@ def test_a_loss_of_ones_own_is_an_aux_variant() -> None:
         again = types.FunctionType(lift.__code__, lift.__globals__, closure=lift.__closure__)
         again.__qualname__ = lift.__qualname__
         register_aux_loss("lift", again, default_coefficient=0.5)
-        with pytest.raises(ValueError, match="'lift' is registered already"):
+        with pytest.raises(ValueError, match="'lift' is already registered"):
             register_aux_loss("lift", lambda inputs, cfg: inputs.x.sum())
 
         dead = torch.arange(24) < 10

@@ -80,7 +80,7 @@ def test_an_entry_point_must_register_its_name(site: Path) -> None:
 def test_two_packages_with_one_name_are_refused(site: Path) -> None:
     install(site, "my_losses", LOSSES)
     install(site, "my_rivals", LOSSES)
-    with pytest.raises(ValueError, match="registered already, to another loss"):
+    with pytest.raises(ValueError, match="already registered for another loss"):
         build_config("auxk-topk", aux_variant="mine")
 
 

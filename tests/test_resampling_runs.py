@@ -234,10 +234,10 @@ def test_an_optimizer_with_unknown_state_is_refused_at_the_first_step(name: str)
         if every is None:
             trainer.step(torch.randn(16, 8))
             continue
-        with pytest.raises(ValueError, match=rf"=1000 does not go with the optimizer {name}"):
+        with pytest.raises(ValueError, match=rf"=1000 does not work with the optimizer {name}"):
             trainer.step(torch.randn(16, 8))
         before = copy.deepcopy((sae.state_dict(), optimizer.state_dict()))
-        with pytest.raises(ValueError, match="allowed are moments"):
+        with pytest.raises(ValueError, match="allowed are floating-point moments"):
             put_in(
                 NewLatents(torch.tensor([2]), torch.ones(1, 8), torch.ones(1, 8)), sae, optimizer
             )

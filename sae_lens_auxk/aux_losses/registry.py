@@ -282,7 +282,7 @@ def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties
     taken = AUX_LOSSES.get(name)
     if taken is not None and _origin(taken.function) != _origin(function):
         raise ValueError(
-            f"aux_variant {name!r} is registered already, to another loss; "
+            f"aux_variant {name!r} is already registered for another loss; "
             f"taken names: {', '.join(sorted(AUX_LOSSES))}"
         )
     AUX_LOSSES[name] = AuxLoss(function, **properties)

@@ -82,6 +82,6 @@ def _farewell(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         how = "It had no checkpoint yet: start it again"
     else:
         path = printable(shlex.quote(str(checkpoint)))
-        how = f"Go on from its last checkpoint with --resume_from_checkpoint {path}"
+        how = f"Resume from its last checkpoint with --resume_from_checkpoint {path}"
     what = "another process of this run has died; torchrun's report below says which"
     return f"sae-lens-auxk: error: {what}. {how}."

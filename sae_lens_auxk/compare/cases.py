@@ -100,9 +100,7 @@ def cases_of(comparison: Resolved) -> list[Case]:
                 raise reject("name", name, allowed)
             same = cases.setdefault((name, architecture, k), case)
             if same != case:
-                raise ValueError(
-                    f"cases: two that differ are both {case.title!r}; give them names."
-                )
+                raise ValueError(f"cases: two different cases are both {case.title!r}; name them.")
 
     variants = [
         {"aux_variant": variant} | ({} if alpha is None else {"aux_loss_coefficient": alpha})

@@ -118,7 +118,7 @@ def nearest_in_rate(
 ) -> torch.Tensor:
     """Comparison latents: for each of ``members`` (n,) NEIGHBOURS of ``offered`` (m,), flat.
 
-    They are the nearest in firing rate on a log scale; one may be there several times. ``firings``
+    They are the nearest in firing rate on a log scale; one may occur several times. ``firings``
     (d_sae,) are numbers of rows, above 0 for all that are named.
     """
     log = firings.log()
@@ -136,7 +136,7 @@ def _summary(
 ) -> Numbers:
     """Medians and means over ``members`` of values of ``latents``, which are sorted.
 
-    A latent that is there several times counts as often.
+    A latent that occurs several times is counted each time.
     """
     summary: Numbers = {"n_latents": members.unique().numel()}
     at = torch.searchsorted(latents, members)

@@ -215,8 +215,7 @@ def _require_left_out(comparison: Resolved, names: Iterable[str], allowed: str) 
 def _require_free(
     what: str, given: Iterable[str], config_class: type[Any], own: Mapping[str, str]
 ) -> None:
-    """Raise a ValueError for a name that is not a config field, or that the comparison sets
-    itself."""
+    """Raise a ValueError for a name that is not a config field or is set by the comparison."""
     for name in given:
         if name in own:
             raise ValueError(f"{what}: {name} is set by {own[name]}.")

@@ -82,7 +82,7 @@ def run_comparison(
 
     Raises:
         ValueError: the folder holds the results of another comparison, or something else.
-        MemoryError: every case of a pass failed, for want of memory. The pass counts as not
+        MemoryError: every case of a pass ran out of memory. The pass counts as not
             trained.
     """
     with claim(folder):
@@ -202,7 +202,7 @@ def _train_pass(
     # Another process may have had the memory, so such a pass is trained again.
     for_memory = [error for error in errors.values() if is_for_memory(error)]
     if len(errors) == len(cases) and for_memory:
-        raise MemoryError(f"seed {seed}: every case failed, for want of memory: {for_memory[0]}")
+        raise MemoryError(f"seed {seed}: every case ran out of memory: {for_memory[0]}")
 
     def run(slug: str) -> Run:
         history = logs[slug].history if slug in logs else {}

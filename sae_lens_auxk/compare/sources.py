@@ -61,7 +61,7 @@ class Pass(Protocol):
         ...
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Training batches (batch_size, d_in), by the name of the hook; endless."""
+        """Endless training batches (batch_size, d_in), keyed by the name of the hook."""
         ...
 
     @property
@@ -333,8 +333,8 @@ class LanguageModelPass:
         except StopIteration as error:
             path, n = comparison.dataset_path, comparison.eval_samples
             raise ValueError(
-                f"dataset_path={path!r} is too short: beside eval_samples={n} tokens and the "
-                "prompts of the CE loss, which are held out, no row is left to train on."
+                f"dataset_path={path!r} is too short: after eval_samples={n} tokens and the "
+                "prompts of the CE loss are held out, no row is left to train on."
             ) from error
         # SAELens does not give its seed to the data set.
         store.shuffle_input_dataset(runner.cfg.seed, SHUFFLED_ROWS)

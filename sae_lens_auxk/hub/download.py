@@ -115,7 +115,7 @@ def _choose(repo_id: str, sae_id: str | None, ids: list[str]) -> str:
     listed = "".join(f"\n  {name}" for name in ids)
     if sae_id is None:
         if len(ids) > 1:
-            raise HubError(f"{repo_id} holds {len(ids)} SAEs, name one of them:{listed}")
+            raise HubError(f"{repo_id} holds {len(ids)} SAEs; name one of them:{listed}")
         return ids[0]
     if sae_id.strip("/") not in ids:
         raise HubError(f"{repo_id} holds no SAE {sae_id!r}, only:{listed}")
@@ -126,7 +126,7 @@ def _require_free(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise HubError(f"{target} is there already: choose another --output, or --overwrite.")
+        raise HubError(f"{target} already exists: choose another --output, or use --overwrite.")
     if target.is_symlink():
         raise HubError(f"{target} is a symbolic link, which is not replaced: name its target.")
     if not target.is_dir():

@@ -1,4 +1,4 @@
-"""Errors of the Hub and the network, as messages that say what to do."""
+"""Turn errors of the Hub and the network into messages that say what to do."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def _explain(error: BaseException, repo_id: str) -> str:
             f"to {repo_id}."
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it."
+        return "HF_HUB_OFFLINE is set, so the Hub cannot be reached: unset it."
     # Without an answer, which huggingface_hub before 1.0 has too, it is a broken connection.
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         said = error.server_message or str(error).splitlines()[0]

@@ -36,7 +36,7 @@ def first_derivative_only(backward: _Backward) -> _Backward:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the sparse training step has no second derivatives (create_graph=True); "
-                "SAE_LENS_AUXK_OPS=dense in the environment brings a step that has"
+                "set the environment variable SAE_LENS_AUXK_OPS=dense for a step that has them"
             )
         return backward(ctx, *grad_outputs)
 

@@ -1,8 +1,8 @@
 """Which latents a process holds, and the operations that go over all of them.
 
 A training step is written for the latents that a process holds. To compare or sum over all latents,
-it uses one of two classes: :class:`AllLatents` in an ordinary run, where every answer is the plain
-one, or a :class:`Shard` of them.
+it uses :class:`AllLatents` in an ordinary run, where nothing needs to be exchanged, or a
+:class:`Shard`.
 """
 
 from dataclasses import dataclass, field, fields

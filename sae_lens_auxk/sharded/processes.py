@@ -47,7 +47,7 @@ def own_device(device: str) -> str:
 
 
 def prefer_own_gpu() -> None:
-    """Let ``"cuda"`` be this process's GPU, before anything makes all of them use the first."""
+    """Make ``"cuda"`` mean this process's GPU, so that not all processes use the first one."""
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
@@ -56,7 +56,7 @@ def prefer_own_gpu() -> None:
 def see_own_gpu_only() -> None:
     """Hide the other processes' GPUs, so that ``"cuda"`` is this one's in every thread.
 
-    Before the first use of CUDA.
+    Call it before the first use of CUDA.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     local = int(os.environ["LOCAL_RANK"])
@@ -83,7 +83,7 @@ def process_group(device: str) -> Generator[Any]:
 def agree(error: Exception | None, group: Any) -> None:
     """Raise the same ValueError in every process if one of them has an error.
 
-    Every process calls this, with what went wrong in it.
+    Every process calls this with its own error, or None.
     """
     errors: list[str | None] = [None] * group.size()
     dist.all_gather_object(errors, None if error is None else str(error), group=group)
@@ -94,7 +94,7 @@ def agree(error: Exception | None, group: Any) -> None:
 
 
 def require_same_versions(group: Any) -> None:
-    """Raise a ValueError that names the first package of which processes have other versions."""
+    """Raise a ValueError that names the first package whose version differs between processes."""
     own = {name: version(name) for name in PACKAGES}
     all_versions: list[Any] = [None] * group.size()
     dist.all_gather_object(all_versions, own, group=group)
@@ -109,16 +109,17 @@ def require_same_versions(group: Any) -> None:
 
 
 def be_quiet() -> None:
-    """No warnings, logs or progress bars from this process: those of rank 0 say the same."""
+    """Silence this process's warnings, logs and progress bars, which repeat those of rank 0."""
     warnings.simplefilter("ignore")
     logging.disable()
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
 
 
 def end_with(message: Callable[[], str]) -> Callable[[], None]:
-    """Print a message once and end this process when torchrun ends it for another one's death.
+    """Print a message once and exit when torchrun stops this process because another one died.
 
-    A handler of Python's would wait for the collective operation that waits for the dead process.
+    A Python signal handler would wait for the collective operation, which waits for the dead
+    process.
 
     Args:
         message: makes the message.

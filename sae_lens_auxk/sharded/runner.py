@@ -22,13 +22,13 @@ from sae_lens_auxk.sharded.sae import require_shardable, sharded_sae
 class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
     """``LanguageModelSAETrainingRunner`` for the processes of a process group.
 
-    Every process makes one, of the same config, and calls ``run``. Each holds ``d_sae / N`` latents
-    and makes ``train_batch_size_tokens / N`` activations of each batch. Rank 0 alone writes files
-    and logs, as one process would. Deviations from one process:
+    Every process creates one from the same config and calls ``run``. Each holds ``d_sae / N``
+    latents and makes ``train_batch_size_tokens / N`` activations of each batch. Rank 0 alone writes
+    files and logs, as one process would. Deviations from one process:
 
     - Weights & Biases gets no evaluations, for which a process would need the whole SAE, and its
       histogram of decoder norms is that of rank 0's latents.
-    - An interruption saves nothing: the run goes on from its last checkpoint.
+    - An interruption saves nothing: the run resumes from its last checkpoint.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         share_data(self.activations_store, self._group)
 
     def _of_rank(self, cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
-        """The config, with which a rank other than 0 neither logs nor leaves a file."""
+        """The config, changed so that only rank 0 logs and writes files."""
         if self._group.rank() == 0:
             return cfg
         cfg = copy(cfg)
@@ -98,7 +98,7 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             return
         save_position(self.activations_store, self._group, self.cfg.device, checkpoint_path)
         if self._group.rank() == 0:
-            # Last, as SAELens does: a checkpoint that has it is whole.
+            # Last, as SAELens does: a checkpoint that has it is complete.
             write_json(checkpoint_path / RUNNER_CFG_FILENAME, self.cfg.to_dict())
 
 

@@ -124,7 +124,7 @@ class Sharded(_Base):
     def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
         if not self._can_be_sparse(step_input.sae_in):
             raise RuntimeError(
-                "an SAE that is shared among processes has the sparse training step only: no hooks "
+                "an SAE shared among processes supports only the sparse training step: no hooks "
                 "on the SAE, no input with a gradient, and not SAE_LENS_AUXK_OPS=dense"
             )
         return super()._forward(step_input)
@@ -152,8 +152,7 @@ class Sharded(_Base):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save the same files as one process would, in ``path`` on rank 0. Every process calls
-        this."""
+        """Save, on rank 0, the files that one process would. Every process must call this."""
         state = self.state_dict()
         self.process_state_dict_for_saving(state)
         return self._save(Path(path), state, self.cfg.to_dict())
@@ -194,6 +193,6 @@ class Sharded(_Base):
     @staticmethod
     def _refusal() -> NotImplementedError:
         return NotImplementedError(
-            "one process holds a share of the latents: save the SAE with save_inference_model, "
-            "and open it with SAE.load_from_disk"
+            "this process holds only a share of the latents: save the SAE with "
+            "save_inference_model, and open it with SAE.load_from_disk"
         )

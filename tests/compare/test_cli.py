@@ -132,7 +132,7 @@ def test_a_lack_of_memory_is_one_line_and_not_status_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> Path:
-        raise MemoryError("seed 0: every case failed, for want of memory")
+        raise MemoryError("seed 0: every case ran out of memory")
 
     monkeypatch.setattr(command, "run_comparison", full)
     assert cli.main(["compare"]) == 2

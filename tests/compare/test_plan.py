@@ -218,7 +218,10 @@ def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
             "aux_varient is not a field.*Did you mean aux_variant",
         ),
         ({"cases": [{"architecture": "topkk"}]}, "architecture='topkk'.*Did you mean"),
-        ({"cases": [{"name": "a"}, {"name": "a", "k_aux": 2}]}, "two that differ are both 'a"),
+        (
+            {"cases": [{"name": "a"}, {"name": "a", "k_aux": 2}]},
+            "two different cases are both 'a",
+        ),
         ({"aux_variant": None, "preset": []}, "nothing to compare"),
         ({"model_name": 0.5}, "model_name=0.5 is not allowed: it must be None or a string"),
         ({"model_name": np.array([1, 2])}, "model_name=array.*None or a string"),

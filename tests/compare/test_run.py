@@ -393,7 +393,7 @@ def test_a_pass_without_memory_is_trained_again(
     passes = count_passes(monkeypatch)
     with monkeypatch.context() as patch:
         fail_to_build(patch, error, ("none", "auxk"))
-        with pytest.raises(MemoryError, match="seed 0: every case failed, for want of memory"):
+        with pytest.raises(MemoryError, match="seed 0: every case ran out of memory"):
             run_comparison(tiny(), tmp_path)
     results = read_results(tmp_path)
     assert not results["finished"]

@@ -35,7 +35,7 @@ def test_the_command(
     monkeypatch.delenv("HF_TOKEN")
     capsys.readouterr()
     assert cli.main(["download", REPO]) == 2
-    assert "holds 2 SAEs, name one of them:\n  layer-1/a\n  layer-1/b" in capsys.readouterr().err
+    assert "holds 2 SAEs; name one of them:\n  layer-1/a\n  layer-1/b" in capsys.readouterr().err
     assert cli.main(["download", REPO, "layer-1/b"]) == 0
     assert [path.name for path in Path().iterdir()] == ["b"]
     weights = Path("b/sae_weights.safetensors").read_bytes()
@@ -48,7 +48,7 @@ def test_an_existing_folder_is_kept(published: Hub, tmp_path: Path) -> None:
     target.mkdir()
     (target / "mine.txt").write_text("mine")
     published.log = []
-    with pytest.raises(HubError, match="is there already"):
+    with pytest.raises(HubError, match="already exists"):
         download_sae(REPO, "layer-1/a", target)
     assert published.log == []
     assert (target / "mine.txt").read_text() == "mine"
