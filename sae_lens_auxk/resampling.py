@@ -1,4 +1,4 @@
-"""Resampling: dead latents start anew from inputs that are reconstructed badly.
+"""Resampling: reset dead latents to inputs that are reconstructed badly.
 
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron Resampling". At given steps
 each dead latent gets an input, drawn with a probability proportional to the square of its loss. The
@@ -50,7 +50,7 @@ MOMENTS = {
 
 
 class NewLatents(NamedTuple):
-    """Weights for latents that start anew.
+    """New weights for resampled latents.
 
     Attributes:
         latents: (n,) int64, each once.
@@ -182,10 +182,10 @@ def _mean_length(
 def put_in(new: NewLatents, sae: Any, optimizer: torch.optim.Optimizer) -> None:
     """Give an SAE its new latents: weights, optimizer state and counts of silence.
 
-    Biases and thresholds get the values that they have in a new SAE. What the optimizer keeps for
-    each weight, Adam's moments, becomes 0; its count of steps, which all weights of a parameter
-    share, stays. A new latent has the whole dead threshold to fire in. SAELens's own count of
-    silent steps (``dead_criterion="steps"``) goes on: it says when a latent fired last.
+    Biases and thresholds get the values that they have in a new SAE. The optimizer's per-weight
+    state (Adam's moments) becomes 0; its step count, which all weights of a parameter share, is
+    kept. A new latent has the whole dead threshold to fire in. SAELens's own count of silent steps
+    (``dead_criterion="steps"``) is kept: it says when a latent last fired.
 
     Args:
         new: the latents.

@@ -320,7 +320,7 @@ class SparseTopK(_Base):
         return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
 
     def _fire(self, h: torch.Tensor) -> torch.Tensor:
-        """What selected pre-activations fire at."""
+        """The activations of selected pre-activations."""
         return h if self.by_magnitude else h.relu()
 
 

@@ -45,7 +45,7 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 
 
 def _up(inputs: AuxLossInputs) -> torch.Tensor:
-    """(B,): what the best match of each row gains by firing, where it is dead."""
+    """(B,): the gain if the best match of each row fires; 0 if it is alive."""
     residual = inputs.residual
     best = inputs.best_dead_match(residual)
     # Under a run-time normalisation with factor s, firing at a = r . W / s |W|^2 adds s a W. The

@@ -1,4 +1,4 @@
-"""What an auxiliary loss may see, and the registry that finds it by name.
+"""The inputs of an auxiliary loss, and the registry that finds losses by name.
 
 An auxiliary loss is a pure function ``loss(inputs, cfg) -> scalar tensor``. It reads one
 :class:`AuxLossInputs` record and the SAE's config, and does not see modules, the trainer or the

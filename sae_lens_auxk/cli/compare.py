@@ -38,7 +38,7 @@ def compare(args: Sequence[str], program: Sequence[str] = ("sae-lens-auxk", "com
         The exit status.
     """
     command = shlex.join([*program, *args])
-    # Under torchrun rank 0 speaks, and joins the results when all passes are there.
+    # Under torchrun, rank 0 prints, and merges the results once all passes are finished.
     waits = processes.n_processes() > 1 and processes.rank() == 0
     if processes.n_processes() > 1:
         processes.see_own_gpu_only()

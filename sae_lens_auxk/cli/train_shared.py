@@ -21,7 +21,7 @@ from sae_lens_auxk_cli import printable, refuse
 
 
 def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
-    """Train one SAE in all processes; rank 0 speaks for them. Return the exit status."""
+    """Train one SAE in all processes; only rank 0 prints. Return the exit status."""
     start, is_first = time.perf_counter(), processes.rank() == 0
     if not is_first:
         processes.be_quiet()
@@ -62,7 +62,7 @@ def _runner(cfg: LanguageModelSAERunnerConfig[Any], group: Any) -> ShardedTraini
     processes.require_same_versions(group)
     try:
         runner, error = ShardedTrainingRunner(cfg, group=group), None
-    # What a model or data set that cannot be found raises.
+    # Raised for a model or data set that cannot be found.
     except (ValueError, OSError) as raised:
         runner, error = None, raised
     processes.agree(error, group)

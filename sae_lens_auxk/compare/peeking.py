@@ -69,7 +69,8 @@ def measure_peeking(
         age: median share of the training since the latents came back; 1 if they never died.
 
         The others are means over the group's latents of what
-        :func:`~sae_lens_auxk.compare.latents.measure_latents` gives, None where it is not given.
+        :func:`~sae_lens_auxk.compare.latents.measure_latents` returns, or None if it does not
+        return them.
 
     Raises:
         ValueError: if an argument does not have the shape above.

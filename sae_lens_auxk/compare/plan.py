@@ -145,7 +145,7 @@ class Resolved(Comparison):
 
     @property
     def has_one_model(self) -> bool:
-        """Whether all seeds see one model: a synthetic one without a seed is made anew for each."""
+        """Whether all seeds share one model; a synthetic one without a seed is made for each."""
         if self.model_name:
             return True
         return self.synthetic_model_config(seed=0) == self.synthetic_model_config(seed=1)

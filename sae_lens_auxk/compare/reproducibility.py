@@ -166,9 +166,9 @@ def best_cosines(
 def matched_cosine(a: torch.Tensor, b: torch.Tensor, signed: bool = True) -> float:
     """Mean cosine of the one-to-one matching of rows (n, d_in) and (m, d_in) that makes it largest.
 
-    It has min(n, m) pairs. Of more than MATCHED, so many rows of the smaller side are drawn, and
-    matched with all rows of the other. A draw has fewer rivals for each row, so it raises the mean,
-    which stays below that of the best cosines of these rows.
+    It has min(n, m) pairs. If that is more than MATCHED, MATCHED rows of the smaller side are drawn
+    and matched with all rows of the other. Each drawn row has fewer rivals, so drawing raises the
+    mean, but it stays below the mean of the best cosines of these rows.
 
     Source: PW-MCC of Song et al. 2025 (arXiv 2505.20254), whose code has signed cosines too, but
     takes all latents of two SAEs of the same size.

@@ -46,7 +46,7 @@ LANGUAGE_MODEL_DEFAULTS: dict[str, Any] = {
     "eval_samples": 65_536,
 }
 
-# What a comparison sets itself in SAELens's config of a run; the rest of its fields are free.
+# Fields of SAELens's run config that a comparison sets itself; the others are free.
 _OWN_RUN_FIELDS = {
     "saes": "cases",
     "hook_names": "hook_name",

@@ -307,7 +307,7 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
         if begun or _is_at_work(folder):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
-    # A kill or a full disk at the very first write leaves what is ours.
+    # After a kill or a full disk at the very first write, only our own files are here.
     elif {path.name for path in folder.iterdir()} - {LOCK_FILENAME, partial_results.name}:
         raise ValueError(f"{folder} does not hold a comparison: give another --output.")
     return {

@@ -8,7 +8,7 @@ import torch
 class SameFeatures:
     """Stands in for SAELens's activation generator, and returns the same activations each time.
 
-    The generator itself would draw them anew for every case, from torch's one global state.
+    The generator itself would draw new ones for every case from torch's global random state.
     """
 
     def __init__(self, batches: list[torch.Tensor]):

@@ -1,4 +1,4 @@
-"""What the SAEs of a pass are trained on: a synthetic model, or a language model.
+"""The training data of a pass: a synthetic model or a language model.
 
 A source belongs to a comparison. It opens a pass for each seed: the batches that all SAEs of
 the pass share, held-out activations, and the metrics that need more than activations.
@@ -117,7 +117,7 @@ class Synthetic:
 
     def _load(self, seed: int) -> SyntheticModel:
         config = self._comparison.synthetic_model_config(seed)
-        # One with a seed of its own is the same in every pass, and can take minutes to make.
+        # A model with its own seed is the same in every pass, and can take minutes to make.
         if config != self._config:
             self._config = config
             try:
@@ -312,7 +312,7 @@ class LanguageModel:
                 raise
             given = f"language_model={comparison.language_model!r}"
             raise ValueError(f"{given} cannot be used: {error}") from error
-        # What run() does before it trains: without it a saved SAE would not know its model.
+        # run() does this before training; without it a saved SAE would not name its model.
         runner._set_sae_metadata()
         return LanguageModelPass(comparison, runner)
 

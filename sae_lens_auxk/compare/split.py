@@ -61,8 +61,8 @@ def split_gain(
 class _Moments:
     """Sums over rows, and from them shares of the targets' variance, centred.
 
-    Sums of squares lose a variance that is small beside the mean, so all are taken about the means
-    of the first batch.
+    Plain sums of squares lose a variance that is small relative to the mean, so all sums are
+    centred on the means of the first batch.
     """
 
     def __init__(self, latents: torch.Tensor, signed: bool) -> None:

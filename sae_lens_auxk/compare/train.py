@@ -36,7 +36,7 @@ def is_for_memory(error: str) -> bool:
 
 @dataclass
 class TrainingLog:
-    """What is logged while one SAE is trained.
+    """The log of one SAE's training.
 
     Attributes:
         dead_after: number of silent samples after which a latent is dead.

@@ -28,7 +28,7 @@ from sae_lens_auxk.saved_sae import silent_latents
 
 TAGS = ("saelens", "sparse-autoencoder", "mechanistic-interpretability")
 
-# Where a run wrote to and how it was watched does not change what was trained.
+# Output paths and logging do not change what was trained.
 _NOT_REPRODUCED = {
     *("sae", "logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
     *("n_checkpoints", "checkpoint_path", "save_final_checkpoint", "resume_from_checkpoint"),
@@ -206,7 +206,7 @@ def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(name: str, aux: dict[str, Any]) -> str:
-    """What a field with the value None means."""
+    """The meaning of a field with the value None."""
     loss = AUX_LOSSES.get(aux.get("aux_variant", ""))
     if aux[name] is not None or loss is None:
         return ""
@@ -320,7 +320,7 @@ def _fenced(language: str, text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """What Markdown shows as the value, on one line; a dash for None."""
+    """Markdown that shows the value on one line; a dash for None."""
     if value is None:
         return "–"
     return re.sub(r"([\\`*_<>\[\]|&])", r"\\\1", " ".join(str(value).split()))

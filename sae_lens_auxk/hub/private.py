@@ -1,4 +1,4 @@
-"""Keeps what is private out of an upload: tokens, passwords, the user's name in local paths."""
+"""Keep private data out of an upload: tokens, passwords, the user's name in local paths."""
 
 import getpass
 import html

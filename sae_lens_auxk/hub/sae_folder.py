@@ -36,7 +36,7 @@ SAE_FILES = (
 
 CARD = "README.md"
 OTHER_FILES = (CARD, *REPORT_FILES)
-"""What may be at the top of a repository beside SAEs."""
+"""Names allowed at the top of a repository in addition to SAEs."""
 
 _ID_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=-]*"
 
@@ -160,8 +160,8 @@ def _as_id(name: str) -> str:
 def inference_folder(folder: Path, workspace: Path) -> Path:
     """A folder that SAELens opens: this one, or ``workspace`` with a converted checkpoint.
 
-    A training checkpoint becomes what a training that ends there would save: estimated
-    activation scaling and whitening are folded into the weights.
+    A training checkpoint becomes the model that a run ending there would save: estimated activation
+    scaling and whitening are folded into the weights.
 
     Raises:
         HubError: SAELens cannot open the SAE without a plugin, or the checkpoint cannot be

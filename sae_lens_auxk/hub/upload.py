@@ -32,7 +32,7 @@ from sae_lens_auxk.result_files import RESULTS_FILENAME
 
 @dataclass(frozen=True)
 class Upload:
-    """What an upload sends, or has sent.
+    """The content of a planned or finished upload.
 
     Attributes:
         sizes: sizes in bytes, by path in the repository.

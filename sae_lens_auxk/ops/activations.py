@@ -130,7 +130,7 @@ def _at_pairs(x: torch.Tensor, selected: Pairs) -> torch.Tensor:
 
 @torch.no_grad()
 def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = False) -> torch.Tensor:
-    """(B, 1): the smallest activation above 0 of each row, 0 where there is none.
+    """(B, 1): the smallest activation above 0 of each row, or 0 if there is none.
 
     Args:
         feature_acts: (B, d_sae), dense or sparse COO.

@@ -29,7 +29,7 @@ def gather_columns(
 ) -> torch.Tensor:
     """(B, n): the columns of ``x`` at indices ``columns`` (n,); no gradient.
 
-    Only the first ``n_columns`` () count, where it is given; the others are -inf.
+    If ``n_columns`` () is given, only the first ``n_columns`` count; the others are -inf.
     """
     if k := kernels(x):
         return k.gather_columns(x, columns, n_columns)

@@ -33,7 +33,7 @@ class Decoder:
         Args:
             W_dec: (d_sae, d_in).
             rescaled: whether it has norms.
-            autocast: the precision of autocast, or None where it is off.
+            autocast: the precision of autocast, or None if it is off.
             latents: those of ``W_dec``; sums of its rows are over all latents.
         """
         self.W = W_dec.detach()
@@ -68,7 +68,7 @@ class Decoder:
         Where there are norms, the rows are divided by them, which is part of the graph.
 
         Args:
-            acts: (B, n), 0 where a column stands for no latent.
+            acts: (B, n), 0 in columns without a latent.
             latents: (n,) int64, of which the first ``n_latents`` () count.
         """
         sums = _OfColumns.apply(acts, self.handle, self, latents, n_latents)
@@ -94,7 +94,7 @@ class Decoder:
     def length_at(self, selected: Selected, like: torch.Tensor) -> torch.Tensor | float:
         """The lengths of selected latents' ``W_i``, never 0, as :meth:`norm_at` gives its norms.
 
-        1 where there are norms, since ``W_i`` is a row divided by its norm then.
+        1 if there are norms, since ``W_i`` is then a row divided by its norm.
         """
         if self.norm is not None:
             return 1.0

@@ -46,7 +46,7 @@ class Encoder:
             b_enc: (d_sae,).
             b_dec: (d_in,) to subtract from ``x``, or None.
             decoder: where it has norms, ``h`` is multiplied by them.
-            autocast: the precision of autocast, or None where it is off.
+            autocast: the precision of autocast, or None if it is off.
         """
         self.W, self.decoder, self.autocast = W_enc.detach(), decoder, autocast
         self.gradient = LatentGradient(W_enc, transpose=True)
@@ -79,7 +79,7 @@ class Encoder:
     ) -> torch.Tensor:
         """(B, n) the columns of ``h`` at ``latents`` (n,), or all, with their graph.
 
-        Only the first ``n_latents`` () count, where it is given; the others are -inf.
+        If ``n_latents`` () is given, only the first ``n_latents`` count; the others are -inf.
         """
         h = self.hidden_pre
         if latents is not None:

@@ -97,7 +97,7 @@ class LatentGradient:
     ) -> None:
         """Add ``rows`` (n, d) to those of ``latents`` (n,), which may repeat; None: to all.
 
-        Only the first ``n_rows`` () count, where it is given.
+        If ``n_rows`` () is given, only the first ``n_rows`` count.
         """
         self._begin()
         rows = _counted(rows, n_rows)
@@ -176,7 +176,7 @@ def at_latents(values: torch.Tensor, latents: torch.Tensor | None, d_sae: int) -
 
 
 def _counted(rows: torch.Tensor, n_rows: torch.Tensor | None) -> torch.Tensor:
-    """``rows`` with 0 for all but the first ``n_rows`` (), where it is given."""
+    """``rows``, with all but the first ``n_rows`` () set to 0 if it is given."""
     if n_rows is None:
         return rows
     return rows.masked_fill(beyond(rows, n_rows).unsqueeze(1), 0)

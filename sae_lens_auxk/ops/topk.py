@@ -70,7 +70,7 @@ def top_k_of_batch(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]
 def group_max(x: torch.Tensor, size: int, among: torch.Tensor | None = None) -> torch.Tensor:
     """(B, n / size): the largest of each ``size`` neighbouring entries of a row.
 
-    Only columns ``among`` (n,) count where it is given.
+    If ``among`` (n,) is given, only those columns count.
     """
     if module := kernels(x):
         return module.group_max(x, size, among)

@@ -1,5 +1,5 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportIndexIssue=false, reportCallIssue=false
-"""Triton kernels for CUDA. Each has its plain torch reference beside the call that chooses it.
+"""Triton kernels for CUDA. Each has a plain torch reference next to the call that chooses it.
 
 They also run on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``), which tests use without a
 GPU.
@@ -289,7 +289,7 @@ def add_multiples(
     """(n, d): ``scale`` (n,) times the rows of ``W`` (n, d), in float32.
 
     Args:
-        scale: where it is 0 nothing is read.
+        scale: rows with a scale of 0 are not read.
         W: of any strides.
         out: (n, d) to add to, in place; None for a new one.
     """

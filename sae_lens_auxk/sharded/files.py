@@ -119,7 +119,7 @@ def _part(whole: torch.Tensor, dim: int | None, held: Shard) -> torch.Tensor:
 
 
 def read_safetensors(path: Path, device: torch.device, held: Shard) -> dict[str, torch.Tensor]:
-    """This process's parts of the tensors in a file, and what all hold. Reads no more than that."""
+    """Read only this process's parts of the tensors in a file, and the tensors that all hold."""
     tensors: dict[str, torch.Tensor] = {}
     part = slice(held.start, held.start + held.n)
     with safe_open(path, "pt", device=str(device)) as file:
@@ -193,7 +193,7 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
     """
     cfg = trainer.cfg
     try:
-        # Mapped into the CPU's memory, so that what is not this process's is never read.
+        # Memory-mapped, so that the other processes' parts are never read.
         trainer.cfg = replace(cfg, device="cpu")
         with patch.object(serialization.load, "mmap", True):
             trainer.load_trainer_state(checkpoint)

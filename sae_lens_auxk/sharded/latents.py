@@ -178,7 +178,7 @@ class Shard(AllLatents):
             h: (N,) this process's candidates.
             by: (N,) what they are compared by.
             selected: (N,) which they are, ascending within a bag.
-            n: how many of all rows; as many in each row where ``selected`` has as many in each.
+            n: how many in all rows together; the same number in each row if ``selected`` has that.
 
         Returns:
             (N,) ``h``, -inf for those that were not chosen, and the pairs.

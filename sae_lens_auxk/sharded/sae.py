@@ -48,7 +48,7 @@ def sharded_sae(cfg: Any, group: Any) -> TrainingSAE[Any]:
 
 def require_shardable(cfg: Any, n_processes: int) -> None:
     """Raise a ValueError that names what in a config cannot be shared among processes."""
-    # Imported late: the architectures import what stands here.
+    # Imported late: the architectures import this module.
     from sae_lens_auxk.architectures import ARCHITECTURES
 
     allowed = [name for name, (sae, *_) in ARCHITECTURES.items() if issubclass(sae, SparseTopK)]
