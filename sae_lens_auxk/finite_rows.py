@@ -1,4 +1,4 @@
-"""Keeps rows that would ruin a step, such as NaN, away from the weights and the counts."""
+"""Keep rows that would ruin a step, such as rows with NaN, out of the weights and counts."""
 
 import warnings
 from typing import NamedTuple

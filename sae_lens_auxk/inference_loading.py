@@ -22,7 +22,7 @@ else:
 
 
 class InferenceFromCheckpoint(_Base):
-    """Mixin in front of a SAELens inference SAE, registered under a training architecture."""
+    """Mixin placed before a SAELens inference SAE and registered under a training architecture."""
 
     plain_class: ClassVar[type[SAE[Any]]]
 

@@ -185,7 +185,7 @@ def put_in(new: NewLatents, sae: Any, optimizer: torch.optim.Optimizer) -> None:
     Biases and thresholds get the values that they have in a new SAE. The optimizer's per-weight
     state (Adam's moments) becomes 0; its step count, which all weights of a parameter share, is
     kept. A new latent has the whole dead threshold to fire in. SAELens's own count of silent steps
-    (``dead_criterion="steps"``) is kept: it says when a latent last fired.
+    (``dead_criterion="steps"``) is not reset: it says when a latent last fired.
 
     Args:
         new: the latents.

@@ -205,7 +205,7 @@ COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
 
 
 class SparseTopK(_Base):
-    """Mixin in front of SAELens's TopK, BatchTopK or Matryoshka training SAE.
+    """Mixin placed before SAELens's TopK, BatchTopK or Matryoshka training SAE.
 
     A step is sparse unless something needs the dense tensors: hooks on the SAE, an input with a
     gradient, or parameters in half precision, for which torch has no gradient of the products.

@@ -280,7 +280,7 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
 
 
 def _is_finished(folder: Path, seed: int) -> bool:
-    """Whether the pass exists. Raises a ValueError if its name is taken by something else."""
+    """Whether the pass exists. Raises a ValueError if something else has its name."""
     return pass_folder(folder, seed).exists() and bool(read_pass(pass_folder(folder, seed)))
 
 

@@ -100,7 +100,7 @@ class _Moments:
 
     @property
     def with_own(self) -> torch.Tensor:
-        """(n, d_sae) covariances of each target's own latent and all latents, likewise."""
+        """(n, d_sae) covariances of each target's own latent and all latents, times the rows."""
         return self.sums[5] - self.sums[0][self.latents][:, None] * self.sums[0] / self.n_rows
 
     def alone(self) -> torch.Tensor:

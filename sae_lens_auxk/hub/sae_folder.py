@@ -1,4 +1,4 @@
-"""Finds what can be published in a local folder, in the format that SAELens itself opens."""
+"""Find the SAEs in a local folder that can be published, in SAELens's own format."""
 
 import json
 import re

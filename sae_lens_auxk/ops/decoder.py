@@ -16,8 +16,8 @@ class Decoder:
 
     Attributes:
         W: (d_sae, d_in) W_dec, without a graph.
-        norm: (d_sae,) the norms of its rows, without a graph, where pre-activations are
-            multiplied by them, or None.
+        norm: (d_sae,) the norms of its rows, without a graph; None unless pre-activations are
+            multiplied by them.
         gradient: the buffer.
         handle: the tensor that stands for W_dec in the graph.
     """

@@ -25,7 +25,7 @@ class AllLatents:
         return of_latents
 
     def own_slice(self, latents: slice) -> slice:
-        """Those of a range of latents that are held here, counted from the first held here."""
+        """The part of a range of latents that is held here, counted from the first held here."""
         return latents
 
     def own_among(self, latents: torch.Tensor) -> tuple[slice | torch.Tensor, torch.Tensor]:
@@ -172,7 +172,7 @@ class Shard(AllLatents):
     def choose(
         self, h: torch.Tensor, by: torch.Tensor, selected: Pairs, n: int
     ) -> tuple[torch.Tensor, OwnPairs]:
-        """Of the candidates of all processes the ``n`` with the largest ``by``.
+        """Choose the ``n`` candidates of all processes with the largest ``by``.
 
         Args:
             h: (N,) this process's candidates.

@@ -81,7 +81,7 @@ def _sharded(training_class: type[Any]) -> type[Any]:
 
 
 class Sharded(_Base):
-    """Mixin in front of a training SAE of the TopK family; see :func:`sharded_sae`.
+    """Mixin placed before a training SAE of the TopK family; see :func:`sharded_sae`.
 
     The parameters are those of this process's latents. ``cfg.d_sae``, ``tokens_since_fired`` and
     the ``feature_acts`` of a step cover all latents: every process knows which latents fired, so
@@ -159,7 +159,7 @@ class Sharded(_Base):
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        """As :meth:`save_model`: SAELens's own SAE, which needs no plugin."""
+        """Like :meth:`save_model`, but save a plain SAELens SAE, which needs no plugin."""
         state = self.state_dict()
         self.process_state_dict_for_saving_inference(state)
         return self._save(Path(path), state, self.cfg.get_inference_sae_cfg_dict())
