@@ -1,0 +1,250 @@
+"""Where the time of a whole training run goes: the language model, the buffer, or the SAE's step.
+
+    python -m benchmarks.whole_run --device cuda --out gpt2.json
+    python -m benchmarks.whole_run --device cuda --model_name smollm2/model \
+        --model_class_name AutoModelForCausalLM --hook_name model.layers.15 --d_in 576 \
+        --out smollm2.json
+
+Each run is SAELens's ``LanguageModelSAETrainingRunner``, stock or with this package's architecture,
+on random tokens: the time does not depend on which they are. Without ``--model_name`` the model is
+GPT-2 small with random weights. A run is made twice. The first gives tokens a second; the second
+waits for the device around each part and gives the parts. ``cached`` reads activations that
+SAELens's ``CacheActivationsRunner`` wrote to disk. Steps before ``--warm_up`` fill the buffer and
+are not counted.
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from sae_lens import (
+    CacheActivationsRunner,
+    CacheActivationsRunnerConfig,
+    LanguageModelSAETrainingRunner,
+)
+from sae_lens.load_model import load_model
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from sae_lens_auxk import runner_config
+from sae_lens_auxk.files import write_json
+
+SAES: dict[str, dict[str, Any]] = {
+    "SAELens topk": {"architecture": "topk"},
+    "auxk-topk, none": {"architecture": "auxk-topk", "aux_variant": "none"},
+    "auxk-topk, auxk": {"architecture": "auxk-topk", "aux_variant": "auxk"},
+    "auxk-topk, pursuit": {"architecture": "auxk-topk", "aux_variant": "pursuit"},
+}
+STORES: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "autocast_lm": {"autocast_lm": True},
+    "autocast_lm, 4 times the prompts": {"autocast_lm": True, "store_batch_size_prompts": 128},
+    "cached": {"use_cached_activations": True},
+}
+"""Settings of SAELens's activation store, whose ``store_batch_size_prompts`` is 32."""
+
+
+class Clock:
+    """Seconds by part, from a step of the trainer on. Waits for the device where it is told to."""
+
+    def __init__(self, device: str, warm_up: int, wait: bool):
+        self.device, self.warm_up, self.wait = device, warm_up, wait
+        self.step, self.begin, self.seconds = 0, 0.0, defaultdict[str, float](float)
+
+    def now(self, wait: bool) -> float:
+        if wait and self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            begin = self.now(self.wait)
+            result = function(*args, **keywords)
+            self.seconds[name] += self.now(self.wait) - begin
+            return result
+
+        return call
+
+    def counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            if self.step == self.warm_up:
+                self.begin = self.now(wait=True)
+                self.seconds.clear()
+            self.step += 1
+            return step(*args, **keywords)
+
+        return call
+
+
+def random_gpt2(device: str) -> HookedTransformer:
+    return HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=12,
+            d_model=768,
+            n_ctx=1024,
+            n_heads=12,
+            d_head=64,
+            d_vocab=50257,
+            act_fn="gelu_new",
+            model_name="gpt2",
+            device=device,
+        )
+    )
+
+
+def fields_of_run(args: argparse.Namespace, n_steps: int) -> dict[str, Any]:
+    return {
+        "model_name": args.model_name or "gpt2",
+        "model_class_name": args.model_class_name,
+        "hook_name": args.hook_name,
+        "d_in": args.d_in,
+        "d_sae": args.d_sae,
+        "k": args.k,
+        "dataset_path": "random tokens",
+        "context_size": args.context_size,
+        "streaming": False,
+        "prepend_bos": False,
+        "n_batches_in_buffer": args.n_batches_in_buffer,
+        "training_tokens": n_steps * args.batch,
+        "train_batch_size_tokens": args.batch,
+        "device": args.device,
+        "autocast": args.device.startswith("cuda"),
+        "checkpoint_path": None,
+        "log_to_wandb": False,
+        "verbose": False,
+    }
+
+
+def run(
+    args: argparse.Namespace, model: Any, tokens: Dataset, fields: dict[str, Any], wait: bool
+) -> dict[str, float]:
+    """Milliseconds a step: ``all``, and with ``wait`` of each part."""
+    n_steps = args.warm_up + args.steps
+    cfg = runner_config(**{**fields_of_run(args, n_steps), **fields})
+    runner = LanguageModelSAETrainingRunner(cfg, tokens, model)
+    clock = Clock(args.device, args.warm_up, wait)
+    timed = {
+        "model": (ActivationsStore, "get_activations"),
+        "data": (ActivationsStore, "__next__"),
+        "sae": (SAETrainer, "step"),
+    }
+    with ExitStack() as patches:
+        for name, (owner, method) in timed.items():
+            function = clock.timed(name, getattr(owner, method))
+            if name == "sae":
+                function = clock.counted(function)
+            patches.enter_context(patch.object(owner, method, function))
+        runner.run()
+        total = clock.now(wait=True) - clock.begin
+    # The batch of the first step that is counted came before the clock began.
+    if not wait:
+        return {"all": 1e3 * total / args.steps}
+    seconds = clock.seconds
+    parts = {
+        "model": seconds["model"],
+        "buffer": seconds["data"] - seconds["model"],
+        "SAE step": seconds["sae"],
+        "rest": total - seconds["data"] - seconds["sae"],
+    }
+    return {name: 1e3 * value / args.steps for name, value in parts.items()}
+
+
+def write_cache(args: argparse.Namespace, model: Any, tokens: Dataset, folder: str) -> None:
+    n_tokens = len(tokens) * args.context_size
+    cfg = CacheActivationsRunnerConfig(
+        dataset_path="random tokens",
+        model_name=args.model_name or "gpt2",
+        model_class_name=args.model_class_name,
+        model_batch_size=32,
+        hook_name=args.hook_name,
+        d_in=args.d_in,
+        training_tokens=n_tokens,
+        context_size=args.context_size,
+        new_cached_activations_path=folder,
+        shuffle=False,
+        buffer_size_gb=min(1.0, 4e-9 * args.d_in * n_tokens),  # it fills whole buffers only
+        device=args.device,
+        prepend_bos=False,
+        streaming=False,
+    )
+    with patch("sae_lens.cache_activations_runner.load_model", return_value=model):
+        CacheActivationsRunner(cfg, tokens).run()
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    if args.model_name is None:
+        model = random_gpt2(args.device)
+    else:
+        model = load_model(args.model_class_name, args.model_name, args.device, {})
+    n_rows = (args.warm_up + args.steps) * args.batch // args.context_size
+    n_rows += args.n_batches_in_buffer + 128
+    rows = torch.randint(0, args.vocabulary, (n_rows, args.context_size))
+    tokens = Dataset.from_dict({"tokens": rows.tolist()}).with_format("torch")
+    with tempfile.TemporaryDirectory() as cache:
+        for store in args.stores:
+            where = {**STORES[store]}
+            if store == "cached":
+                write_cache(args, model, tokens, cache)
+                where["cached_activations_path"] = cache
+            for sae in args.saes:
+                fields = {**SAES[sae], **where}
+                whole = run(args, model, tokens, fields, wait=False)["all"]
+                yield {
+                    "store": store,
+                    "sae": sae,
+                    "tokens_per_second": 1e3 * args.batch / whole,
+                    "ms": {"all": whole, **run(args, model, tokens, fields, wait=True)},
+                }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=None, help="a JSON file of the results")
+    parser.add_argument("--model_name", default=None, help="None is GPT-2 small, random weights")
+    parser.add_argument("--model_class_name", default="HookedTransformer")
+    parser.add_argument("--hook_name", default="blocks.6.hook_resid_pre")
+    parser.add_argument("--vocabulary", type=int, default=40_000)
+    parser.add_argument("--d_in", type=int, default=768)
+    parser.add_argument("--d_sae", type=int, default=24_576)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--context_size", type=int, default=256)
+    parser.add_argument("--n_batches_in_buffer", type=int, default=256)
+    parser.add_argument("--warm_up", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
+    parser.add_argument("--saes", nargs="+", choices=SAES, default=list(SAES))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results = []
+    for result in measure(args):
+        results.append(result)
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in result["ms"].items())
+        print(
+            f"{result['store']}; {result['sae']}: {result['tokens_per_second']:,.0f} tokens a "
+            f"second; ms a step: {parts}",
+            flush=True,
+        )
+        if args.out is not None:
+            settings = {key: str(value) for key, value in vars(args).items()}
+            write_json(
+                args.out, {"settings": settings, "torch": torch.__version__, "runs": results}
+            )
+
+
+if __name__ == "__main__":
+    main()
