@@ -10,6 +10,7 @@ from sae_lens_auxk.compare.report import figures, write_report
 from sae_lens_auxk.compare.report.answers import answer, footnote
 from sae_lens_auxk.compare.report.drawing import plotly_figure
 from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.page import STYLE
 from sae_lens_auxk.compare.report.tables import main_table
 from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.run import groups_of
@@ -404,3 +405,11 @@ def test_the_page_defines_every_column_that_it_shows(tmp_path: Path) -> None:
     for metric in (*shown, MEASURES["direction_spread"]):
         assert page.text.count(metric.definition) == 1
     assert METRICS["ce_loss_recovered"].definition not in page.text
+
+
+def test_a_dark_page_has_no_colour_of_the_light_one() -> None:
+    _, _, rules = STYLE.partition("body {")
+    written = re.findall(r"[{;\s](?:color|background): *(#\w+)", rules)
+    assert not written, "these do not change with prefers-color-scheme"
+    for variable in set(re.findall(r"var\((--\w+)\)", rules)):
+        assert STYLE.count(f"{variable}: #") == 2, variable

@@ -18,40 +18,51 @@ POLICY = (
 )
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+:root { color-scheme: light dark; --ink: #1b1b1b; --faint: #595959; --paper: #fff;
+        --panel: #f3f6f9; --warning: #fdf3e7; --line: #ddd; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e5e8; --faint: #a9afb6; --paper: #16191d;
+          --panel: #20262e; --warning: #35281a; --line: #3a4048; }
+}
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 1400px; margin: 0 auto; padding: 14px 20px 60px; }
 h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 30px 0 4px; }
 p { margin: 4px 0 8px; max-width: 140ch; }
-.note { color: #595959; font-size: 13px; }
+.note { color: var(--faint); font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 10px 0;
-     padding: 10px 16px; background: #f3f6f9; border-left: 4px solid #0072b2; }
+     padding: 10px 16px; background: var(--panel); border-left: 4px solid #0072b2; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 700px) {
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; }
   td.name { min-width: 110px; max-width: 130px; }
 }
-.trouble { background: #fdf3e7; border-left: 4px solid #d55e00; padding: 8px 16px; }
+.trouble { background: var(--warning); border-left: 4px solid #d55e00; padding: 8px 16px; }
 .trouble ul { margin: 0; padding-left: 20px; } .trouble li { overflow-wrap: anywhere; }
 .wide { overflow: auto; max-height: 75vh; }
 table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
-small { display: block; font-size: 10px; line-height: 1; color: #595959; }
-th, td { padding: 3px 7px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { position: sticky; top: 0; background: #fff; vertical-align: bottom; padding: 3px 0; }
+small { display: block; font-size: 10px; line-height: 1; color: var(--faint); }
+th, td { padding: 3px 7px; border-bottom: 1px solid var(--line); text-align: right;
+         white-space: nowrap; }
+th { position: sticky; top: 0; background: var(--paper); vertical-align: bottom; padding: 3px 0; }
 .plot { overflow-x: auto; } .plot > div { min-width: 720px; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+/* plotly writes its colours into the elements, and does not know the page's. */
+.main-svg { background: none !important; }
+.main-svg .bg { fill: none !important; }
+.main-svg text:not(.hoverlayer *) { fill: var(--ink) !important; }
+.gridlayer path, .zerolinelayer path { stroke: var(--line) !important; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 th:first-child { z-index: 1; }
 th.text, td.text { text-align: left; }
 td.best { font-weight: 700; }
 td.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
-th button { font: inherit; border: 0; background: none; cursor: pointer; padding: 2px 5px;
-            text-decoration: underline dotted #767676; }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: #000; }
-th[aria-sort=descending] button::after { content: " \\2193"; color: #000; }
-tbody tr:hover, tbody tr:hover td { background: #f3f6f9; }
+th button { font: inherit; color: inherit; border: 0; background: none; cursor: pointer;
+            padding: 2px 5px; text-decoration: underline dotted #767676; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+tbody tr:hover, tbody tr:hover td { background: var(--panel); }
 .key { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
-pre { font-size: 12px; background: #f6f6f6; padding: 8px; overflow-x: auto; }
+pre { font-size: 12px; background: var(--panel); padding: 8px; overflow-x: auto; }
 details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 """
 
