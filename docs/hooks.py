@@ -55,3 +55,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 def on_post_page(output: str, **_: Any) -> str:
     """Keep the theme from asking GitHub for the repository's stars: the site loads nothing."""
     return output.replace(' data-md-component="source"', "")
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The same for 404.html, which is not a page to MkDocs."""
+    return on_post_page(output_content)
