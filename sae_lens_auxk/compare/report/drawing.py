@@ -57,7 +57,15 @@ def plotly_figure(figure: Figure) -> go.Figure:
         template="plotly_white",
         height=figure.height,
         margin={"l": 70, "r": 20, "t": 40, "b": 60},
-        legend={"x": 1.01, "y": 1, "xanchor": "left", "yanchor": "top", "font_size": 12},
+        legend={
+            "x": 1.01,
+            "y": 1,
+            "xanchor": "left",
+            "yanchor": "top",
+            "font_size": 12,
+            # Plotly's gap between groups makes long legends scroll.
+            "tracegroupgap": 0,
+        },
         font_family="system-ui, sans-serif",
         hoverlabel_namelength=-1,
     )
