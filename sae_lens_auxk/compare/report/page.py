@@ -23,6 +23,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e3e5e8; --faint: #a9afb6; --paper: #16191d;
           --panel: #20262e; --warning: #35281a; --line: #3a4048; }
+  /* The darkest colours of cases are hard to see on black. */
+  .key, .scatterlayer, .legend .layers { filter: brightness(1.35); }
 }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 1400px; margin: 0 auto; padding: 14px 20px 60px; }
