@@ -378,8 +378,8 @@ def test_random_directions_are_found_more_often_where_a_row_has_no_sign() -> Non
         (text,) = (f.caption for f in figures_of(results) if f.name == "found_again")
         return text
 
-    assert "at most 8.9% would" in caption("auxk-topk")
-    assert "at most 17% would" in caption("auxk-abstopk")
+    assert "At most 8.9% of random directions would" in caption("auxk-topk")
+    assert "At most 17% of random directions would" in caption("auxk-abstopk")
 
 
 def test_found_again_by_group_and_by_age() -> None:
@@ -389,7 +389,9 @@ def test_found_again_by_group_and_by_age() -> None:
     assert panel.title == "found again, %"
     assert panel.categories == results["comparison"]["cases"][1:]
     assert [series.filled for series in panel.series[:2]] == [False, True]
-    assert "Of random directions at most 0% would be found again." in made["found_again"].caption
+    assert (
+        "Fewer than 0.01% of random directions would be found again." in made["found_again"].caption
+    )
     assert "found again, %" not in {panel.title for panel in made["peeking"].panels}
     for series, group in zip(
         made["found_again_by_age"].panels[0].series, results["groups"], strict=True

@@ -273,7 +273,8 @@ def _chance(results: Results) -> str:
         if run["status"] == "finished"
     ]
     chance = max((share for share in shares if share is not None), default=0.0)
-    return f" Of random directions at most {100 * chance:.2g}% would be found again."
+    bound = f"At most {100 * chance:.2g}%" if chance >= 1e-4 else "Fewer than 0.01%"
+    return f" {bound} of random directions would be found again."
 
 
 def _by_group(results: Results, keys: Sequence[str]) -> Iterator[Panel]:
