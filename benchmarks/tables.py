@@ -6,9 +6,8 @@ python benchmarks/tables.py    # writes them into the pages
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 
-from sae_lens_auxk.compare.report.vocabulary import number
+from sae_lens_auxk.compare.report.vocabulary import found_again_by_age, number
 from sae_lens_auxk.result_files import read_results
 from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Results
 
@@ -73,14 +72,7 @@ def of_part(part: int) -> Column:
     """The share found again of the latents that last came alive in this part of training."""
 
     def cell(results: Results, group: Group) -> str:
-        shares = [
-            share
-            for run in results["runs"]
-            if (run["case"], run["architecture"]) == (group["case"], group["architecture"])
-            if (share := run.get("found_again_by_age", [None] * AGES)[part]) is not None
-        ]
-        spread = stdev(shares) if len(shares) > 1 else None
-        return METRICS["found_again"].show(mean(shares) if shares else None, spread)
+        return METRICS["found_again"].show(*found_again_by_age(results, group)[part])
 
     return f"{100 * part // AGES}–{100 * (part + 1) // AGES}%", cell
 

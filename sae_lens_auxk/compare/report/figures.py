@@ -11,12 +11,14 @@ from sae_lens_auxk.compare.report.vocabulary import (
     colours,
     columns,
     compared,
+    finished_runs,
+    found_again_by_age,
     label,
     number,
     one_of_several_k,
 )
 from sae_lens_auxk.compare.reproducibility import by_chance
-from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Metric, Results, Run
+from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Metric, Results
 
 FIGURES = (
     "pareto",
@@ -153,15 +155,6 @@ def _line(
     return Series(label(group, results), colours(results)[group["case"]], x, y, style, **more)
 
 
-def _finished(results: Results, group: Group) -> list[Run]:
-    key = (group["case"], group["architecture"], group["k"])
-    return [
-        run
-        for run in results["runs"]
-        if run["status"] == "finished" and (run["case"], run["architecture"], run["k"]) == key
-    ]
-
-
 def _reconstruction(results: Results) -> Figure:
     """Explained variance against L0, or by case where all have the same k, and so about one L0."""
     groups = results["groups"]
@@ -203,7 +196,7 @@ def _pareto(results: Results) -> Iterator[Series]:
 
 def _dead(results: Results) -> Iterator[Series]:
     for group in compared(results):
-        runs = [run["history"] for run in _finished(results, group)]
+        runs = [run["history"] for run in finished_runs(results, group)]
         values: dict[float, list[float]] = {}
         for history in runs:
             for at, dead in zip(history["samples"], history["dead_fraction"], strict=True):
@@ -222,7 +215,7 @@ def _dead(results: Results) -> Iterator[Series]:
 
 def _density(results: Results) -> Iterator[Series]:
     for group in compared(results):
-        runs = _finished(results, group)
+        runs = finished_runs(results, group)
         edges, *others = (run["density"]["log10_edges"] for run in runs)
         if any(other != edges for other in others):
             continue
@@ -237,17 +230,14 @@ def _density(results: Results) -> Iterator[Series]:
 
 def _by_age(results: Results) -> Iterator[Series]:
     for group in compared(results):
-        runs = [run.get("found_again_by_age") for run in _finished(results, group)]
-        ages = [run for run in runs if run]
         x: list[float] = []
         y: list[float] = []
         spread: list[float] = []
-        for age, shares in enumerate(zip(*ages, strict=True)):
-            known = [share for share in shares if share is not None]
-            if known:
+        for age, (share, std) in enumerate(found_again_by_age(results, group)):
+            if share is not None:
                 x.append((age + 0.5) / AGES)
-                y.append(mean(known))
-                spread.append(stdev(known) if len(known) > 1 else 0.0)
+                y.append(share)
+                spread.append(std or 0.0)
         if x:
             band = _band(x, y, spread)
             yield _line(group, results, x, y, mode="lines+markers", band=band)

@@ -6,9 +6,9 @@ shown.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median_low
+from statistics import mean, median_low, stdev
 
-from sae_lens_auxk.results import METRICS, Group, Metric, Results
+from sae_lens_auxk.results import AGES, METRICS, Group, Metric, Results, Run
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#8c6d1f")
 """Okabe and Ito's colours, which colour-blind people tell apart, with grey and brown for their
@@ -24,6 +24,28 @@ def number(group: Group, key: str, latents: str = "") -> Number:
     """Mean and spread of a metric, or of a peeking measure of "revived" or "never_died" latents."""
     numbers = group["peeking"].get(latents, {}) if latents else group
     return numbers.get("mean", {}).get(key), numbers.get("std", {}).get(key)
+
+
+def finished_runs(results: Results, group: Group) -> list[Run]:
+    """The runs of a group, one for each seed, that finished."""
+    key = (group["case"], group["architecture"], group["k"])
+    return [
+        run
+        for run in results["runs"]
+        if run["status"] == "finished" and (run["case"], run["architecture"], run["k"]) == key
+    ]
+
+
+def found_again_by_age(results: Results, group: Group) -> list[Number]:
+    """AGES shares found again, by the part of training in which latents last came alive."""
+    runs = [run.get("found_again_by_age") for run in finished_runs(results, group)]
+    numbers: list[Number] = []
+    for age in range(AGES):
+        shares = [run[age] for run in runs if run]
+        known = [share for share in shares if share is not None]
+        spread = stdev(known) if len(known) > 1 else None
+        numbers.append((mean(known) if known else None, spread))
+    return numbers
 
 
 def measured(
