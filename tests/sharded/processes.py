@@ -55,9 +55,9 @@ def in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             if rank not in waiting:
                 assert path.exists(), f"rank {rank} died with {processes[rank].exitcode}"
                 results.append(pickle.loads(path.read_bytes()))
-    assert not waiting, f"ranks {waiting} did not end within {DEADLINE_S:.0f} s"
     failures = [result for ok, result in results if not ok]
     assert not failures, failures[0]
+    assert not waiting, f"ranks {waiting} did not end within {DEADLINE_S:.0f} s"
     return [result for _, result in results]
 
 
