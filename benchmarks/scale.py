@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from benchmarks.commit import commit
+from sae_lens_auxk.files import write_json
+
 D_IN, BATCH, K, K_AUX = 768, 4096, 32, 512
 
 # --- measured --------------------------------------------------------------------------------
@@ -116,13 +119,14 @@ def measure_all(args: argparse.Namespace) -> None:
         "shared": shared,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
+        "commit": commit(),
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "ranks": results,
     }
     for of_rank0 in results[0]:
         print(json.dumps(of_rank0))
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1))
+        write_json(args.out, report)
 
 
 # --- computed --------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ on random tokens: the time does not depend on which they are. Without ``--model_
 GPT-2 small with random weights. A run is made twice. The first gives tokens a second; the second
 waits for the device around each part and gives the parts. ``cached`` reads activations that
 SAELens's ``CacheActivationsRunner`` wrote to disk. Steps before ``--warm_up`` fill the buffer and
-are not counted.
+are not counted. Under torchrun the processes share the latents, and each makes its part of the
+activations; only this package's architectures can be shared.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,8 +37,11 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from benchmarks.commit import commit
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.files import write_json
+from sae_lens_auxk.sharded import processes
+from sae_lens_auxk.sharded.runner import ShardedTrainingRunner
 
 SAES: dict[str, dict[str, Any]] = {
     "SAELens topk": {"architecture": "topk"},
@@ -131,7 +135,9 @@ def run(
     """Milliseconds a step: ``all``, and with ``wait`` of each part."""
     n_steps = args.warm_up + args.steps
     cfg = runner_config(**{**fields_of_run(args, n_steps), **fields})
-    runner = LanguageModelSAETrainingRunner(cfg, tokens, model)
+    shared = processes.n_processes() > 1
+    of_run = ShardedTrainingRunner if shared else LanguageModelSAETrainingRunner
+    runner = of_run(cfg, tokens, model)
     clock = Clock(args.device, args.warm_up, wait)
     timed = {
         "model": (ActivationsStore, "get_activations"),
@@ -230,20 +236,32 @@ def main() -> None:
     parser.add_argument("--saes", nargs="+", choices=SAES, default=list(SAES))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    results = []
-    for result in measure(args):
-        results.append(result)
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in result["ms"].items())
-        print(
-            f"{result['store']}; {result['sae']}: {result['tokens_per_second']:,.0f} tokens a "
-            f"second; ms a step: {parts}",
-            flush=True,
-        )
-        if args.out is not None:
-            settings = {key: str(value) for key, value in vars(args).items()}
-            write_json(
-                args.out, {"settings": settings, "torch": torch.__version__, "runs": results}
+    settings = {key: str(value) for key, value in vars(args).items()}
+    n = processes.n_processes()
+    if n > 1:
+        args.device = processes.own_device(args.device)
+    results: list[dict[str, Any]] = []
+    with processes.process_group(args.device) if n > 1 else nullcontext():
+        for result in measure(args):
+            results.append(result)
+            if processes.rank() > 0:
+                continue
+            parts = ", ".join(f"{name} {value:.1f}" for name, value in result["ms"].items())
+            print(
+                f"{result['store']}; {result['sae']}: {result['tokens_per_second']:,.0f} tokens a "
+                f"second; ms a step: {parts}",
+                flush=True,
             )
+            if args.out is not None:
+                cuda = args.device.startswith("cuda")
+                about = {
+                    "processes": n,
+                    "device": torch.cuda.get_device_name() if cuda else "cpu",
+                    "torch": torch.__version__,
+                    "commit": commit(),
+                    "settings": settings,
+                }
+                write_json(args.out, {**about, "runs": results})
 
 
 if __name__ == "__main__":

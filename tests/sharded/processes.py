@@ -20,6 +20,8 @@ import torch.multiprocessing as multiprocessing
 
 NCCL = os.environ.get("SHARDED_TESTS") == "nccl"
 COUNTS = [n for n in (1, 2, 3, 4) if not NCCL or n <= torch.cuda.device_count()]
+SEVERAL = max((n for n in COUNTS if n <= 3), default=3)
+"""Three processes, or as many as there are GPUs."""
 DEADLINE_S = 300.0
 
 

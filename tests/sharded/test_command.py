@@ -13,11 +13,11 @@ from sae_lens_auxk.sharded import processes
 from tests.sharded import tiny_files
 from tests.sharded.processes import NCCL, in_processes
 
-pytestmark = pytest.mark.skipif(NCCL, reason="the command is run on CPUs")
+DEVICE = ["--device", "cuda"] if NCCL else []
 
 
 def _run(flags: list[str], n: int, said: Path) -> tuple[int, str]:
-    status = start(flags, n, None, said).wait(timeout=300)
+    status = start([*flags, *DEVICE], n, None, said).wait(timeout=300)
     return status, said.read_text()
 
 
@@ -59,7 +59,7 @@ def test_a_data_set_shorter_than_the_processes_is_refused_once(tmp_path: Path) -
 def test_the_death_of_a_process_ends_the_run_with_one_message(tmp_path: Path) -> None:
     flags = [*tiny_files.write(tmp_path), "--training_tokens", str(10**6), "--n_checkpoints", "900"]
     flags += ["--checkpoint_path", str(tmp_path / "checkpoints")]
-    agent = start(flags, 2, None, tmp_path / "said.txt")
+    agent = start([*flags, *DEVICE], 2, None, tmp_path / "said.txt")
     while newest(tmp_path) is None:
         assert agent.poll() is None, (tmp_path / "said.txt").read_text()
         time.sleep(0.1)
