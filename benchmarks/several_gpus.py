@@ -30,7 +30,7 @@ from sae_lens_auxk.files import write_json
 RESULTS = Path(__file__).parent.parent / "docs" / "performance" / "several-gpus.json"
 SIZES = (131_072, 524_288, 1_048_576)
 WEAK = (131_072, 524_288, 1_048_576)
-"""Latents of one GPU; N GPUs get N times as many."""
+"""Latents of one GPU; N GPUs get N times as many, and of the last only the loss ``auxk``."""
 BLOCK = 131_072
 STORE = "autocast_lm"
 LIMIT_S = 240
@@ -60,12 +60,12 @@ def jobs(n_gpus: int) -> Iterator[Job]:
 
 
 def sizes(n: int) -> list[str]:
-    return ["--d_sae", *(str(d_sae) for d_sae in sorted({*SIZES, *(n * own for own in WEAK)}))]
+    return ["--d_sae", *map(str, sorted({*SIZES, *(n * own for own in WEAK[:-1])}))]
 
 
 def largest(n: int) -> list[str]:
-    d_sae = largest_d_sae(n) // BLOCK * BLOCK
-    return ["--d_sae", str(d_sae), "--variants", "auxk"]
+    weak = [str(n * WEAK[-1])] if n > 1 else []
+    return ["--d_sae", *weak, str(largest_d_sae(n) // BLOCK * BLOCK), "--variants", "auxk"]
 
 
 def run(job: Job, gpus: list[int]) -> dict[str, Any]:
