@@ -127,6 +127,14 @@ def main() -> None:
     if n > 1:
         args.device = processes.own_device(args.device)
     is_first = processes.rank() == 0
+    cuda = args.device.startswith("cuda")
+    about = {
+        "processes": n,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "settings": settings,
+    }
     results: list[dict[str, Any]] = []
     with processes.process_group(args.device) if n > 1 else nullcontext():
         group = dist.group.WORLD if n > 1 else None
@@ -146,16 +154,8 @@ def main() -> None:
                     }
                     results.append(result)
                     print(json.dumps(result), flush=True)
-    if is_first and args.out is not None:
-        cuda = args.device.startswith("cuda")
-        about = {
-            "processes": n,
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "torch": torch.__version__,
-            "commit": commit(),
-            "settings": settings,
-        }
-        write_json(args.out, {**about, "results": results})
+                    if args.out is not None:
+                        write_json(args.out, {**about, "results": results})
 
 
 if __name__ == "__main__":

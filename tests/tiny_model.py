@@ -27,8 +27,11 @@ SHORT_RUN: dict[str, Any] = {
 }
 
 
-def gpt2(seed: int = 0) -> HookedTransformer:
-    """GPT-2's architecture with 2 layers of width 16 and a vocabulary of 50."""
+def gpt2(seed: int = 0, **fields: Any) -> HookedTransformer:
+    """GPT-2's architecture with 2 layers of width 16 and a vocabulary of 50.
+
+    ``fields`` are further ones of its config.
+    """
     torch.manual_seed(seed)
     return HookedTransformer(
         HookedTransformerConfig(
@@ -41,6 +44,7 @@ def gpt2(seed: int = 0) -> HookedTransformer:
             act_fn="gelu_new",
             model_name="gpt2",
             seed=seed,
+            **fields,
         )
     )
 

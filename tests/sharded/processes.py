@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,13 @@ def in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         deadline = time.monotonic() + DEADLINE_S
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+        running = {process.sentinel: process for process in processes}
+        while running and (left := deadline - time.monotonic()) > 0:
+            ended = [running.pop(sentinel) for sentinel in connection.wait([*running], left)]
+            for process in ended:
+                process.join()
+            if any(process.exitcode for process in ended):
+                break  # the others would wait for it
         waiting = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors.torch import load_file
+from transformer_lens import HookedTransformer
 
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.sharded import files
@@ -20,7 +21,7 @@ from sae_lens_auxk.sharded.runner import ShardedTrainingRunner
 from tests import tiny_model
 from tests.helpers import TOPK_ARCHITECTURES
 from tests.sharded.helpers import D_IN, both
-from tests.sharded.processes import COUNTS, device, in_processes
+from tests.sharded.processes import COUNTS, NCCL, device, in_processes
 
 
 def _same_files(folder: Path, architecture: str) -> None:
@@ -56,6 +57,17 @@ def test_the_files_are_those_of_one_process_byte_for_byte(
     assert torch.equal(a(x), b(x))
 
 
+def _device() -> str:
+    if dist.is_initialized():
+        return device()
+    return "cuda:0" if NCCL else "cpu"
+
+
+def _model() -> HookedTransformer:
+    # TransformerLens moves the tokens of a model on "cuda" to the first GPU, whichever it is on.
+    return tiny_model.gpt2(device=_device(), dtype=torch.float64)
+
+
 def _config(folder: Path, **fields: Any) -> Any:
     return runner_config(
         "auxk-topk",
@@ -63,7 +75,7 @@ def _config(folder: Path, **fields: Any) -> Any:
             **tiny_model.run_fields(
                 k=4,
                 dtype="float64",
-                device=device() if dist.is_initialized() else "cpu",
+                device=_device(),
                 aux_variant="auxk",
                 dead_threshold_tokens=200,
                 normalize_activations="expected_average_only_in",
@@ -96,7 +108,7 @@ def _run(folder: Path, fields: dict[str, Any]) -> None:
     cfg = _config(folder, store_batch_size_prompts=4 // n, n_batches_in_buffer=4 // n, **fields)
     torch.manual_seed(7)
     with _in_float64():
-        ShardedTrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2()).run()
+        ShardedTrainingRunner(cfg, tiny_model.tokens(), _model()).run()
 
 
 def _run_whole(folder: Path, fields: dict[str, Any]) -> None:
@@ -104,7 +116,7 @@ def _run_whole(folder: Path, fields: dict[str, Any]) -> None:
     cfg = _config(folder, **fields)
     torch.manual_seed(7)
     with _in_float64():
-        LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2()).run()
+        LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), _model()).run()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
