@@ -197,7 +197,7 @@ def print_tables(results: dict[str, Any]) -> None:
             parts = ", ".join(f"{name} {value:.1f}" for name, value in entry["ms"].items())
             speed = f"{entry['tokens_per_second']:,.0f}"
             print(f"| {entry['sae']} | {n} | {speed} | {parts} |")
-    print("\n| precision | loss | N | first step | first ten | 500 steps | other order of rows |")
+    print("\n| precision | loss | N | first step | first ten | all 500 | all 500, other order |")
     print("|---|---|---|---|---|---|---|")
     for n in by_n:
         for entry in results.get(f"losses, {n}", {}).get("results", []):

@@ -15,6 +15,7 @@ activations; only this package's architectures can be shared.
 """
 
 import argparse
+import json
 import tempfile
 import time
 import warnings
@@ -214,12 +215,21 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }
 
 
+def print_table(results: dict[str, Any]) -> None:
+    print("| store | SAE | tokens a second | ms a step | model | buffer | SAE step | rest |")
+    print("|---|---|---|---|---|---|---|---|")
+    for run_ in results["runs"]:
+        ms = " | ".join(f"{value:.1f}" for value in run_["ms"].values())
+        print(f"| {run_['store']} | {run_['sae']} | {run_['tokens_per_second']:,.0f} | {ms} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file of the results")
+    parser.add_argument("--table", type=Path, default=None, help="print such a file, run nothing")
     parser.add_argument("--model_name", default=None, help="None is GPT-2 small, random weights")
     parser.add_argument("--model_class_name", default="HookedTransformer")
     parser.add_argument("--hook_name", default="blocks.6.hook_resid_pre")
@@ -235,6 +245,9 @@ def main() -> None:
     parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
     parser.add_argument("--saes", nargs="+", choices=SAES, default=list(SAES))
     args = parser.parse_args()
+    if args.table is not None:
+        print_table(json.loads(args.table.read_text()))
+        return
     warnings.simplefilter("ignore")
     settings = {key: str(value) for key, value in vars(args).items()}
     n = processes.n_processes()
