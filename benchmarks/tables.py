@@ -30,6 +30,8 @@ LOSSES = {
     "multi_topk": "`multi_topk`",
 }
 """Losses by case, in the order of the rows. Other cases are not shown."""
+FORMS = {"pursuit": "both halves", "pursuit, up only": "up only"}
+"""Of pursuit, by the case that has it."""
 ARCHITECTURES = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
@@ -150,7 +152,7 @@ class Settings:
             f"[{name}](results/{name}/report.md)",
             results["data"]["description"],
             *(_setting(results, key) for key in self.HEADS),
-            "both halves" if "pursuit" in cases else "up only",
+            next((form for case, form in FORMS.items() if case in cases), "–"),
             results["created"][:10],
         ]
 
@@ -189,6 +191,7 @@ LAYER_15_OUTCOME = Table(
         of_group("age", "revived"),
     ),
 )
+OWN_WINDOW = ("smollm2-layer15/topk-own-window",)
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
 WIDE = tuple(
@@ -208,10 +211,12 @@ TABLES = {
     ),
     "issue-666.md": (LAYER_15_OUTCOME,),
     "evidence.md": (
-        Settings((*LAYER_15, "pursuit", *NARROW, *LONG, *WIDE, "smollm2")),
+        Settings((*LAYER_15, *OWN_WINDOW, "pursuit", *NARROW, *LONG, *WIDE, "smollm2")),
         LAYER_15_OUTCOME,
         Table(LAYER_15, PARTS),
         Table(LAYER_15, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
+        Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
+        Table(OWN_WINDOW, PARTS),
         Table(("pursuit",), (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
         Table(("pursuit",), PARTS),
         Table(("pursuit",), (of_both("n_alive"), *COMPARED, *PEEKED)),
