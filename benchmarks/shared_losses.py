@@ -1,6 +1,7 @@
 """Are the losses of an SAE that GPUs share those of one GPU?
 
     torchrun --nproc-per-node 2 -m benchmarks.shared_losses --device cuda --out losses.json
+    python -m benchmarks.shared_losses    # one process: the orders of the rows only
 
 Rank 0 trains an SAE alone, by SAELens's trainer; then all ranks train one together, from the same
 weights on the same batches. For comparison rank 0 also trains alone with the rows of each batch in
