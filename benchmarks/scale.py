@@ -248,6 +248,19 @@ def print_model(prefix: Path) -> None:
     _draw(prefix, counts, sizes[1:])
 
 
+def _measured(d_sae: int) -> list[tuple[int, float]]:
+    """(N, ms) of steps with ``auxk`` that benchmarks/several_gpus.py has measured."""
+    path = Path(__file__).parent.parent / "docs" / "performance" / "several-gpus.json"
+    results = json.loads(path.read_text())
+    return [
+        (n, max(rank[i]["ms"] for rank in ranks))
+        for n in (1, 2, 4, 8)
+        for ranks in [results.get(f"steps, {n}", {}).get("ranks", [[]])]
+        for i, entry in enumerate(ranks[0])
+        if (entry["d_sae"], entry["variant"]) == (d_sae, "auxk")
+    ]
+
+
 def _draw(prefix: Path, counts: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     import matplotlib.pyplot as plt
 
@@ -261,7 +274,9 @@ def _draw(prefix: Path, counts: tuple[int, ...], sizes: tuple[int, ...]) -> None
                 times = [cost(d_sae, n, bandwidth) for n in held]
                 label = f"{d_sae / 2**20:.0f} Mi latents" if style == "-" else None
                 axis.plot(held, times, style, color=f"C{i}", marker="o", ms=3, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="GPUs", title=f"{name} (computed)")
+            if name == "NVLink" and (points := _measured(d_sae)):
+                axis.plot(*zip(*points, strict=True), "kx", label="measured")
+        axis.set(xscale="log", yscale="log", xlabel="GPUs", title=f"{name} (lines computed)")
         axis.set_xticks(counts, [str(n) for n in counts])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms a step")
