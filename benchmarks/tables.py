@@ -21,7 +21,7 @@ LOSSES = {
     "auxk, alpha 0.25": "`auxk`, coefficient 0.25",
     "auxk, alpha 1": "`auxk`, coefficient 1",
     "straight_through": "`straight_through`",
-    "resampling": "resampling alone",
+    "resampling": "resampling alone, input's direction",
     "pursuit, up only": "`pursuit`, up only",
     "pursuit": "`pursuit`",
     "reanimation": "`reanimation`",

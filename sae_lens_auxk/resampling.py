@@ -1,9 +1,9 @@
 """Resampling: reset dead latents to inputs that are reconstructed badly.
 
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron Resampling". At given steps
-each dead latent gets an input, drawn with a probability proportional to the square of its loss. The
-input's direction becomes the latent's decoder row and its encoder vector, its bias becomes 0, and
-their Adam moments are reset.
+each dead latent gets an input, drawn with a probability proportional to the square of its loss. A
+direction of this input becomes the latent's decoder row and its encoder vector, its bias becomes 0,
+and their Adam moments are reset.
 
 The forward pass draws the inputs, since it has them and their losses, and passes the new weights on
 in its output. They are applied after the optimizer's step, by :func:`put_in`, in every step of
@@ -17,8 +17,11 @@ Deviations from the source:
   for the next resampling. (dictionary_learning's StandardTrainer.resample_neurons does the same.
   SAELens had resampling until April 2024, see its #74, and drew with replacement.)
 - The loss of a row is its squared error, without a sparsity penalty, as in SAELens's own.
-- The input is what the latents have to reconstruct: the row, normalised as the SAE does it, without
-  ``b_dec``.
+- The direction is that of the row's residual, what the SAE does not reconstruct, not that of the
+  row itself without ``b_dec``. The activations of a language model have a large part in common.
+  SAELens's ``b_dec`` starts at 0 and takes thousands of steps to reach it, so the rows themselves
+  all point the same way. New latents with their directions fire everywhere, and ruin the
+  reconstruction for hundreds of steps (docs/resampling.md).
 - The source's decoder rows have length 1 throughout. SAELens's rows have any length, so the new one
   gets the mean length of the living latents' rows. Its activations then compare with theirs as in
   the source, even if they are rescaled by that length.
@@ -88,13 +91,12 @@ def new_latents(
         dead = dead if ranks is None else dead_on_all_ranks(dead, ranks)
     else:  # "batch", too: of the latents that are silent in one batch most are alive
         dead = sae.tokens_since_fired >= sae.cfg.resolved_dead_threshold_tokens
-    # Times the scale, which changes no direction and may be 0.
-    inputs = target.x - sae.b_dec * (1 if target.scale is None else target.scale)
-    losses = target.residual.square().sum(dim=-1).where(step_input.usable.mask, 0)
+    residual = target.residual
+    losses = residual.square().sum(dim=-1).where(step_input.usable.mask, 0)
     if ranks is not None:
-        inputs, losses = (_of_all_ranks(rows, ranks) for rows in (inputs, losses))
+        residual, losses = (_of_all_ranks(rows, ranks) for rows in (residual, losses))
     step, length = step_input.step, sae.resampled_length
-    new = resampled(inputs, losses, dead, sae.W_enc, sae.W_dec, length, step, sae.latents)
+    new = resampled(residual, losses, dead, sae.W_enc, sae.W_dec, length, step, sae.latents)
     sae.drawn_at = None if new is None else step
     return new
 
@@ -121,7 +123,7 @@ def _of_all_ranks(rows: torch.Tensor, group: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def resampled(
-    inputs: torch.Tensor,
+    residuals: torch.Tensor,
     losses: torch.Tensor,
     dead: torch.Tensor,
     W_enc: torch.Tensor,
@@ -130,14 +132,14 @@ def resampled(
     seed: int,
     held: AllLatents = ALL_LATENTS,
 ) -> NewLatents | None:
-    """Draw new weights for the dead latents; the first ones only, if inputs run out.
+    """Draw new weights for the dead latents; the first ones only, if rows run out.
 
     This waits for the device. The draw itself is made on the CPU, so that it is the same on every
     device and rank.
 
     Args:
-        inputs: (N, d_in) what the latents have to reconstruct.
-        losses: (N,) >= 0; an input of loss 0 is not drawn.
+        residuals: (N, d_in) what the SAE does not reconstruct of each row.
+        losses: (N,) >= 0; a row of loss 0 is not drawn.
         dead: (d_sae,) bool.
         W_enc: (d_in, n) the columns of the latents that this process holds.
         W_dec: (n, d_in) their rows.
@@ -146,23 +148,23 @@ def resampled(
         held: which latents these are.
 
     Returns:
-        The weights, or None if no latent is dead or no input can be drawn.
+        The weights, or None if no latent is dead or no row can be drawn.
     """
-    norms = inputs.norm(dim=-1, keepdim=True)
+    norms = residuals.norm(dim=-1, keepdim=True)
     can_be_drawn = (norms.squeeze(1) > 0) & losses.isfinite()
     drawable = losses.where(can_be_drawn, 0).cpu().double()  # MPS has no float64
-    # Without the quotient a square may overflow. All NaN where no input can be drawn.
+    # Without the quotient a square may overflow. All NaN where no row can be drawn.
     probabilities = (drawable / drawable.max()).square()
     latents = dead.nonzero().squeeze(1)[: int((probabilities > 0).sum())]
     if len(latents) == 0:
         return None
     generator = torch.Generator().manual_seed(seed)
-    drawn = probabilities.multinomial(len(latents), generator=generator).to(inputs.device)
-    directions = (inputs / norms)[drawn]
+    drawn = probabilities.multinomial(len(latents), generator=generator).to(residuals.device)
+    directions = (residuals / norms)[drawn]
     return NewLatents(
         latents,
-        encoder=directions * encoder_length * _mean_length(W_enc.T, ~dead, inputs.dtype, held),
-        decoder=directions * _mean_length(W_dec, ~dead, inputs.dtype, held),
+        encoder=directions * encoder_length * _mean_length(W_enc.T, ~dead, residuals.dtype, held),
+        decoder=directions * _mean_length(W_dec, ~dead, residuals.dtype, held),
     )
 
 

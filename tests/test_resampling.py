@@ -51,23 +51,14 @@ def per_latent(sae: Any) -> dict[str, torch.Tensor]:
 
 def plain_version(
     before: dict[str, torch.Tensor],
-    b_dec: torch.Tensor,
     sae_in: torch.Tensor,
     sae_out: torch.Tensor,
-    mode: str,
     factor: float,
     step: int,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Encoder and decoder rows of the new latents, one after the other."""
-    inputs: list[torch.Tensor] = []
-    squared: list[float] = []
-    for x, out in zip(sae_in, sae_out, strict=True):
-        squared.append(((x - out) ** 2).sum().item() ** 2)
-        if mode == "layer_norm":
-            x = (x - x.mean()) / x.std()
-        if mode == "constant_norm_rescale":
-            x = x * len(x) ** 0.5 / x.pow(2).sum().sqrt()
-        inputs.append(x - b_dec)
+    residuals = [x - out for x, out in zip(sae_in, sae_out, strict=True)]
+    squared = [(residual**2).sum().item() ** 2 for residual in residuals]
     generator = torch.Generator().manual_seed(step)
     shares = torch.tensor(squared, dtype=torch.float64)
     order = torch.multinomial(shares / shares.sum(), N_DEAD, generator=generator)
@@ -76,7 +67,7 @@ def plain_version(
     n_alive = len(before["W_enc"]) - N_DEAD
     encoder, decoder = [], []
     for drawn in order.tolist():
-        direction = inputs[drawn] / inputs[drawn].pow(2).sum().sqrt()
+        direction = residuals[drawn] / residuals[drawn].pow(2).sum().sqrt()
         encoder.append(direction * factor * encoder_length / n_alive)
         decoder.append(direction * decoder_length / n_alive)
     return encoder, decoder
@@ -96,15 +87,12 @@ def test_new_latents_equal_a_plain_version_and_nothing_else_changes(
     trainer, other = build_trainer(sae), build_trainer(plain)
     for step, x in enumerate(torch.randn(3, 16, 8, dtype=torch.float64)):
         before = {name: p.detach().clone() for name, p in per_latent(sae).items()}
-        b_dec = sae.b_dec.detach().clone()
         trainer.n_training_steps = other.n_training_steps = step
         output = trainer.step(x)
         other.step(x)
         assert output.metrics.get("resampled_latents") == (N_DEAD if step == 2 else None)
     factor = 1.0 if architecture in TOPK_ARCHITECTURES else 0.2
-    encoder, decoder = plain_version(
-        before, b_dec, output.sae_in, output.sae_out.detach(), mode, factor, step
-    )
+    encoder, decoder = plain_version(before, output.sae_in, output.sae_out.detach(), factor, step)
     new, kept = per_latent(sae), per_latent(plain)
     for latent in range(N_DEAD):
         torch.testing.assert_close(new["W_enc"][latent], encoder[latent])
@@ -215,9 +203,11 @@ def test_bad_rows_are_not_drawn() -> None:
     x = torch.randn(12, 8)
     x[3:, 1] = torch.nan
     with pytest.warns(UserWarning, match="9 rows"):
-        new = forward(sae, x).new_latents
+        output = forward(sae, x)
+    new = output.new_latents
     assert len(new.latents) == 3
-    directions = (x[:3] - sae.b_dec) / (x[:3] - sae.b_dec).norm(dim=-1, keepdim=True)
+    residuals = (x - output.sae_out.detach())[:3]
+    directions = residuals / residuals.norm(dim=-1, keepdim=True)
     cosines = new.decoder / new.decoder.norm(dim=-1, keepdim=True) @ directions.T
     assert sorted(cosines.argmax(dim=1).tolist()) == [0, 1, 2]
 
