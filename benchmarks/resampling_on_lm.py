@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from commit import commit
 from datasets import load_dataset
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
@@ -76,6 +77,20 @@ def activations(model_folder: Path, text: Path, n: int) -> torch.Tensor:
 def is_ordinary(x: torch.Tensor) -> torch.Tensor:
     norms = x.norm(dim=1)
     return norms < 5 * norms.median()
+
+
+def about(x: torch.Tensor) -> dict[str, float]:
+    """How few rows hold how much of the variance."""
+    ordinary = is_ordinary(x)
+    squares = (x - x.mean(0)).square().sum(dim=1)
+    return {
+        "rows": len(x),
+        "rows that are not ordinary": (~ordinary).sum().item(),
+        "their share of the variance": (squares[~ordinary].sum() / squares.sum()).item(),
+        "their mean norm over the median": (
+            x[~ordinary].norm(dim=1).mean() / x.norm(dim=1).median()
+        ).item(),
+    }
 
 
 def explained(x: torch.Tensor, out: torch.Tensor) -> float:
@@ -172,13 +187,17 @@ def after_resampling(
     }
 
 
-def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def kept_activations(args: argparse.Namespace) -> torch.Tensor:
+    """(n, d_in), made once, and scaled to a mean norm of sqrt(d_in) as SAELens's trainer does."""
     kept = args.text / "activations.npy"
     if not kept.exists():
         x = activations(args.model, args.text, args.activations)
         replace_file(kept, lambda path: np.save(path, x.numpy()))
     x = torch.from_numpy(np.load(kept))[: args.activations]
-    x = x * x.shape[1] ** 0.5 / x.norm(dim=1).mean()  # as SAELens's trainer scales them
+    return x * x.shape[1] ** 0.5 / x.norm(dim=1).mean()
+
+
+def runs(args: argparse.Namespace, x: torch.Tensor) -> Iterator[dict[str, Any]]:
     for architecture in args.architecture:
         for name in args.cases:
             results = [train(x, architecture, CASES[name], seed) for seed in args.seeds]
@@ -220,11 +239,13 @@ def main() -> None:
     if args.table is not None:
         print_table([r for path in args.table for r in json.loads(path.read_text())["results"]])
         return
+    x = kept_activations(args)
+    settings = {key: str(value) for key, value in vars(args).items()}
+    report = {"commit": commit(), "settings": settings, "activations": about(x)}
     results: list[dict[str, Any]] = []
-    for result in runs(args):
+    for result in runs(args, x):
         results.append(result)
-        settings = {key: str(value) for key, value in vars(args).items()}
-        write_json(args.out, {"settings": settings, "results": results})
+        write_json(args.out, {**report, "results": results})
         print(json.dumps(result), flush=True)
 
 
