@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "input, b_dec starts at the mean": {"fields": RESAMPLED, "input": True, "centred": True},
     "input, encoder length 0.2": {"fields": RESAMPLED, "input": True, "length": 0.2},
     "residual": {"fields": RESAMPLED},
+    "residual, b_dec starts at the mean": {"fields": RESAMPLED, "centred": True},
+    "pursuit, b_dec starts at the mean": {"fields": {"aux_variant": "pursuit"}, "centred": True},
 }
 
 
