@@ -27,9 +27,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from commit import commit
 from datasets import load_dataset
+from made_by import commit
 from sae_lens.config import SAETrainerConfig
+from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from tqdm import tqdm
@@ -96,7 +97,9 @@ def about(x: torch.Tensor) -> dict[str, float]:
 
 
 def explained(x: torch.Tensor, out: torch.Tensor) -> float:
-    return (1 - (x - out).square().sum() / (x - x.mean(0)).square().sum()).item()
+    calculator = ExplainedVarianceCalculator()
+    calculator.add_batch(out, x)
+    return calculator.compute()
 
 
 def from_inputs(sae: Any, target: Any, step_input: Any, feature_acts: torch.Tensor) -> Any:

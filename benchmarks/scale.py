@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from benchmarks.commit import commit
+from benchmarks.made_by import made_by
 from sae_lens_auxk.files import write_json
 
 D_IN, BATCH, K, K_AUX = 768, 4096, 32, 512
+RESULTS = Path(__file__).parent.parent / "docs" / "performance" / "several-gpus.json"
+"""Of benchmarks/several_gpus.py."""
 
 # --- measured --------------------------------------------------------------------------------
 
@@ -113,13 +115,9 @@ def measure_all(args: argparse.Namespace) -> None:
             dist.all_gather_object(results, own)
     if processes.rank() > 0:
         return
-    cuda = args.device.startswith("cuda")
     report = {
-        "processes": processes.n_processes(),
+        **made_by(args.device),
         "shared": shared,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "commit": commit(),
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "ranks": results,
     }
@@ -127,6 +125,21 @@ def measure_all(args: argparse.Namespace) -> None:
         print(json.dumps(of_rank0))
     if args.out is not None:
         write_json(args.out, report)
+
+
+def steps(results: dict[str, Any], name: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """The figures of a job's slowest rank by the number of latents and the variant.
+
+    A kernel of NCCL's waits for the last rank, so the time that they take is that of the rank that
+    waits least.
+    """
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for of_ranks in zip(*results.get(name, {}).get("ranks", []), strict=True):
+        slowest = max(of_ranks, key=lambda entry: entry.get("ms", 0))
+        waits_least = min(entry.get("nccl_ms", 0) for entry in of_ranks)
+        key = slowest["d_sae"], slowest["variant"]
+        found[key] = {**slowest, "nccl_ms": waits_least}
+    return found
 
 
 # --- computed --------------------------------------------------------------------------------
@@ -249,15 +262,11 @@ def print_model(prefix: Path) -> None:
 
 
 def _measured(d_sae: int) -> list[tuple[int, float]]:
-    """(N, ms) of steps with ``auxk`` that benchmarks/several_gpus.py has measured."""
-    path = Path(__file__).parent.parent / "docs" / "performance" / "several-gpus.json"
-    results = json.loads(path.read_text())
+    """(N, ms) of the steps with ``auxk`` in ``RESULTS``."""
+    results = json.loads(RESULTS.read_text())
+    by_n = {n: steps(results, f"steps, {n}") for n in (1, 2, 4, 8)}
     return [
-        (n, max(rank[i]["ms"] for rank in ranks))
-        for n in (1, 2, 4, 8)
-        for ranks in [results.get(f"steps, {n}", {}).get("ranks", [[]])]
-        for i, entry in enumerate(ranks[0])
-        if (entry["d_sae"], entry["variant"]) == (d_sae, "auxk")
+        (n, found[d_sae, "auxk"]["ms"]) for n, found in by_n.items() if (d_sae, "auxk") in found
     ]
 
 

@@ -1,6 +1,6 @@
 """Measure an SAE shared among all GPUs of a host, and write everything in one command.
 
-    python -m benchmarks.several_gpus                # measures, 8 minutes on two H100s
+    python -m benchmarks.several_gpus                # measures; 6 minutes without the losses
     python -m benchmarks.several_gpus --tables       # prints the tables of docs/scale.md
 
 For N = 1, 2, 4, 8, as far as there are GPUs: whole steps of ``benchmarks.scale``, whole runs of
@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.scale import NVLINK, largest_d_sae, sharded_ms
+from benchmarks.scale import NVLINK, RESULTS, largest_d_sae, sharded_ms, steps
 from sae_lens_auxk.files import write_json
 
-RESULTS = Path(__file__).parent.parent / "docs" / "performance" / "several-gpus.json"
+COUNTS = (1, 2, 4, 8)
 SIZES = (131_072, 524_288, 1_048_576)
-WEAK = (131_072, 524_288, 1_048_576)
-"""Latents of one GPU; N GPUs get N times as many, and of the last only the loss ``auxk``."""
+"""N GPUs also get N times as many latents, and with N times the last only the loss ``auxk``."""
 BLOCK = 131_072
 STORE = "autocast_lm"
 LIMIT_S = 600
@@ -45,7 +44,7 @@ class Job(NamedTuple):
 
 
 def jobs(n_gpus: int) -> Iterator[Job]:
-    counts = [n for n in (1, 2, 4, 8) if n <= n_gpus]
+    counts = [n for n in COUNTS if n <= n_gpus]
     whole = ["--stores", STORE, "--saes", "auxk-topk, none", "auxk-topk, auxk"]
     yield Job("steps, 1", "scale", 1, sizes(1))
     yield Job("steps, 1, shared", "scale", 1, [*sizes(1), "--shared"])
@@ -59,11 +58,11 @@ def jobs(n_gpus: int) -> Iterator[Job]:
 
 
 def sizes(n: int) -> list[str]:
-    return ["--d_sae", *map(str, sorted({*SIZES, *(n * own for own in WEAK[:-1])}))]
+    return ["--d_sae", *map(str, sorted({*SIZES, *(n * own for own in SIZES[:-1])}))]
 
 
 def largest(n: int) -> list[str]:
-    weak = [str(n * WEAK[-1])] if n > 1 else []
+    weak = [str(n * SIZES[-1])] if n > 1 else []
     return ["--d_sae", *weak, str(largest_d_sae(n) // BLOCK * BLOCK), "--variants", "auxk"]
 
 
@@ -125,25 +124,14 @@ def measure(out: Path) -> None:
 # --- tables ----------------------------------------------------------------------------------
 
 
-def steps(results: dict[str, Any], name: str) -> dict[tuple[int, str], dict[str, Any]]:
-    """The figures of a job's slowest rank by the number of latents and the variant.
-
-    A kernel of NCCL's waits for the last rank, so the time that they take is that of the rank that
-    waits least.
-    """
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for of_ranks in zip(*results.get(name, {}).get("ranks", []), strict=True):
-        slowest = max(of_ranks, key=lambda entry: entry.get("ms", 0))
-        waits_least = min(entry.get("nccl_ms", 0) for entry in of_ranks)
-        key = slowest["d_sae"], slowest["variant"]
-        found[key] = {**slowest, "nccl_ms": waits_least}
-    return found
+def spread(entry: dict[str, Any]) -> str:
+    return f"{entry['ms']:.1f} ({entry['min']:.1f}–{entry['max']:.1f})"
 
 
 def print_tables(results: dict[str, Any]) -> None:
     by_n = {
         n: {**steps(results, f"steps, {n}"), **steps(results, f"largest, {n}")}
-        for n in (1, 2, 4, 8)
+        for n in COUNTS
         if f"steps, {n}" in results
     }
     shared = steps(results, "steps, 1, shared")
@@ -161,19 +149,15 @@ def print_tables(results: dict[str, Any]) -> None:
                 continue
             computed = f"{sharded_ms(d_sae, n, NVLINK):.1f}" if variant == "auxk" else "–"
             nccl = f"{entry['nccl_ms']:.1f}" if n > 1 else "–"
-            span = f"{entry['min']:.1f}–{entry['max']:.1f}"
-            print(row, f"{entry['ms']:.1f} ({span}) | {computed} | {entry['GiB']:.1f} | {nccl} |")
+            print(row, f"{spread(entry)} | {computed} | {entry['GiB']:.1f} | {nccl} |")
     print("\n| latents | loss | an ordinary step, ms | in a group of one process, ms |")
     print("|---|---|---|---|")
     for (d_sae, variant), entry in shared.items():
         plain = by_n[1][d_sae, variant]
-        cells = (
-            f"{each['ms']:.1f} ({each['min']:.1f}–{each['max']:.1f})" for each in (plain, entry)
-        )
-        print(f"| {d_sae:,} | `{variant}` |", " | ".join(cells), "|")
+        print(f"| {d_sae:,} | `{variant}` | {spread(plain)} | {spread(entry)} |")
     print("\n| loss | latents a GPU | N | ms | of N = 1 | efficiency |")
     print("|---|---|---|---|---|---|")
-    for own in WEAK:
+    for own in SIZES:
         for variant in ("none", "auxk", "pursuit"):
             for n, found in by_n.items():
                 one, entry = by_n[1].get((own, variant)), found.get((n * own, variant))

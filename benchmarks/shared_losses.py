@@ -1,7 +1,7 @@
 """Are the losses of an SAE that GPUs share those of one GPU?
 
     torchrun --nproc-per-node 2 -m benchmarks.shared_losses --device cuda --out losses.json
-    python -m benchmarks.shared_losses    # one process: the orders of the rows only
+    python -m benchmarks.shared_losses    # one process: trained again, and the other order of rows
 
 Rank 0 trains an SAE alone, by SAELens's trainer; then all ranks train one together, from the same
 weights on the same batches. For comparison rank 0 also trains alone with the rows of each batch in
@@ -23,11 +23,10 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
-from benchmarks.commit import commit
+from benchmarks.made_by import made_by
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.sharded import processes
 from sae_lens_auxk.sharded.collectives import gather
-from sae_lens_auxk.sharded.files import SHARDED_DIM
 from sae_lens_auxk.sharded.sae import sharded_sae
 
 N_FEATURES, PER_ROW = 16_384, 32
@@ -69,16 +68,11 @@ def losses(args: argparse.Namespace, variant: str, group: Any, permuted: bool) -
         "dead_threshold_tokens": 20 * args.batch,
     }
     torch.manual_seed(0)
-    weights = cls(cfg_cls(**fields, device="cpu")).state_dict()
-    cfg = cfg_cls(**fields, device=args.device)
-    sae = cls(cfg) if group is None else sharded_sae(cfg, group)
-    with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            given = weights[name]
-            if group is not None and name in SHARDED_DIM:
-                held = sae.latents
-                given = given.narrow(SHARDED_DIM[name], held.start, held.n)
-            parameter.copy_(given)
+    if group is None:
+        # On the CPU first: the weights of a shared SAE are those that one process draws there.
+        sae = cls(cfg_cls(**fields, device="cpu")).to(args.device)
+    else:
+        sae = sharded_sae(cfg_cls(**fields, device=args.device), group)
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=args.steps * args.batch,
@@ -128,14 +122,7 @@ def main() -> None:
     if n > 1:
         args.device = processes.own_device(args.device)
     is_first = processes.rank() == 0
-    cuda = args.device.startswith("cuda")
-    about = {
-        "processes": n,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "commit": commit(),
-        "settings": settings,
-    }
+    about = {**made_by(args.device), "settings": settings}
     results: list[dict[str, Any]] = []
     with processes.process_group(args.device) if n > 1 else nullcontext():
         group = dist.group.WORLD if n > 1 else None

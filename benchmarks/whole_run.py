@@ -38,7 +38,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from benchmarks.commit import commit
+from benchmarks.made_by import made_by
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.sharded import processes
@@ -253,6 +253,7 @@ def main() -> None:
     n = processes.n_processes()
     if n > 1:
         args.device = processes.own_device(args.device)
+    about = {**made_by(args.device), "settings": settings}
     results: list[dict[str, Any]] = []
     with processes.process_group(args.device) if n > 1 else nullcontext():
         for result in measure(args):
@@ -266,14 +267,6 @@ def main() -> None:
                 flush=True,
             )
             if args.out is not None:
-                cuda = args.device.startswith("cuda")
-                about = {
-                    "processes": n,
-                    "device": torch.cuda.get_device_name() if cuda else "cpu",
-                    "torch": torch.__version__,
-                    "commit": commit(),
-                    "settings": settings,
-                }
                 write_json(args.out, {**about, "runs": results})
 
 

@@ -149,7 +149,7 @@ def test_a_run_is_that_of_one_process_and_goes_on_with_any_number(tmp_path: Path
                 torch.testing.assert_close(y["optimizer"]["state"][i][key], value)
         assert TrainingSAE.load_from_disk(b).cfg.d_sae == 48
     middle = _checkpoints(shared)[0]
-    for n in COUNTS[1::2]:
+    for n in [n for n in (4, 2) if n in COUNTS]:
         folder = tmp_path / f"resumed-{n}"
         in_processes(n, _run, folder, {"resume_from_checkpoint": str(middle)})
         _assert_same_run(whole, folder)
