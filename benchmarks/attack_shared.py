@@ -30,9 +30,9 @@ FILES = ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json")
 
 
 def start(flags: list[str], n: int, checkpoint: Path | None, said: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
-    command += ["--master-port", str(random.randint(20_000, 60_000)), "-m", "sae_lens_auxk"]
-    command += ["train", *flags]
+    # Standalone: torchrun takes a free port. One chosen here may be taken.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n), "-m", "sae_lens_auxk", "train", *flags]
     if checkpoint is not None:
         command += ["--resume_from_checkpoint", str(checkpoint)]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}

@@ -116,7 +116,10 @@ def _run_whole(folder: Path, fields: dict[str, Any]) -> None:
     cfg = _config(folder, **fields)
     torch.manual_seed(7)
     with _in_float64():
-        LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), _model()).run()
+        model = _model()
+        # Drawn on the CPU, as the processes draw theirs: a GPU has random numbers of its own.
+        sae: Any = TrainingSAE.from_dict({**cfg.get_training_sae_cfg_dict(), "device": "cpu"})
+        LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), model, sae).run()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
