@@ -18,12 +18,15 @@ LOSSES = {
     "auxk": "`auxk`",
     "auxk, bias matched": "`auxk`, bias matched",
     "auxk, bias none": "`auxk`, bias none",
+    "auxk, times 4": "`auxk`, coefficient 0.125",
     "auxk, alpha 0.25": "`auxk`, coefficient 0.25",
     "auxk, alpha 1": "`auxk`, coefficient 1",
     "straight_through": "`straight_through`",
-    "resampling": "resampling alone, input's direction",
+    "resampling, input": "resampling alone, input's direction",
+    "resampling": "resampling alone",
     "pursuit, up only": "`pursuit`, up only",
     "pursuit": "`pursuit`",
+    "pursuit, resampling": "`pursuit`, resampling",
     "reanimation": "`reanimation`",
     "pre_activation": "`pre_activation`",
     "ghost_gradients": "`ghost_gradients`",
@@ -98,26 +101,30 @@ class Table:
     """A row for each architecture and loss: mean ± standard deviation over the seeds.
 
     Attributes:
-        results: folders of comparisons, in docs/results.
+        results: folders of comparisons, in docs/results. Those in a tuple are shown as one
+            comparison.
         columns: those after architecture and loss.
+        hidden: cases that are not shown.
     """
 
-    results: tuple[str, ...]
+    results: tuple[str | tuple[str, ...], ...]
     columns: tuple[Column, ...]
+    hidden: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         return _markdown(
             ["architecture", "loss", *(head for head, _ in self.columns)],
-            [row for name in self.results for row in self._rows(_read(name))],
+            [row for names in self.results for row in self._rows(names)],
         )
 
-    def _rows(self, results: Results) -> Iterator[list[str]]:
-        groups = {(_architecture(g), _case(g)): g for g in results["groups"]}
+    def _rows(self, names: str | tuple[str, ...]) -> Iterator[list[str]]:
+        comparisons = [_read(name) for name in ([names] if isinstance(names, str) else names)]
+        groups = {(_architecture(g), _case(g)): (r, g) for r in comparisons for g in r["groups"]}
         for name, architecture in ARCHITECTURES.items():
             for case, loss in LOSSES.items():
-                group = groups.get((name, case))
-                if group is not None:
-                    yield [architecture, loss, *(cell(results, group) for _, cell in self.columns)]
+                if (name, case) in groups and case not in self.hidden:
+                    found = groups[name, case]
+                    yield [architecture, loss, *(cell(*found) for _, cell in self.columns)]
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,10 @@ LAYER_15_OUTCOME = Table(
     ),
 )
 OWN_WINDOW = ("smollm2-layer15/topk-own-window",)
+LAYER_7 = ("smollm2-layer7/topk-long",)
+BATCHTOPK_LONG = ("smollm2-layer15/batchtopk-long",)
+ONE_SEED = ("smollm2-layer15/topk-long",)
+KNOWN = (("pursuit", "pursuit-resampling"),)
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
 WIDE = tuple(
@@ -202,24 +213,55 @@ K, SAMPLES = setting("k", "k"), setting("training_samples", "samples")
 TABLES = {
     "choosing.md": (
         Table(
-            ("pursuit",),
+            KNOWN,
             (
                 *map(of_all, ("dead_fraction", "explained_variance", "f1", "uniqueness")),
                 *FOUND_AGAIN,
             ),
+            hidden=("resampling, input",),
         ),
     ),
-    "issue-666.md": (LAYER_15_OUTCOME,),
+    "issue-666.md": (
+        LAYER_15_OUTCOME,
+        Table(LAYER_7, LAYER_15_OUTCOME.columns),
+        Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
+    ),
     "evidence.md": (
-        Settings((*LAYER_15, *OWN_WINDOW, "pursuit", *NARROW, *LONG, *WIDE, "smollm2")),
+        Settings(
+            (
+                *LAYER_15,
+                *LAYER_7,
+                *BATCHTOPK_LONG,
+                *ONE_SEED,
+                *OWN_WINDOW,
+                "pursuit",
+                "pursuit-resampling",
+                *NARROW,
+                *LONG,
+                *WIDE,
+                "smollm2",
+            )
+        ),
         LAYER_15_OUTCOME,
         Table(LAYER_15, PARTS),
         Table(LAYER_15, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
+        Table(LAYER_7, LAYER_15_OUTCOME.columns),
+        Table(LAYER_7, PARTS),
+        Table(LAYER_7, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
+        Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
+        Table(BATCHTOPK_LONG, PARTS),
+        Table(
+            ONE_SEED,
+            (
+                *map(of_all, ("dead_fraction", "explained_variance", "ce_loss_recovered")),
+                of_group("age", "revived"),
+            ),
+        ),
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, PARTS),
-        Table(("pursuit",), (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
-        Table(("pursuit",), PARTS),
-        Table(("pursuit",), (of_both("n_alive"), *COMPARED, *PEEKED)),
+        Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
+        Table(KNOWN, PARTS),
+        Table(KNOWN, (of_both("n_alive"), *COMPARED, *PEEKED)),
         Table(NARROW, (K, *OUTCOME, JUNK)),
         Table(NARROW, (K, *COMPARED, *PEEKED)),
         Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),

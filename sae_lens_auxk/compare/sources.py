@@ -30,6 +30,7 @@ from sae_lens.synthetic import (
 )
 from sae_lens.training.activation_scaler import ActivationScaler
 
+from sae_lens_auxk.compare.float32_losses import Float32Losses
 from sae_lens_auxk.compare.peeking import MAX_LATENTS, NEIGHBOURS
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.same_data import SameFeatures, SamePrompts
@@ -363,13 +364,13 @@ class LanguageModelPass:
         return 1  # there is one language model, with one set of hooks
 
     def metrics(self, sae: SAE[Any]) -> dict[str, float]:
-        """SAELens's CE loss recovered, on the same prompts every time."""
+        """SAELens's CE loss recovered, on the same prompts every time, averaged in float32."""
         cfg, store = self._runner.cfg, self._runner.activations_store
         excluded = store.exclude_special_tokens
         metrics, _ = run_evals(
             sae,
             SamePrompts(self._tokens),  # type: ignore[arg-type]
-            self._runner.model,
+            Float32Losses(self._runner.model),  # type: ignore[arg-type]
             ActivationScaler(),  # any scaling has been folded into the weights
             EvalConfig(compute_ce_loss=True, n_eval_reconstruction_batches=len(self._tokens)),
             model_kwargs=cfg.model_kwargs,

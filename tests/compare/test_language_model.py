@@ -87,6 +87,36 @@ def test_ce_loss_is_of_the_same_prompts_for_every_case(comparison: Resolved) -> 
     assert data.metrics(sae) == data.metrics(sae)
 
 
+def test_ce_loss_of_a_bfloat16_model_is_averaged_in_float32(
+    comparison: Resolved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "load_model", lambda *_, **__: gpt2(dtype=torch.bfloat16))
+    source: Any = LanguageModel(comparison)
+    config = run.cases_of(comparison)[0].sae_config(comparison, source.d_in)
+    sae = run.build_sae(config, seed=0)
+    data = source.open(0, {"": sae})
+    losses: dict[str, list[torch.Tensor]] = {"clean": [], "sae": [], "zero": []}
+
+    def reconstruct(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return sae.decode(sae.encode(x.float())).to(x.dtype)
+
+    def ablate(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    with torch.no_grad():
+        for prompts in data._tokens:
+            for name, hook in (("clean", None), ("sae", reconstruct), ("zero", ablate)):
+                hooks = [(source.hook_name, hook)] if hook else []
+                loss = source.model.run_with_hooks(
+                    prompts, return_type="loss", loss_per_token=True, fwd_hooks=hooks
+                )
+                losses[name].append(loss)
+    assert losses["clean"][0].dtype == torch.bfloat16
+    clean, with_sae, zero = (torch.cat(parts).double().mean().item() for parts in losses.values())
+    expected = (zero - with_sae) / (zero - clean)
+    assert data.metrics(sae)["ce_loss_recovered"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_middle_is_the_default_place_and_a_wrong_one_is_refused(comparison: Resolved) -> None:
     assert LanguageModel(comparison).hook_name == "blocks.1.hook_resid_pre"
     wrong = resolve(Comparison(**{**vars(comparison), "hook_name": "blocks.1.hook_resid_prf"}))
