@@ -14,6 +14,7 @@ from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Results
 DOCS = Path(__file__).parent.parent / "docs"
 LOSSES = {
     "SAELens": "SAELens's loss",
+    "SAELens, pre_act_loss": "SAELens's loss, `pre_act_loss_coefficient` 3e-6",
     "none": "none",
     "auxk": "`auxk`",
     "auxk, bias matched": "`auxk`, bias matched",
@@ -39,6 +40,7 @@ ARCHITECTURES = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
     "matryoshka-batchtopk": "Matryoshka",
+    "jumprelu": "JumpReLU",
 }
 BEGIN, END = "<!-- benchmarks/tables.py -->\n", "<!-- end -->"
 
@@ -105,11 +107,13 @@ class Table:
             comparison.
         columns: those after architecture and loss.
         hidden: cases that are not shown.
+        ending: only cases whose names end so are shown, without it.
     """
 
     results: tuple[str | tuple[str, ...], ...]
     columns: tuple[Column, ...]
     hidden: tuple[str, ...] = ()
+    ending: str = ""
 
     def markdown(self) -> str:
         return _markdown(
@@ -122,8 +126,8 @@ class Table:
         groups = {(_architecture(g), _case(g)): (r, g) for r in comparisons for g in r["groups"]}
         for name, architecture in ARCHITECTURES.items():
             for case, loss in LOSSES.items():
-                if (name, case) in groups and case not in self.hidden:
-                    found = groups[name, case]
+                found = groups.get((name, case + self.ending))
+                if found is not None and case not in self.hidden:
                     yield [architecture, loss, *(cell(*found) for _, cell in self.columns)]
 
 
@@ -203,6 +207,18 @@ LAYER_7 = ("smollm2-layer7/topk-long",)
 BATCHTOPK_LONG = ("smollm2-layer15/batchtopk-long",)
 ONE_SEED = ("smollm2-layer15/topk-long",)
 KNOWN = (("pursuit", "pursuit-resampling"),)
+JUMPRELU = tuple(
+    Table(
+        ("jumprelu",),
+        (
+            *map(of_all, ("dead_fraction", "explained_variance", "l0", "f1", "uniqueness")),
+            of_all("found_again"),
+            *FOUND_AGAIN,
+        ),
+        ending=f", l0_coefficient {coefficient}",
+    )
+    for coefficient in (1, 2)
+)
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
 WIDE = tuple(
@@ -220,6 +236,7 @@ TABLES = {
             ),
             hidden=("resampling, input",),
         ),
+        *JUMPRELU,
     ),
     "issue-666.md": (
         LAYER_15_OUTCOME,
