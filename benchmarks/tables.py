@@ -253,6 +253,7 @@ TABLES = {
                 *OWN_WINDOW,
                 "pursuit",
                 "pursuit-resampling",
+                "long-training",
                 *NARROW,
                 *LONG,
                 *WIDE,
@@ -279,6 +280,10 @@ TABLES = {
         Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
         Table(KNOWN, PARTS),
         Table(KNOWN, (of_both("n_alive"), *COMPARED, *PEEKED)),
+        Table(
+            ("long-training",),
+            (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN, of_group("age", "revived")),
+        ),
         Table(NARROW, (K, *OUTCOME, JUNK)),
         Table(NARROW, (K, *COMPARED, *PEEKED)),
         Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),
