@@ -205,7 +205,10 @@ LAYER_15_OUTCOME = Table(
 OWN_WINDOW = ("smollm2-layer15/topk-own-window",)
 LAYER_7 = ("smollm2-layer7/topk-long",)
 BATCHTOPK_LONG = ("smollm2-layer15/batchtopk-long",)
-ONE_SEED = ("smollm2-layer15/topk-long",)
+TOPK_LONG = (("smollm2-layer15/topk-long", "smollm2-layer15/topk-long-more"),)
+MATRYOSHKA = ("smollm2-layer15/matryoshka",)
+THREE_K = tuple(f"smollm2-layer7/k{k}" for k in (16, 32, 64))
+FIRST_POSITION = ("smollm2-layer7/first-position",)
 KNOWN = (("pursuit", "pursuit-resampling"),)
 JUMPRELU = tuple(
     Table(
@@ -218,6 +221,9 @@ JUMPRELU = tuple(
         ending=f", l0_coefficient {coefficient}",
     )
     for coefficient in (1, 2)
+)
+BOTH_HALVES = tuple(
+    f"synthsaebench/both-halves-{name}" for name in ("topk", "batchtopk", "matryoshka")
 )
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
@@ -241,6 +247,7 @@ TABLES = {
     "issue-666.md": (
         LAYER_15_OUTCOME,
         Table(LAYER_7, LAYER_15_OUTCOME.columns),
+        Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
     ),
     "evidence.md": (
@@ -249,11 +256,15 @@ TABLES = {
                 *LAYER_15,
                 *LAYER_7,
                 *BATCHTOPK_LONG,
-                *ONE_SEED,
+                *TOPK_LONG[0],
+                *MATRYOSHKA,
+                *THREE_K,
+                *FIRST_POSITION,
                 *OWN_WINDOW,
                 "pursuit",
                 "pursuit-resampling",
                 "long-training",
+                *BOTH_HALVES,
                 *NARROW,
                 *LONG,
                 *WIDE,
@@ -268,13 +279,11 @@ TABLES = {
         Table(LAYER_7, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
         Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(BATCHTOPK_LONG, PARTS),
-        Table(
-            ONE_SEED,
-            (
-                *map(of_all, ("dead_fraction", "explained_variance", "ce_loss_recovered")),
-                of_group("age", "revived"),
-            ),
-        ),
+        Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
+        Table(TOPK_LONG, PARTS),
+        Table(MATRYOSHKA, LAYER_15_OUTCOME.columns),
+        Table(THREE_K, (setting("k", "k"), *LAYER_15_OUTCOME.columns)),
+        Table(FIRST_POSITION, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, PARTS),
         Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
@@ -284,6 +293,7 @@ TABLES = {
             ("long-training",),
             (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN, of_group("age", "revived")),
         ),
+        Table(BOTH_HALVES, (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN)),
         Table(NARROW, (K, *OUTCOME, JUNK)),
         Table(NARROW, (K, *COMPARED, *PEEKED)),
         Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),
