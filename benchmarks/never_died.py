@@ -15,13 +15,14 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from made_by import commit
+from over_seeds import over_seeds
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
+from tables import architecture_of
 
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.reproducibility import best_cosines
@@ -31,6 +32,19 @@ from sae_lens_auxk.results import FOUND_AGAIN, Run
 
 Numbers = dict[str, float]
 HOLDERS = ("itself", "revived", "never died", "nobody")
+COUNTS = ("never died with both", "lost", "gained")
+COLUMNS = {
+    "never died with both": "never died with both",
+    "found again, first": "found again, first",
+    "found again, second": "found again, second",
+    "lost": "lost",
+    "gained": "gained",
+    "itself": "lost: held by itself",
+    "revived": "a revived latent",
+    "never died": "one that never died",
+    "nobody": "nobody",
+}
+"""Heads of the table's columns, by the number that each shows; COUNTS are not shares."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,8 @@ def of_folder(folder: Path, losses: list[str], device: str) -> list[dict[str, An
     cases: dict[tuple[str, float | None], dict[str, list[Run]]] = {}
     for run in read_results(folder)["runs"]:
         if run["status"] == "finished" and run["case"] in losses:
-            # SAELens's architectures have other names than ours.
-            architecture = run["architecture"].removeprefix("auxk-").replace("_", "-")
-            cases.setdefault((architecture, run["k"]), {}).setdefault(run["case"], []).append(run)
+            key = (architecture_of(run), run["k"])
+            cases.setdefault(key, {}).setdefault(run["case"], []).append(run)
     results: list[dict[str, Any]] = []
     for (architecture, k), runs in cases.items():
         if len(runs) < 2:
@@ -106,33 +119,25 @@ def of_folder(folder: Path, losses: list[str], device: str) -> list[dict[str, An
                 "k": k,
                 "losses": losses,
                 "seeds": seeds,
-                **{
-                    key: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
-                    for key in each[0]
-                    for values in [[numbers[key] for numbers in each]]
-                },
+                **over_seeds(each),
             }
         )
     return results
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    counts, shares = ("never died with both", "lost", "gained"), ("first", "second")
-    print("| architecture | losses | never died with both |", end="")
-    print(" found again, first | found again, second | lost | gained |", end="")
-    print(" lost: held by itself | a revived latent | one that never died | nobody |")
-    print("|---" * 11 + "|")
+    print("| architecture | losses |", " | ".join(COLUMNS.values()), "|")
+    print("|---" * (2 + len(COLUMNS)) + "|")
     for result in results:
-
-        def cell(key: str, result: dict[str, Any] = result) -> str:
-            value, percent = result[key], key not in counts
-            scale, unit, digits = (100, "%", 1) if percent else (1, "", 0)
-            spread = "" if value["std"] is None else f" ± {scale * value['std']:.{digits}f}"
-            return f"{scale * value['mean']:.{digits}f}{spread}{unit}"
-
-        keys = [counts[0], *(f"found again, {name}" for name in shares), *counts[1:], *HOLDERS]
+        cells = [cell(key, **result[key]) for key in COLUMNS]
         print(f"| {result['architecture']} | {', '.join(result['losses'])} |", end=" ")
-        print(" | ".join(map(cell, keys)), "|")
+        print(" | ".join(cells), "|")
+
+
+def cell(key: str, mean: float, std: float | None) -> str:
+    scale, unit, digits = (1, "", 0) if key in COUNTS else (100, "%", 1)
+    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}{unit}"
 
 
 def main() -> None:

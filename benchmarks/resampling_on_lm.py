@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from made_by import commit
+from over_seeds import over_seeds
 from sae_lens.config import SAETrainerConfig
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.registry import get_sae_training_class
@@ -209,11 +209,7 @@ def runs(args: argparse.Namespace, x: torch.Tensor) -> Iterator[dict[str, Any]]:
             yield {
                 "architecture": architecture,
                 "case": name,
-                **{
-                    key: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
-                    for key in results[0]
-                    for values in [[result[key] for result in results]]
-                },
+                **over_seeds(results),
             }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sae_lens_auxk.compare.report.vocabulary import found_again_by_age, number
 from sae_lens_auxk.result_files import read_results
-from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Results
+from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Results, Run
 
 DOCS = Path(__file__).parent.parent / "docs"
 LOSSES = {
@@ -123,7 +123,7 @@ class Table:
 
     def _rows(self, names: str | tuple[str, ...]) -> Iterator[list[str]]:
         comparisons = [_read(name) for name in ([names] if isinstance(names, str) else names)]
-        groups = {(_architecture(g), _case(g)): (r, g) for r in comparisons for g in r["groups"]}
+        groups = {(architecture_of(g), _case(g)): (r, g) for r in comparisons for g in r["groups"]}
         for name, architecture in ARCHITECTURES.items():
             for case, loss in LOSSES.items():
                 found = groups.get((name, case + self.ending))
@@ -172,7 +172,8 @@ def _read(name: str) -> Results:
     return read_results(DOCS / "results" / name)
 
 
-def _architecture(group: Group) -> str:
+def architecture_of(group: Group | Run) -> str:
+    """Its name without prefix, the same for SAELens's own architecture and ours."""
     return group["architecture"].removeprefix("auxk-").replace("_", "-")
 
 
@@ -282,7 +283,7 @@ TABLES = {
         Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(TOPK_LONG, PARTS),
         Table(MATRYOSHKA, LAYER_15_OUTCOME.columns),
-        Table(THREE_K, (setting("k", "k"), *LAYER_15_OUTCOME.columns)),
+        Table(THREE_K, (K, *LAYER_15_OUTCOME.columns)),
         Table(FIRST_POSITION, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, PARTS),

@@ -1,0 +1,15 @@
+"""Mean and standard deviation over the seeds, for benchmarks that do not use ``compare``."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+MeanAndStd = dict[str, float | None]
+
+
+def over_seeds(results: Sequence[dict[str, float]]) -> dict[str, MeanAndStd]:
+    """Of each number in the results of the seeds; ``std`` is None for a single seed."""
+    return {
+        key: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+        for key in results[0]
+        for values in [[result[key] for result in results]]
+    }
