@@ -106,7 +106,7 @@ def of_folder(folder: Path, losses: list[str], device: str) -> list[dict[str, An
             cases.setdefault(key, {}).setdefault(run["case"], []).append(run)
     results: list[dict[str, Any]] = []
     for (architecture, k), runs in cases.items():
-        if len(runs) < 2:
+        if len(runs) < len(losses):
             continue
         first, second = (
             {run["seed"]: load(run, folder, device) for run in runs[name]} for name in losses
@@ -122,6 +122,8 @@ def of_folder(folder: Path, losses: list[str], device: str) -> list[dict[str, An
                 **over_seeds(each),
             }
         )
+    if not results:
+        raise SystemExit(f"{folder} has no architecture with finished runs of both {losses}.")
     return results
 
 

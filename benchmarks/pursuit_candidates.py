@@ -26,8 +26,9 @@ to the activation of each of the ``k_aux`` dead latents nearest to firing, passe
   ``after step``: a row won by a dead latent goes to the dead latent that explains it best once each
   has taken its step, so that one feature is not won by several. ``silent``: any latent that does
   not fire in the batch may learn, dead or not. ``down``: the dead latents nearest to firing are
-  pushed down where firing at h would raise the error. The package's ``pursuit`` is ``pursuit,
-  down``.
+  pushed down where firing at h would raise the error. ``swap``: in TopK a latent that fires takes
+  the place of the weakest one, so the residual has that one's part again; a dead latent must
+  explain more than it does. The package's ``pursuit`` is ``pursuit, down``.
 """
 
 import argparse
@@ -83,6 +84,7 @@ def pursuit(
     down: bool = False,
     after_step: bool = False,
     silent: bool = False,
+    swap: bool = False,
 ) -> torch.Tensor:
     W, residual, all_h = inputs.W_dec, inputs.residual, inputs.hidden_pre
     norms = (
@@ -90,6 +92,9 @@ def pursuit(
     )
     with torch.no_grad():
         directions = W / norms.unsqueeze(1)
+        if swap:
+            acts, firing = all_h.topk(cfg.k, dim=1)
+            residual = residual + acts[:, -1:].relu() * directions[firing[:, -1]]
         products = residual @ directions.T
         pull, latents = products.max(dim=-1)
         threshold = inputs.firing_threshold().reshape(-1, 1)
@@ -105,7 +110,7 @@ def pursuit(
     if down:
         nearest = inputs.nearest_dead(cfg.resolved_k_aux)
         acts = nearest.h.detach().relu()
-        excess = (nearest.project(residual) - acts).clamp(max=0).where(acts > 0, 0)
+        excess = (nearest.project(inputs.residual) - acts).clamp(max=0).where(acts > 0, 0)
         loss = loss - 2 * (excess * nearest.h).sum(dim=-1).mean()
     return scale * (loss - loss.detach())
 
@@ -171,6 +176,7 @@ PURSUIT: dict[str, dict[str, Any]] = {
     "pursuit, silent": {"scale": 16, "silent": True},
     "pursuit, down": {"scale": 16, "down": True},
     "pursuit, down, silent": {"scale": 16, "down": True, "silent": True},
+    "pursuit, down, swap": {"scale": 16, "down": True, "swap": True},
 }
 FORMS: list[tuple[dict[str, dict[str, Any]], Callable[..., torch.Tensor]]] = [
     (CANDIDATES, nudge),

@@ -208,6 +208,9 @@ LAYER_7 = ("smollm2-layer7/topk-long",)
 BATCHTOPK_LONG = ("smollm2-layer15/batchtopk-long",)
 TOPK_LONG = (("smollm2-layer15/topk-long", "smollm2-layer15/topk-long-more"),)
 MATRYOSHKA = ("smollm2-layer15/matryoshka",)
+LONGEST = ("smollm2-layer15/topk-longest",)
+TOPK_WIDE = ("smollm2-layer7/topk-wide",)
+JUMPRELU_ON_LM = ("smollm2-layer7/jumprelu",)
 THREE_K = tuple(f"smollm2-layer7/k{k}" for k in (16, 32, 64))
 FIRST_POSITION = ("smollm2-layer7/first-position",)
 KNOWN = (("pursuit", "pursuit-resampling"),)
@@ -226,12 +229,18 @@ JUMPRELU = tuple(
 BOTH_HALVES = tuple(
     f"synthsaebench/both-halves-{name}" for name in ("topk", "batchtopk", "matryoshka")
 )
+BOTH_HALVES_LONGEST = tuple(f"synthsaebench/longest-{name}" for name in ("batchtopk", "matryoshka"))
+OTHER_SETTINGS = tuple(
+    f"other-settings/{name}"
+    for name in ("slow", "fast", "seeds", "size", "no-bias", "narrow", "long")
+)
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
 WIDE = tuple(
     f"synthsaebench/{name}"
     for name in ("wide-topk", "long-wide-topk", "longer-wide-topk", "wide-batchtopk")
 )
+NAME: Column = ("results", lambda results, _: results["name"])
 K, SAMPLES = setting("k", "k"), setting("training_samples", "samples")
 TABLES = {
     "choosing.md": (
@@ -250,6 +259,8 @@ TABLES = {
         Table(LAYER_7, LAYER_15_OUTCOME.columns),
         Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
+        Table(LONGEST, LAYER_15_OUTCOME.columns),
+        Table(TOPK_WIDE, LAYER_15_OUTCOME.columns),
     ),
     "evidence.md": (
         Settings(
@@ -258,14 +269,20 @@ TABLES = {
                 *LAYER_7,
                 *BATCHTOPK_LONG,
                 *TOPK_LONG[0],
+                *LONGEST,
+                *TOPK_WIDE,
                 *MATRYOSHKA,
+                *JUMPRELU_ON_LM,
+                "smollm2-layer7/jumprelu-sparsity",
                 *THREE_K,
                 *FIRST_POSITION,
                 *OWN_WINDOW,
                 "pursuit",
                 "pursuit-resampling",
                 "long-training",
+                *OTHER_SETTINGS,
                 *BOTH_HALVES,
+                *BOTH_HALVES_LONGEST,
                 *NARROW,
                 *LONG,
                 *WIDE,
@@ -282,9 +299,28 @@ TABLES = {
         Table(BATCHTOPK_LONG, PARTS),
         Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(TOPK_LONG, PARTS),
+        Table(LONGEST, LAYER_15_OUTCOME.columns),
+        Table(LONGEST, PARTS),
+        Table(TOPK_WIDE, LAYER_15_OUTCOME.columns),
+        Table(TOPK_WIDE, PARTS),
         Table(MATRYOSHKA, LAYER_15_OUTCOME.columns),
         Table(THREE_K, (K, *LAYER_15_OUTCOME.columns)),
         Table(FIRST_POSITION, LAYER_15_OUTCOME.columns),
+        Table(
+            JUMPRELU_ON_LM,
+            tuple(
+                map(
+                    of_all,
+                    (
+                        "dead_fraction",
+                        "explained_variance",
+                        "l0",
+                        "ce_loss_recovered",
+                        "found_again",
+                    ),
+                )
+            ),
+        ),
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, PARTS),
         Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
@@ -294,7 +330,9 @@ TABLES = {
             ("long-training",),
             (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN, of_group("age", "revived")),
         ),
+        Table(OTHER_SETTINGS, (NAME, *OUTCOME, JUNK, of_all("found_again"))),
         Table(BOTH_HALVES, (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN)),
+        Table(BOTH_HALVES_LONGEST, (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN)),
         Table(NARROW, (K, *OUTCOME, JUNK)),
         Table(NARROW, (K, *COMPARED, *PEEKED)),
         Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),

@@ -1,0 +1,99 @@
+"""Does each latent hold one true feature, or parts of several?
+
+    python benchmarks/purity.py FOLDER --out purity.json
+    python benchmarks/purity.py --table purity.json
+
+FOLDER is a comparison on a synthetic model, with its SAEs. For each latent that is alive, the table
+has its best cosine and its second best cosine with a true feature (means over the latents), and
+the share of latents whose second best is above 0.3: those that mix features. True features
+have small cosines with each other.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from made_by import commit
+from over_seeds import over_seeds
+from sae_lens.util import cosine_similarities
+from tables import architecture_of
+
+from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.reproducibility import alive_latents
+from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.sources import Synthetic
+from sae_lens_auxk.files import write_json
+from sae_lens_auxk.result_files import read_results
+
+MIXED = 0.3
+"""A latent whose second best cosine is above this holds a part of a second feature."""
+COLUMNS = {"best": "best cosine", "second": "second best cosine", "mixed": "mixed"}
+
+
+def purity(decoder: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
+    """Of decoder rows (n, d_in) and true features (n_features, d_in)."""
+    best, second = cosine_similarities(decoder, features).topk(2, dim=1).values.unbind(dim=1)
+    return {
+        "best": best.mean().item(),
+        "second": second.mean().item(),
+        "mixed": (second > MIXED).float().mean().item(),
+    }
+
+
+def of_folder(folder: Path, device: str) -> list[dict[str, Any]]:
+    results = read_results(folder)
+    comparison = resolve(Comparison(**{**results["comparison"], "device": device}))
+    if comparison.model_name or not comparison.has_one_model:
+        raise SystemExit(f"{folder} is not a comparison on one synthetic model for all seeds.")
+    features = Synthetic(comparison).model.feature_dict.feature_vectors.detach()
+    of_runs: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for run in results["runs"]:
+        latents = alive_latents(run, folder, device) if run["status"] == "finished" else None
+        if latents is not None:
+            of_run = purity(latents.decoder, features)
+            of_runs.setdefault((architecture_of(run), run["case"]), {})[run["seed"]] = of_run
+    return [
+        {
+            "architecture": architecture,
+            "case": case,
+            "seeds": [*of_seeds],
+            **over_seeds([*of_seeds.values()]),
+        }
+        for (architecture, case), of_seeds in of_runs.items()
+    ]
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print("| architecture | case |", " | ".join(COLUMNS.values()), "|")
+    print("|---" * (2 + len(COLUMNS)) + "|")
+    for result in results:
+        cells = [cell(key, **result[key]) for key in COLUMNS]
+        print(f"| {result['architecture']} | {result['case']} |", " | ".join(cells), "|")
+
+
+def cell(key: str, mean: float, std: float | None) -> str:
+    scale, unit, digits = (100, "%", 1) if key == "mixed" else (1, "", 3)
+    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}{unit}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help="a comparison with its SAEs")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("purity.json"))
+    parser.add_argument("--table", type=Path, help="print such a file, compute nothing")
+    args = parser.parse_args()
+    if args.table is None:
+        results = of_folder(args.folder, args.device)
+        write_json(args.out, {"commit": commit(), "folder": args.folder.name, "results": results})
+        args.table = args.out
+    print_table(json.loads(args.table.read_text())["results"])
+
+
+if __name__ == "__main__":
+    main()
