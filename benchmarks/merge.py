@@ -3,7 +3,7 @@
     python benchmarks/merge.py MERGED PART PART ...
 
 The parts are folders of ``sae-lens-auxk compare``, of the same data and training, that differ in
-cases, architectures or seeds. If two of them have finished the same run, the first is used.
+cases, architectures, k or seeds. If two of them have finished the same run, the first is used.
 """
 
 import argparse
@@ -15,7 +15,15 @@ from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.result_files import read_results, write_results
 from sae_lens_auxk.results import Results, Run
 
-MAY_DIFFER = ("architecture", "preset", "aux_variant", "aux_loss_coefficient", "cases", "seeds")
+MAY_DIFFER = (
+    "architecture",
+    "preset",
+    "aux_variant",
+    "aux_loss_coefficient",
+    "k",
+    "cases",
+    "seeds",
+)
 
 
 def merge(parts: list[Results], name: str) -> Results:
