@@ -279,6 +279,7 @@ TABLES = {
                 *OWN_WINDOW,
                 "pursuit",
                 "pursuit-resampling",
+                "pursuit-exchange",
                 "long-training",
                 *OTHER_SETTINGS,
                 *BOTH_HALVES,
