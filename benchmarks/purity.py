@@ -6,7 +6,7 @@
 FOLDER is a comparison on a synthetic model, with its SAEs. For each latent that is alive, the table
 has its best cosine and its second best cosine with a true feature (means over the latents), and
 the share of latents whose second best is above 0.3: those that mix features. True features
-have small cosines with each other.
+have small cosines with each other. *Revived* latents were dead once.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sae_lens.util import cosine_similarities
 from tables import architecture_of
 
 from sae_lens_auxk.compare.plan import Comparison
-from sae_lens_auxk.compare.reproducibility import alive_latents
+from sae_lens_auxk.compare.reproducibility import Alive, alive_latents
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.sources import Synthetic
 from sae_lens_auxk.files import write_json
@@ -29,16 +29,30 @@ from sae_lens_auxk.result_files import read_results
 
 MIXED = 0.3
 """A latent whose second best cosine is above this holds a part of a second feature."""
-COLUMNS = {"best": "best cosine", "second": "second best cosine", "mixed": "mixed"}
+GROUPS = ("", ", revived", ", never died")
+COLUMNS = {
+    "best": "best cosine",
+    "second": "second best cosine",
+    "mixed": "mixed",
+    "best, revived": "best cosine, revived",
+    "best, never died": "best cosine, never died",
+    "mixed, revived": "mixed, revived",
+    "mixed, never died": "mixed, never died",
+}
+"""Heads of the table's columns, by the number that each shows."""
 
 
-def purity(decoder: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
-    """Of decoder rows (n, d_in) and true features (n_features, d_in)."""
-    best, second = cosine_similarities(decoder, features).topk(2, dim=1).values.unbind(dim=1)
+def purity(latents: Alive, features: torch.Tensor) -> dict[str, float]:
+    """Of the alive latents of a run; ``features`` is (n_features, d_in)."""
+    cosines = cosine_similarities(latents.decoder, features)
+    best, second = cosines.topk(2, dim=1).values.unbind(dim=1)
+    measured = {"best": best, "second": second, "mixed": (second > MIXED).float()}
+    every = torch.ones_like(latents.ever_dead)
+    members = dict(zip(GROUPS, (every, latents.ever_dead, ~latents.ever_dead), strict=True))
     return {
-        "best": best.mean().item(),
-        "second": second.mean().item(),
-        "mixed": (second > MIXED).float().mean().item(),
+        f"{key}{group}": values[own].mean().item()
+        for key, values in measured.items()
+        for group, own in members.items()
     }
 
 
@@ -52,7 +66,7 @@ def of_folder(folder: Path, device: str) -> list[dict[str, Any]]:
     for run in results["runs"]:
         latents = alive_latents(run, folder, device) if run["status"] == "finished" else None
         if latents is not None:
-            of_run = purity(latents.decoder, features)
+            of_run = purity(latents, features)
             of_runs.setdefault((architecture_of(run), run["case"]), {})[run["seed"]] = of_run
     return [
         {
@@ -74,7 +88,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def cell(key: str, mean: float, std: float | None) -> str:
-    scale, unit, digits = (100, "%", 1) if key == "mixed" else (1, "", 3)
+    scale, unit, digits = (100, "%", 1) if key.startswith("mixed") else (1, "", 3)
     spread = "" if std is None else f" ± {scale * std:.{digits}f}"
     return f"{scale * mean:.{digits}f}{spread}{unit}"
 
