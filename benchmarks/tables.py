@@ -232,7 +232,17 @@ BOTH_HALVES = tuple(
 BOTH_HALVES_LONGEST = tuple(f"synthsaebench/longest-{name}" for name in ("batchtopk", "matryoshka"))
 OTHER_SETTINGS = tuple(
     f"other-settings/{name}"
-    for name in ("slow", "fast", "faster", "seeds", "size", "no-bias", "narrow", "long")
+    for name in (
+        "slow",
+        "fast",
+        "faster",
+        "seeds",
+        "size",
+        "no-bias",
+        "narrow",
+        "long",
+        "long-fast",
+    )
 )
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
