@@ -19,32 +19,31 @@ from typing import Any
 
 import torch
 from made_by import commit
-from over_seeds import over_seeds
+from over_seeds import cells, over_seeds
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
-from tables import architecture_of
+from tables import architecture_of, markdown
 
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.reproducibility import best_cosines
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.result_files import LIVES_FILENAME, read_results
-from sae_lens_auxk.results import FOUND_AGAIN, Run
+from sae_lens_auxk.results import FOUND_AGAIN, Metric, Run
 
 Numbers = dict[str, float]
 HOLDERS = ("itself", "revived", "never died", "nobody")
-COUNTS = ("never died with both", "lost", "gained")
 COLUMNS = {
-    "never died with both": "never died with both",
-    "found again, first": "found again, first",
-    "found again, second": "found again, second",
-    "lost": "lost",
-    "gained": "gained",
-    "itself": "lost: held by itself",
-    "revived": "a revived latent",
-    "never died": "one that never died",
-    "nobody": "nobody",
+    "never died with both": Metric("never died with both", 0, "Their number."),
+    "found again, first": Metric("found again, first", 1, "Share of them.", percent=True),
+    "found again, second": Metric("found again, second", 1, "Share of them.", percent=True),
+    "lost": Metric("lost", 0, "Number of those found again with the first loss only."),
+    "gained": Metric("gained", 0, "Number of those found again with the second loss only."),
+    "itself": Metric("lost: held by itself", 1, "Share of the lost.", percent=True),
+    "revived": Metric("a revived latent", 1, "Share of the lost.", percent=True),
+    "never died": Metric("one that never died", 1, "Share of the lost.", percent=True),
+    "nobody": Metric("nobody", 1, "Share of the lost.", percent=True),
 }
-"""Heads of the table's columns, by the number that each shows; COUNTS are not shares."""
+"""Of the table, by the number that each column shows."""
 
 
 @dataclass(frozen=True)
@@ -127,19 +126,10 @@ def of_folder(folder: Path, losses: list[str], device: str) -> list[dict[str, An
     return results
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    print("| architecture | losses |", " | ".join(COLUMNS.values()), "|")
-    print("|---" * (2 + len(COLUMNS)) + "|")
-    for result in results:
-        cells = [cell(key, **result[key]) for key in COLUMNS]
-        print(f"| {result['architecture']} | {', '.join(result['losses'])} |", end=" ")
-        print(" | ".join(cells), "|")
-
-
-def cell(key: str, mean: float, std: float | None) -> str:
-    scale, unit, digits = (1, "", 0) if key in COUNTS else (100, "%", 1)
-    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}{unit}"
+def table(results: list[dict[str, Any]]) -> str:
+    heads = ["architecture", "losses", *(metric.label for metric in COLUMNS.values())]
+    rows = [[r["architecture"], ", ".join(r["losses"]), *cells(r, COLUMNS)] for r in results]
+    return markdown(heads, rows)
 
 
 def main() -> None:
@@ -156,7 +146,7 @@ def main() -> None:
         results = of_folder(args.folder, args.losses, args.device)
         write_json(args.out, {"commit": commit(), "folder": args.folder.name, "results": results})
         args.table = [args.out]
-    print_table([r for path in args.table for r in json.loads(path.read_text())["results"]])
+    print(table([r for path in args.table for r in json.loads(path.read_text())["results"]]))
 
 
 if __name__ == "__main__":

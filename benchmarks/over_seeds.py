@@ -1,7 +1,10 @@
 """Mean and standard deviation over the seeds, for benchmarks that do not use ``compare``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
+from typing import Any
+
+from sae_lens_auxk.results import Metric
 
 MeanAndStd = dict[str, float | None]
 
@@ -13,3 +16,8 @@ def over_seeds(results: Sequence[dict[str, float]]) -> dict[str, MeanAndStd]:
         for key in results[0]
         for values in [[result[key] for result in results]]
     }
+
+
+def cells(result: Mapping[str, Any], columns: Mapping[str, Metric]) -> list[str]:
+    """The numbers of a result of ``over_seeds``, as a row of a table."""
+    return [metric.show(result[key]["mean"], result[key]["std"]) for key, metric in columns.items()]

@@ -11,14 +11,15 @@ have small cosines with each other. *Revived* latents were dead once.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from made_by import commit
-from over_seeds import over_seeds
+from over_seeds import cells, over_seeds
 from sae_lens.util import cosine_similarities
-from tables import architecture_of
+from tables import ARCHITECTURES, LOSSES, architecture_of, case_of, markdown
 
 from sae_lens_auxk.compare.plan import Comparison
 from sae_lens_auxk.compare.reproducibility import Alive, alive_latents
@@ -26,20 +27,23 @@ from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.sources import Synthetic
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.result_files import read_results
+from sae_lens_auxk.results import Metric
 
 MIXED = 0.3
 """A latent whose second best cosine is above this holds a part of a second feature."""
 GROUPS = ("", ", revived", ", never died")
+BEST = Metric("best cosine", 3, "Largest cosine of a latent with a true feature.")
+SHARE = Metric("mixed", 1, "Share of the latents that mix features.", percent=True)
 COLUMNS = {
-    "best": "best cosine",
-    "second": "second best cosine",
-    "mixed": "mixed",
-    "best, revived": "best cosine, revived",
-    "best, never died": "best cosine, never died",
-    "mixed, revived": "mixed, revived",
-    "mixed, never died": "mixed, never died",
+    "best": BEST,
+    "second": Metric("second best cosine", 3, "Second largest cosine with a true feature."),
+    "mixed": SHARE,
+    "best, revived": replace(BEST, label="best cosine, revived"),
+    "best, never died": replace(BEST, label="best cosine, never died"),
+    "mixed, revived": replace(SHARE, label="mixed, revived"),
+    "mixed, never died": replace(SHARE, label="mixed, never died"),
 }
-"""Heads of the table's columns, by the number that each shows."""
+"""Of the table, by the number that each column shows."""
 
 
 def purity(latents: Alive, features: torch.Tensor) -> dict[str, float]:
@@ -67,7 +71,7 @@ def of_folder(folder: Path, device: str) -> list[dict[str, Any]]:
         latents = alive_latents(run, folder, device) if run["status"] == "finished" else None
         if latents is not None:
             of_run = purity(latents, features)
-            of_runs.setdefault((architecture_of(run), run["case"]), {})[run["seed"]] = of_run
+            of_runs.setdefault((architecture_of(run), case_of(run)), {})[run["seed"]] = of_run
     return [
         {
             "architecture": architecture,
@@ -79,18 +83,12 @@ def of_folder(folder: Path, device: str) -> list[dict[str, Any]]:
     ]
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    print("| architecture | case |", " | ".join(COLUMNS.values()), "|")
-    print("|---" * (2 + len(COLUMNS)) + "|")
-    for result in results:
-        cells = [cell(key, **result[key]) for key in COLUMNS]
-        print(f"| {result['architecture']} | {result['case']} |", " | ".join(cells), "|")
-
-
-def cell(key: str, mean: float, std: float | None) -> str:
-    scale, unit, digits = (100, "%", 1) if key.startswith("mixed") else (1, "", 3)
-    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}{unit}"
+def table(results: list[dict[str, Any]]) -> str:
+    heads = ["architecture", "loss", *(metric.label for metric in COLUMNS.values())]
+    rows = [
+        [ARCHITECTURES[r["architecture"]], LOSSES[r["case"]], *cells(r, COLUMNS)] for r in results
+    ]
+    return markdown(heads, rows)
 
 
 def main() -> None:
@@ -106,7 +104,7 @@ def main() -> None:
         results = of_folder(args.folder, args.device)
         write_json(args.out, {"commit": commit(), "folder": args.folder.name, "results": results})
         args.table = args.out
-    print_table(json.loads(args.table.read_text())["results"])
+    print(table(json.loads(args.table.read_text())["results"]))
 
 
 if __name__ == "__main__":

@@ -116,14 +116,16 @@ class Table:
     ending: str = ""
 
     def markdown(self) -> str:
-        return _markdown(
+        return markdown(
             ["architecture", "loss", *(head for head, _ in self.columns)],
             [row for names in self.results for row in self._rows(names)],
         )
 
     def _rows(self, names: str | tuple[str, ...]) -> Iterator[list[str]]:
         comparisons = [_read(name) for name in ([names] if isinstance(names, str) else names)]
-        groups = {(architecture_of(g), _case(g)): (r, g) for r in comparisons for g in r["groups"]}
+        groups = {
+            (architecture_of(g), case_of(g)): (r, g) for r in comparisons for g in r["groups"]
+        }
         for name, architecture in ARCHITECTURES.items():
             for case, loss in LOSSES.items():
                 found = groups.get((name, case + self.ending))
@@ -154,11 +156,11 @@ class Settings:
 
     def markdown(self) -> str:
         heads = ["results", "data", *self.HEADS.values(), "form of `pursuit`", "date"]
-        return _markdown(heads, [self._row(name) for name in self.results])
+        return markdown(heads, [self._row(name) for name in self.results])
 
     def _row(self, name: str) -> list[str]:
         results = _read(name)
-        cases = {_case(group) for group in results["groups"]}
+        cases = {case_of(group) for group in results["groups"]}
         return [
             f"[{name}](results/{name}/report.md)",
             results["data"]["description"],
@@ -177,13 +179,14 @@ def architecture_of(group: Group | Run) -> str:
     return group["architecture"].removeprefix("auxk-").replace("_", "-")
 
 
-def _case(group: Group) -> str:
+def case_of(group: Group | Run) -> str:
     """SAELens's own loss has the architecture in its name where a preset made the case."""
     case = group["case"]
     return "SAELens" if case.startswith("SAELens ") else case
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with these heads, without a line break at its end."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
     return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
@@ -192,6 +195,7 @@ FOUND_AGAIN = (of_group("found_again", "revived"), of_group("found_again", "neve
 COMPARED = (of_both("n_latents"), of_both("firing_rate"))
 OUTCOME = tuple(map(of_all, ("dead_fraction", "explained_variance", "f1", "mcc", "uniqueness")))
 JUNK = of_all("junk_share")
+OUTCOME_BY_GROUP = (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN)
 PARTS = tuple(map(of_part, range(AGES)))
 PEEKED = (of_both("junk_share"), of_both("features_hurt"))
 LAYER_15 = ("smollm2-layer15/topk", "smollm2-layer15/batchtopk")
@@ -319,17 +323,9 @@ TABLES = {
         Table(FIRST_POSITION, LAYER_15_OUTCOME.columns),
         Table(
             JUMPRELU_ON_LM,
-            tuple(
-                map(
-                    of_all,
-                    (
-                        "dead_fraction",
-                        "explained_variance",
-                        "l0",
-                        "ce_loss_recovered",
-                        "found_again",
-                    ),
-                )
+            (
+                *map(of_all, ("dead_fraction", "explained_variance", "l0", "ce_loss_recovered")),
+                of_all("found_again"),
             ),
         ),
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
@@ -339,11 +335,11 @@ TABLES = {
         Table(KNOWN, (of_both("n_alive"), *COMPARED, *PEEKED)),
         Table(
             ("long-training",),
-            (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN, of_group("age", "revived")),
+            (*OUTCOME_BY_GROUP, of_group("age", "revived")),
         ),
         Table(OTHER_SETTINGS, (NAME, *OUTCOME, JUNK, of_all("found_again"))),
-        Table(BOTH_HALVES, (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN)),
-        Table(BOTH_HALVES_LONGEST, (*OUTCOME, JUNK, of_all("found_again"), *FOUND_AGAIN)),
+        Table(BOTH_HALVES, OUTCOME_BY_GROUP),
+        Table(BOTH_HALVES_LONGEST, OUTCOME_BY_GROUP),
         Table(NARROW, (K, *OUTCOME, JUNK)),
         Table(NARROW, (K, *COMPARED, *PEEKED)),
         Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),
