@@ -254,6 +254,7 @@ WIDE = tuple(
     f"synthsaebench/{name}"
     for name in ("wide-topk", "long-wide-topk", "longer-wide-topk", "wide-batchtopk")
 )
+LONGEST_WIDE = ("synthsaebench/longest-wide-topk",)
 NAME: Column = ("results", lambda results, _: results["name"])
 K, SAMPLES = setting("k", "k"), setting("training_samples", "samples")
 TABLES = {
@@ -301,6 +302,7 @@ TABLES = {
                 *NARROW,
                 *LONG,
                 *WIDE,
+                *LONGEST_WIDE,
                 "smollm2",
             )
         ),
@@ -345,6 +347,9 @@ TABLES = {
         Table(LONG, (*OUTCOME, JUNK, *COMPARED, *PEEKED)),
         Table(WIDE, (SAMPLES, *OUTCOME, JUNK)),
         Table(WIDE, (SAMPLES, *COMPARED, *PEEKED)),
+        Table(LONGEST_WIDE, OUTCOME_BY_GROUP),
+        Table(LONGEST_WIDE, PARTS),
+        Table(LONGEST_WIDE, (of_both("n_alive"), of_both("n_firing"), *COMPARED, *PEEKED)),
         Table(
             ("smollm2",),
             tuple(map(of_all, ("dead_fraction", "explained_variance", "ce_loss_recovered"))),
