@@ -248,6 +248,11 @@ OTHER_SETTINGS = tuple(
         "long-fast",
     )
 )
+LATENTS_PER_FEATURE = tuple(
+    f"latents-per-feature/{d_sae}-{length}"
+    for length in ("short", "long")
+    for d_sae in (256, 512, 1024)
+)
 NARROW = tuple(f"synthsaebench/{name}" for name in ("topk", "batchtopk", "matryoshka", "k20"))
 LONG = ("synthsaebench/long-topk",)
 WIDE = tuple(
@@ -296,6 +301,7 @@ TABLES = {
                 "pursuit-resampling",
                 "pursuit-exchange",
                 "long-training",
+                *LATENTS_PER_FEATURE,
                 *OTHER_SETTINGS,
                 *BOTH_HALVES,
                 *BOTH_HALVES_LONGEST,
