@@ -19,6 +19,7 @@ LOSSES = {
     "auxk": "`auxk`",
     "auxk, bias matched": "`auxk`, bias matched",
     "auxk, bias none": "`auxk`, bias none",
+    "auxk, k_aux 64": "`auxk`, `k_aux` 64",
     "auxk, times 4": "`auxk`, coefficient 0.125",
     "auxk, alpha 0.25": "`auxk`, coefficient 0.25",
     "auxk, alpha 1": "`auxk`, coefficient 1",
@@ -262,6 +263,7 @@ WIDE = tuple(
 LONGEST_WIDE = ("synthsaebench/longest-wide-topk",)
 NAME: Column = ("results", lambda results, _: results["name"])
 K, SAMPLES = setting("k", "k"), setting("training_samples", "samples")
+D_SAE = setting("d_sae", "latents")
 TABLES = {
     "choosing.md": (
         Table(
@@ -344,6 +346,10 @@ TABLES = {
         Table(
             ("long-training",),
             (*OUTCOME_BY_GROUP, of_group("age", "revived")),
+        ),
+        Table(
+            LATENTS_PER_FEATURE,
+            (D_SAE, SAMPLES, *OUTCOME, JUNK, of_all("found_again")),
         ),
         Table(OTHER_SETTINGS, (NAME, *OUTCOME, JUNK, of_all("found_again"))),
         Table(BOTH_HALVES, OUTCOME_BY_GROUP),
