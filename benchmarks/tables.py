@@ -193,6 +193,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 FOUND_AGAIN = (of_group("found_again", "revived"), of_group("found_again", "never_died"))
+COUNTED = (of_both("n_alive"), of_both("n_firing"))
 COMPARED = (of_both("n_latents"), of_both("firing_rate"))
 OUTCOME = tuple(map(of_all, ("dead_fraction", "explained_variance", "f1", "mcc", "uniqueness")))
 JUNK = of_all("junk_share")
@@ -262,8 +263,9 @@ WIDE = tuple(
 )
 LONGEST_WIDE = ("synthsaebench/longest-wide-topk",)
 NAME: Column = ("results", lambda results, _: results["name"])
-K, SAMPLES = setting("k", "k"), setting("training_samples", "samples")
-D_SAE = setting("d_sae", "latents")
+K, D_SAE, SAMPLES = (
+    setting(key, Settings.HEADS[key]) for key in ("k", "d_sae", "training_samples")
+)
 TABLES = {
     "choosing.md": (
         Table(
@@ -316,10 +318,10 @@ TABLES = {
         ),
         LAYER_15_OUTCOME,
         Table(LAYER_15, PARTS),
-        Table(LAYER_15, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
+        Table(LAYER_15, (*COUNTED, *COMPARED)),
         Table(LAYER_7, LAYER_15_OUTCOME.columns),
         Table(LAYER_7, PARTS),
-        Table(LAYER_7, (of_both("n_alive"), of_both("n_firing"), *COMPARED)),
+        Table(LAYER_7, (*COUNTED, *COMPARED)),
         Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(BATCHTOPK_LONG, PARTS),
         Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
@@ -347,10 +349,7 @@ TABLES = {
             ("long-training",),
             (*OUTCOME_BY_GROUP, of_group("age", "revived")),
         ),
-        Table(
-            LATENTS_PER_FEATURE,
-            (D_SAE, SAMPLES, *OUTCOME, JUNK, of_all("found_again")),
-        ),
+        Table(LATENTS_PER_FEATURE, (D_SAE, SAMPLES, *OUTCOME_BY_GROUP)),
         Table(OTHER_SETTINGS, (NAME, *OUTCOME, JUNK, of_all("found_again"))),
         Table(BOTH_HALVES, OUTCOME_BY_GROUP),
         Table(BOTH_HALVES_LONGEST, OUTCOME_BY_GROUP),
@@ -361,7 +360,7 @@ TABLES = {
         Table(WIDE, (SAMPLES, *COMPARED, *PEEKED)),
         Table(LONGEST_WIDE, OUTCOME_BY_GROUP),
         Table(LONGEST_WIDE, PARTS),
-        Table(LONGEST_WIDE, (of_both("n_alive"), of_both("n_firing"), *COMPARED, *PEEKED)),
+        Table(LONGEST_WIDE, (*COUNTED, *COMPARED, *PEEKED)),
         Table(
             ("smollm2",),
             tuple(map(of_all, ("dead_fraction", "explained_variance", "ce_loss_recovered"))),
