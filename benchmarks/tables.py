@@ -214,9 +214,20 @@ LAYER_7 = ("smollm2-layer7/topk-long",)
 BATCHTOPK_LONG = ("smollm2-layer15/batchtopk-long",)
 TOPK_LONG = (("smollm2-layer15/topk-long", "smollm2-layer15/topk-long-more"),)
 MATRYOSHKA = ("smollm2-layer15/matryoshka",)
+MATRYOSHKA_LONG = ("smollm2-layer15/matryoshka-long",)
 LONGEST = ("smollm2-layer15/topk-longest",)
 TOPK_WIDE = ("smollm2-layer7/topk-wide",)
-JUMPRELU_ON_LM = ("smollm2-layer7/jumprelu",)
+JUMPRELU_ON_LM = tuple(
+    Table(
+        (f"smollm2-layer7/{name}",),
+        (
+            *map(of_all, ("dead_fraction", "explained_variance", "l0", "ce_loss_recovered")),
+            of_all("found_again"),
+            *groups,
+        ),
+    )
+    for name, groups in (("jumprelu", ()), ("jumprelu-sparse", (*FOUND_AGAIN, of_both("n_alive"))))
+)
 THREE_K = tuple(f"smollm2-layer7/k{k}" for k in (16, 32, 64))
 FIRST_POSITION = ("smollm2-layer7/first-position",)
 KNOWN = (("pursuit", "pursuit-resampling"),)
@@ -283,6 +294,7 @@ TABLES = {
         Table(LAYER_7, LAYER_15_OUTCOME.columns),
         Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(BATCHTOPK_LONG, LAYER_15_OUTCOME.columns),
+        Table(MATRYOSHKA_LONG, LAYER_15_OUTCOME.columns),
         Table(LONGEST, LAYER_15_OUTCOME.columns),
         Table(TOPK_WIDE, LAYER_15_OUTCOME.columns),
     ),
@@ -296,7 +308,8 @@ TABLES = {
                 *LONGEST,
                 *TOPK_WIDE,
                 *MATRYOSHKA,
-                *JUMPRELU_ON_LM,
+                *MATRYOSHKA_LONG,
+                *(name for table in JUMPRELU_ON_LM for name in table.results),
                 "smollm2-layer7/jumprelu-sparsity",
                 *THREE_K,
                 *FIRST_POSITION,
@@ -326,6 +339,8 @@ TABLES = {
         Table(BATCHTOPK_LONG, PARTS),
         Table(TOPK_LONG, LAYER_15_OUTCOME.columns),
         Table(TOPK_LONG, PARTS),
+        Table(MATRYOSHKA_LONG, LAYER_15_OUTCOME.columns),
+        Table(MATRYOSHKA_LONG, PARTS),
         Table(LONGEST, LAYER_15_OUTCOME.columns),
         Table(LONGEST, PARTS),
         Table(TOPK_WIDE, LAYER_15_OUTCOME.columns),
@@ -333,13 +348,7 @@ TABLES = {
         Table(MATRYOSHKA, LAYER_15_OUTCOME.columns),
         Table(THREE_K, (K, *LAYER_15_OUTCOME.columns)),
         Table(FIRST_POSITION, LAYER_15_OUTCOME.columns),
-        Table(
-            JUMPRELU_ON_LM,
-            (
-                *map(of_all, ("dead_fraction", "explained_variance", "l0", "ce_loss_recovered")),
-                of_all("found_again"),
-            ),
-        ),
+        *JUMPRELU_ON_LM,
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, PARTS),
         Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
