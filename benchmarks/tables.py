@@ -217,16 +217,12 @@ MATRYOSHKA = ("smollm2-layer15/matryoshka",)
 MATRYOSHKA_LONG = ("smollm2-layer15/matryoshka-long",)
 LONGEST = ("smollm2-layer15/topk-longest",)
 TOPK_WIDE = ("smollm2-layer7/topk-wide",)
-JUMPRELU_ON_LM = tuple(
-    Table(
-        (f"smollm2-layer7/{name}",),
-        (
-            *map(of_all, ("dead_fraction", "explained_variance", "l0", "ce_loss_recovered")),
-            of_all("found_again"),
-            *groups,
-        ),
+JUMPRELU_ON_LM = ("smollm2-layer7/jumprelu", "smollm2-layer7/jumprelu-sparse")
+JUMPRELU_OUTCOME = tuple(
+    map(
+        of_all,
+        ("dead_fraction", "explained_variance", "l0", "ce_loss_recovered", "found_again"),
     )
-    for name, groups in (("jumprelu", ()), ("jumprelu-sparse", (*FOUND_AGAIN, of_both("n_alive"))))
 )
 THREE_K = tuple(f"smollm2-layer7/k{k}" for k in (16, 32, 64))
 FIRST_POSITION = ("smollm2-layer7/first-position",)
@@ -309,7 +305,7 @@ TABLES = {
                 *TOPK_WIDE,
                 *MATRYOSHKA,
                 *MATRYOSHKA_LONG,
-                *(name for table in JUMPRELU_ON_LM for name in table.results),
+                *JUMPRELU_ON_LM,
                 "smollm2-layer7/jumprelu-sparsity",
                 *THREE_K,
                 *FIRST_POSITION,
@@ -348,7 +344,11 @@ TABLES = {
         Table(MATRYOSHKA, LAYER_15_OUTCOME.columns),
         Table(THREE_K, (K, *LAYER_15_OUTCOME.columns)),
         Table(FIRST_POSITION, LAYER_15_OUTCOME.columns),
-        *JUMPRELU_ON_LM,
+        Table(JUMPRELU_ON_LM[:1], JUMPRELU_OUTCOME),
+        Table(
+            JUMPRELU_ON_LM[1:],
+            (*JUMPRELU_OUTCOME, *FOUND_AGAIN, of_group("age", "revived"), of_both("n_alive")),
+        ),
         Table(OWN_WINDOW, LAYER_15_OUTCOME.columns),
         Table(OWN_WINDOW, PARTS),
         Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
