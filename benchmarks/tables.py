@@ -29,6 +29,7 @@ LOSSES = {
     "pursuit, up only": "`pursuit`, up only",
     "pursuit": "`pursuit`",
     "pursuit, resampling": "`pursuit`, resampling",
+    "pursuit, late resampling": "`pursuit`, resampling until step 1,050",
     "reanimation": "`reanimation`",
     "pre_activation": "`pre_activation`",
     "ghost_gradients": "`ghost_gradients`",
@@ -229,15 +230,22 @@ FIRST_POSITION = ("smollm2-layer7/first-position",)
 KNOWN = (("pursuit", "pursuit-resampling"),)
 JUMPRELU = tuple(
     Table(
-        ("jumprelu",),
+        (name,),
         (
             *map(of_all, ("dead_fraction", "explained_variance", "l0", "f1", "uniqueness")),
             of_all("found_again"),
             *FOUND_AGAIN,
         ),
-        ending=f", l0_coefficient {coefficient}",
+        ending=f", {ending}",
     )
-    for coefficient in (1, 2)
+    for name, ending in (
+        ("jumprelu", "l0_coefficient 1"),
+        ("jumprelu", "l0_coefficient 2"),
+        ("jumprelu-warm-up", "l0_coefficient 2"),
+        ("jumprelu-warm-up", "l0_coefficient 4"),
+        ("jumprelu-long", "the whole training"),
+        ("jumprelu-long", "a sixth"),
+    )
 )
 BOTH_HALVES = tuple(
     f"synthsaebench/both-halves-{name}" for name in ("topk", "batchtopk", "matryoshka")
@@ -283,7 +291,7 @@ TABLES = {
             ),
             hidden=("resampling, input",),
         ),
-        *JUMPRELU,
+        *JUMPRELU[-2:],
     ),
     "issue-666.md": (
         LAYER_15_OUTCOME,
@@ -313,6 +321,9 @@ TABLES = {
                 "pursuit",
                 "pursuit-resampling",
                 "pursuit-exchange",
+                "jumprelu",
+                "jumprelu-warm-up",
+                "jumprelu-long",
                 "long-training",
                 *LATENTS_PER_FEATURE,
                 *OTHER_SETTINGS,
@@ -354,6 +365,7 @@ TABLES = {
         Table(KNOWN, (*OUTCOME, JUNK, *FOUND_AGAIN, of_group("age", "revived"))),
         Table(KNOWN, PARTS),
         Table(KNOWN, (of_both("n_alive"), *COMPARED, *PEEKED)),
+        *JUMPRELU,
         Table(
             ("long-training",),
             (*OUTCOME_BY_GROUP, of_group("age", "revived")),
