@@ -36,8 +36,6 @@ LOSSES = {
     "multi_topk": "`multi_topk`",
 }
 """Losses by case, in the order of the rows. Other cases are not shown."""
-FORMS = {"pursuit": "both halves", "pursuit, up only": "up only"}
-"""Of pursuit, by the case that has it."""
 ARCHITECTURES = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
@@ -93,6 +91,8 @@ def setting(key: str, head: str) -> Column:
 
 def _setting(results: Results, key: str) -> str:
     value = results["comparison"][key]
+    if key == "k" and all(group["k"] is None for group in results["groups"]):
+        value = "–"  # JumpReLU: the comparison has the default, which nothing reads
     values = value if isinstance(value, list) else [value]
     return ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
 
@@ -162,14 +162,21 @@ class Settings:
 
     def _row(self, name: str) -> list[str]:
         results = _read(name)
-        cases = {case_of(group) for group in results["groups"]}
         return [
             f"[{name}](results/{name}/report.md)",
             results["data"]["description"],
             *(_setting(results, key) for key in self.HEADS),
-            next((form for case, form in FORMS.items() if case in cases), "–"),
+            form_of_pursuit(results),
             results["created"][:10],
         ]
+
+
+def form_of_pursuit(results: Results) -> str:
+    """Which halves of pursuit its cases have."""
+    cases = {case_of(group) for group in results["groups"]}
+    if "pursuit, up only" in cases:
+        return "up only"
+    return "both halves" if any(case.startswith("pursuit") for case in cases) else "–"
 
 
 def _read(name: str) -> Results:
