@@ -29,7 +29,7 @@ LOSSES = {
     "pursuit, up only": "`pursuit`, up only",
     "pursuit": "`pursuit`",
     "pursuit, resampling": "`pursuit`, resampling",
-    "pursuit, late resampling": "`pursuit`, resampling until step 1,050",
+    "pursuit, late resampling": "`pursuit`, late resampling",
     "reanimation": "`reanimation`",
     "pre_activation": "`pre_activation`",
     "ghost_gradients": "`ghost_gradients`",
