@@ -12,7 +12,6 @@ COMMANDS = {
     "train": "train one SAE: SAELens's own training command with this package's architectures",
     "compare": "train variants side by side, measure them, and write a report",
     "upload": "publish an SAE or a comparison on the Hugging Face Hub, for SAE.from_pretrained",
-    "download": "fetch an SAE from the Hugging Face Hub into a folder",
 }
 
 USAGE = """usage: sae-lens-auxk COMMAND [--FIELD VALUE ...]

@@ -39,10 +39,10 @@ import torch
 from sae_lens import logger as sae_lens_logger
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from sae_lens_auxk.aux_config import AuxConfig
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.config import AuxConfig
 from tests.helpers import ARCHITECTURES, VARIANTS, build_config, build_trainer, kill_latents
 
 OUTCOMES = ("works", "refused by name", "refused without", "crash", "not finite", "round trip")
@@ -73,6 +73,9 @@ RIGHT: dict[str, list[Any]] = {
     "aux_warm_up_steps": [0, *COUNTS],
     "aux_decay_start_step": [None, 0, *COUNTS],
     "aux_decay_steps": [0, *COUNTS],
+    "resample_every_steps": [None, *COUNTS],
+    "resample_stop_step": [None, *COUNTS],
+    "b_dec_init": ["zeros", "mean", "geometric_median", "median"],
     "d_in": [1, 2, 8],
     "d_sae": [1, 2, 24],
     "k": [1, 2, 0.5, 2.5, 24, 25],

@@ -1,18 +1,15 @@
-"""Sends malicious repositories to download and malicious folders to upload, and counts.
+"""Sends malicious folders to upload, and counts.
 
-    python -m benchmarks.attack_hub [N_PER_SIDE] [SEED]
+    python -m benchmarks.attack_hub [N] [SEED]
 
-Repositories have ids with .., absolute names and terminal escapes, pickles for weights, damaged
-and lying configs; they are downloaded to links, to working folders and over other people's files.
-Folders have links to private files, runs outside, tokens, pickles and escapes. Everything goes
-through the commands and the real client to a small Hub on localhost (tests/hub/server.py). An
-attack gets through if a file outside of the target changes, a private text goes out, a pickle is
-loaded, a control character is printed, or a command ends in a traceback.
+They have links to private files, runs outside, tokens, pickles for weights, damaged and lying
+configs, and terminal escapes. Everything goes through the command and the real client to a small
+Hub on localhost (tests/hub/server.py). An attack gets through if a private text goes out, a pickle
+is loaded, a control character is printed, or the command ends in a traceback.
 
-With the defaults (CPU, about 2 minutes) it printed:
+With the defaults (CPU, 25 seconds) it printed:
 
-    download_attack: 100, 0 through; {'refused': 97, 'done': 3}
-    upload_attack: 100, 0 through; {'done': 27, 'refused': 73}
+    100 attacks, 0 through; {'done': 25, 'refused': 75}
 """
 
 import contextlib
@@ -28,11 +25,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.hub import endpoints  # noqa: F401  (registers what the Hub answers)
 from tests.hub.server import WRITE_TOKEN, Hub
 
 REPO = "me/saes"
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
-IDS = ("a", "..", "../up", "/abs", "a/../../x", "\x1b[2J", "x\u202ey", "a\nb", "README.md", "l/..")
 LINKS = ("figures/x.png", "report.md", "report.html", "figures", "runs/seed-0/auxk-k3/cfg.json")
 LINKS += ("runs/seed-0/auxk-k3/sparsity.safetensors", "runs/seed-0/auxk-k3", "runs/seed-0", "runs")
 
@@ -45,14 +42,6 @@ class Payload:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.path,)
-
-
-def contents(folder: Path) -> dict[str, bytes | str]:
-    return {
-        str(path): os.readlink(path) if path.is_symlink() else path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_symlink() or path.is_file()
-    }
 
 
 def command(cli: Any, *args: str) -> tuple[str, str]:
@@ -85,28 +74,7 @@ def damaged(rng: random.Random, good: dict[str, bytes], marker: Path) -> dict[st
     return files
 
 
-def download_attack(rng: random.Random, cli: Any, hub: Hub, good: Any, root: Path) -> str:
-    world, marker = root / "world", root / "pickle-was-loaded"
-    (world / "work").mkdir(parents=True)
-    (world / "mine").mkdir()
-    (world / "mine" / "thesis.txt").write_text("mine")
-    (world / "link").symlink_to("mine")
-    (world / "work" / "notes.txt").write_text("mine")
-    sae_id = rng.choice(IDS)
-    files = {f"{sae_id}/{name}": data for name, data in damaged(rng, good, marker).items()}
-    hub.repos[REPO].commit({k: ("regular", v) for k, v in files.items()}, str(rng.random()))
-    before = contents(world)
-    targets = ("new", ".", "..", "../mine", "../link", "../link/x", "notes.txt/x", "notes.txt")
-    os.chdir(world / "work")
-    args = [REPO, *rng.choice(([], [sae_id]))]
-    if target := rng.choice((None, *targets)):
-        args += ["--output", target]
-    result, printed = command(cli, "download", *args, *rng.choice(([], ["--overwrite"])))
-    after = contents(world)
-    return judged(result, printed, marker, {k: after.get(k) for k in before} != before)
-
-
-def upload_attack(rng: random.Random, cli: Any, hub: Hub, good: Any, root: Path) -> str:
+def attack(rng: random.Random, cli: Any, hub: Hub, good: Path, root: Path) -> str:
     marker, made = root / "pickle-was-loaded", root / "made"
     private = root / "private"
     shutil.copytree(good, made)
@@ -150,7 +118,7 @@ def judged(result: str, printed: str, marker: Path, harm: bool) -> str:
     return result
 
 
-def main(n_per_side: int, seed: int) -> None:
+def main(n: int, seed: int) -> None:
     with Hub() as hub, TemporaryDirectory() as folder:
         root = Path(folder)
         # Read when huggingface_hub is imported.
@@ -161,15 +129,10 @@ def main(n_per_side: int, seed: int) -> None:
         from tests.hub.saes import comparison
 
         good = comparison(root / "good", n_seeds=1)
-        sae = {path.name: path.read_bytes() for path in (good / "runs/seed-0/auxk-k3").iterdir()}
         rng = random.Random(seed)
-        for attack, what in ((download_attack, sae), (upload_attack, good)):
-            counts: Counter[str] = Counter()
-            for i in range(n_per_side):
-                command(cli, "upload", str(good), REPO)
-                counts[attack(rng, cli, hub, what, root / f"{attack.__name__}-{i}")] += 1
-            bad = sum(n for result, n in counts.items() if result not in ("done", "refused"))
-            print(f"{attack.__name__}: {n_per_side}, {bad} through; {dict(counts)}")
+        counts = Counter(attack(rng, cli, hub, good, root / str(i)) for i in range(n))
+        bad = sum(count for result, count in counts.items() if result not in ("done", "refused"))
+        print(f"{n} attacks, {bad} through; {dict(counts)}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def comparison_of(training: str) -> Resolved:
         Comparison(
             preset=["saelens"],
             aux_variant=["none", "auxk", "pursuit"],
+            sae={"k_aux": 512},
             architecture=["auxk-topk", "auxk-batchtopk"],
             k=[8],
             d_in=64,

@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from sae_lens_auxk.ops.columns import gather_columns
-from sae_lens_auxk.ops.gradient import LatentGradient, transposed
-from sae_lens_auxk.ops.selected import InColumns, Pairs, Selected, matmul_to
-from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
+from sae_lens_auxk.ops.matrices import LatentGradient, transposed
+from sae_lens_auxk.ops.selection import (
+    InColumns,
+    Pairs,
+    Selected,
+    gather_columns,
+    group_size,
+    matmul_to,
+    top_k,
+    top_k_of_batch,
+)
 
 D_IN, K, K_AUX = 768, 32, 512
 

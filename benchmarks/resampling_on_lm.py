@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,25 @@ from transformers import AutoModelForCausalLM
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
 from sae_lens_auxk.files import replace_file, write_json
-from sae_lens_auxk.resampling import new_latents
+from sae_lens_auxk.step.inputs import Targets, targets_of
+from sae_lens_auxk.step.resampling import NewLatents
 
 LAYER, N_HELD_OUT = 15, 8192
-STEPS, BATCH, D_SAE, K, LR = 700, 1024, 1024, 16, 1e-3
+STEPS, BATCH, D_SAE, K, K_AUX, LR = 700, 1024, 1024, 16, 512, 1e-3
 FIRST = 100
 RESAMPLED = {"aux_variant": "none", "resample_every_steps": FIRST, "resample_stop_step": 400}
+PURSUIT = {"aux_variant": "pursuit", "k_aux": K_AUX}
 CASES: dict[str, dict[str, Any]] = {
     "none": {"fields": {"aux_variant": "none"}},
-    "auxk": {"fields": {"aux_variant": "auxk"}},
-    "pursuit": {"fields": {"aux_variant": "pursuit"}},
+    "auxk": {"fields": {"aux_variant": "auxk", "k_aux": K_AUX}},
+    "pursuit": {"fields": PURSUIT},
     "input": {"fields": RESAMPLED, "input": True},
     "input, ordinary rows only": {"fields": RESAMPLED, "input": True, "ordinary": True},
     "input, b_dec starts at the mean": {"fields": RESAMPLED, "input": True, "centred": True},
     "input, encoder length 0.2": {"fields": RESAMPLED, "input": True, "length": 0.2},
     "residual": {"fields": RESAMPLED},
     "residual, b_dec starts at the mean": {"fields": RESAMPLED, "centred": True},
-    "pursuit, b_dec starts at the mean": {"fields": {"aux_variant": "pursuit"}, "centred": True},
+    "pursuit, b_dec starts at the mean": {"fields": PURSUIT, "centred": True},
 }
 
 
@@ -102,13 +105,15 @@ def explained(x: torch.Tensor, out: torch.Tensor) -> float:
     return calculator.compute()
 
 
-def from_inputs(sae: Any, target: Any, step_input: Any, feature_acts: torch.Tensor) -> Any:
-    """``new_latents`` with the directions of the inputs instead of the residuals."""
+@torch.no_grad()
+def from_inputs(sae: Any, *args: Any) -> Targets:
+    """``targets_of`` with the directions of the inputs instead of the residuals."""
     length = torch.linalg.vector_norm
+    target = targets_of(*args)
     rows = target.x - sae.b_dec
     # Times the length of the residual, by whose square a row is drawn.
     inputs = rows * (length(target.residual, dim=1) / length(rows, dim=1)).unsqueeze(1)
-    return new_latents(sae, target._replace(residual=inputs), step_input, feature_acts)
+    return target._replace(residual=inputs)
 
 
 def mean_cosine(rows: torch.Tensor) -> float:
@@ -140,6 +145,13 @@ def train(x: torch.Tensor, architecture: str, case: dict[str, Any], seed: int) -
         autocast=False,
     )
     trainer = SAETrainer(config, sae, iter(()))
+    drawn: list[NewLatents] = []
+
+    def note_drawn(*_: Any) -> None:
+        if sae.drawn is not None:
+            drawn.append(sae.drawn)
+
+    trainer.optimizer.register_step_pre_hook(note_drawn)
     generator = torch.Generator().manual_seed(seed)
     batches = chain.from_iterable(
         torch.randperm(len(rows), generator=generator).split(BATCH) for _ in iter(int, 1)
@@ -147,17 +159,18 @@ def train(x: torch.Tensor, architecture: str, case: dict[str, Any], seed: int) -
     result: dict[str, float] = {}
     with ExitStack() as patches:
         if case.get("input"):
-            patches.enter_context(patch("sae_lens_auxk.aux_training.new_latents", from_inputs))
+            targets = partial(from_inputs, sae)
+            patches.enter_context(patch("sae_lens_auxk.step.resampling.targets_of", targets))
         if "length" in case:
             patches.enter_context(patch.object(cls, "resampled_length", case["length"]))
         for step in range(STEPS):
             batch = rows[next(batches)]
             if step + 1 == FIRST and "resample_every_steps" in case["fields"]:
                 result |= before_resampling(sae, batch)
-            output = trainer.step(batch)
+            trainer.step(batch)
             trainer.n_training_steps += 1
-            if step + 1 == FIRST and output.new_latents is not None:
-                result |= after_resampling(sae, held_out, ordinary, output.new_latents.latents)
+            if step + 1 == FIRST and drawn:
+                result |= after_resampling(sae, held_out, ordinary, drawn[0].latents)
     with torch.no_grad():
         out = sae.eval()(held_out)
     dead = (sae.tokens_since_fired >= 50 * BATCH).float().mean().item()

@@ -4,7 +4,7 @@ One environment, in which sae-lens is replaced version by version, so that torch
 
     python -m venv /tmp/saelens-versions && . /tmp/saelens-versions/bin/activate
     pip install torch==2.13.0 && pip install -e ".[test]"
-    python benchmarks/saelens_versions.py 6.49.0 6.52.0 newest
+    python benchmarks/saelens_versions.py 6.53.0 6.54.0 newest
 
 Each line is printed as soon as it is known. ``--all`` runs every test that needs no model out of a
 wheel, not only those marked ``oldest``.

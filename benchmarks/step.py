@@ -21,7 +21,6 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
-from sae_lens_auxk.sharded.latents import ALL_LATENTS
 from sae_lens_auxk.sharded.sae import sharded_sae
 
 D_IN = 768
@@ -131,7 +130,7 @@ def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.
         fields["matryoshka_widths"] = [case.d_sae // 2**i for i in (4, 3, 2, 1, 0)]
     cls, cfg_cls = get_sae_training_class(case.architecture)
     cfg = cfg_cls(d_in=D_IN, d_sae=case.d_sae, k=case.k, device=device, **fields)
-    sae = cls(cfg) if group is None else sharded_sae(cfg, group)
+    sae: Any = cls(cfg) if group is None else sharded_sae(cfg, group)
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=10**12,
@@ -148,8 +147,8 @@ def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.
     with torch.no_grad():
         is_dead = torch.zeros(case.d_sae, dtype=torch.bool, device=device)
         is_dead[dead] = True
-        held = getattr(sae, "latents", ALL_LATENTS)  # SAELens's own SAEs have all
-        sae.b_enc -= _too_low(sae.W_enc.norm(dim=0)).where(held.own(is_dead), 0)
+        held = is_dead if group is None else sae.shard.local(is_dead)
+        sae.b_enc -= _too_low(sae.W_enc.norm(dim=0)).where(held, 0)
         trainer.n_forward_passes_since_fired[dead] = 1e8
         if hasattr(sae, "tokens_since_fired"):
             sae.tokens_since_fired[dead] = 10**12

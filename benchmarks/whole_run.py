@@ -47,8 +47,8 @@ from sae_lens_auxk.sharded.runner import ShardedTrainingRunner
 SAES: dict[str, dict[str, Any]] = {
     "SAELens topk": {"architecture": "topk"},
     "auxk-topk, none": {"architecture": "auxk-topk", "aux_variant": "none"},
-    "auxk-topk, auxk": {"architecture": "auxk-topk", "aux_variant": "auxk"},
-    "auxk-topk, pursuit": {"architecture": "auxk-topk", "aux_variant": "pursuit"},
+    "auxk-topk, auxk": {"architecture": "auxk-topk", "aux_variant": "auxk", "k_aux": 512},
+    "auxk-topk, pursuit": {"architecture": "auxk-topk", "aux_variant": "pursuit", "k_aux": 512},
 }
 STORES: dict[str, dict[str, Any]] = {
     "as it comes": {},

@@ -1,8 +1,7 @@
 """The architectures: SAELens's training SAEs joined with the auxiliary loss.
 
 This file holds only what differs between architectures: the name, the inference architecture, and
-what a pre-activation must exceed to fire. AbsTopK has its own file (:mod:`sae_lens_auxk.abstopk`),
-since SAELens before 6.53 does not have it.
+what a pre-activation must exceed to fire.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,51 +9,45 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_class,
-    register_sae_training_class,
-)
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.gated_sae import (
-    GatedSAE,
+from sae_lens import (
+    AbsTopKSAEConfig,
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
     GatedSAEConfig,
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
-)
-from sae_lens.saes.jumprelu_sae import (
-    JumpReLUSAE,
     JumpReLUSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
-)
-from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
-)
-from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepOutput
-from sae_lens.saes.standard_sae import (
-    StandardSAE,
+    SAEConfig,
     StandardSAEConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
-)
-from sae_lens.saes.topk_sae import (
-    TopKSAE,
     TopKSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    register_sae_training_class,
 )
 from typing_extensions import override
 
-from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses.registry import AuxLossInputs
-from sae_lens_auxk.aux_training import AuxTraining
-from sae_lens_auxk.inference_loading import InferenceFromCheckpoint
-from sae_lens_auxk.ops.activations import smallest_active
-from sae_lens_auxk.sparse_topk import SparseBatchTopK, SparseMatryoshka, SparseTopK
-from sae_lens_auxk.step_data import AuxStepInput
+from sae_lens_auxk.config import AuxConfig
+from sae_lens_auxk.losses.record import AuxLossInputs
+from sae_lens_auxk.ops.encoder import smallest_active
+from sae_lens_auxk.saelens.names import SAE_TRAINING_CLASS_REGISTRY, AbsTopK, TrainStepOutput
+from sae_lens_auxk.step.inputs import StepInput
+from sae_lens_auxk.step.sparse import (
+    SparseBatchTopK,
+    SparseMatryoshka,
+    SparseTopK,
+    with_sparse_step,
+)
+from sae_lens_auxk.step.training import AuxTraining
 
 # SAELens undoes a run-time normalisation once, in decode(). Matryoshka decodes once per level and
 # fails the second time; Gated's own losses compare raw with normalised activations.
@@ -75,7 +68,8 @@ class AuxKTopKTrainingSAEConfig(AuxConfig, TopKTrainingSAEConfig):  # type: igno
         return TopKSAEConfig
 
 
-class AuxKTopKTrainingSAE(SparseTopK, AuxTraining, TopKTrainingSAE):  # type: ignore[misc]
+@with_sparse_step
+class AuxKTopKTrainingSAE(SparseTopK, TopKTrainingSAE):  # type: ignore[misc]
     """TopK (Gao et al. 2024); saved for inference as SAELens's ``topk``."""
 
     @override
@@ -94,24 +88,14 @@ class AuxKBatchTopKTrainingSAEConfig(AuxConfig, BatchTopKTrainingSAEConfig):  # 
         return "auxk-batchtopk"
 
 
-class AuxKBatchTopKTrainingSAE(  # type: ignore[misc]
-    SparseBatchTopK, AuxTraining, BatchTopKTrainingSAE
-):
+@with_sparse_step
+class AuxKBatchTopKTrainingSAE(SparseBatchTopK, BatchTopKTrainingSAE):  # type: ignore[misc]
     """BatchTopK (Bussmann et al. 2024); saved for inference as SAELens's ``jumprelu``."""
 
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(): ``topk_threshold``, the moving average that inference will use."""
         return self.topk_threshold
-
-    @override
-    def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
-        before = self.topk_threshold
-        output = super()._forward(step_input)
-        counts = step_input.usable.some & (not step_input.again)
-        self.topk_threshold = torch.where(counts, self.topk_threshold, before)
-        output.metrics["topk_threshold"] = self.topk_threshold
-        return output
 
 
 @dataclass
@@ -130,6 +114,7 @@ class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTra
         return "auxk-matryoshka-batchtopk"
 
 
+@with_sparse_step
 class AuxKMatryoshkaBatchTopKTrainingSAE(
     SparseMatryoshka, AuxKBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE
 ):
@@ -169,6 +154,37 @@ class AuxKMatryoshkaBatchTopKTrainingSAE(
 
 
 @dataclass
+class AuxKAbsTopKTrainingSAEConfig(AuxConfig, AbsTopKTrainingSAEConfig):  # type: ignore[misc]
+    """``auxk-abstopk``: the fields of SAELens's AbsTopKTrainingSAEConfig and of AuxConfig."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "auxk-abstopk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return AbsTopKSAEConfig
+
+
+@with_sparse_step
+class AuxKAbsTopKTrainingSAE(SparseTopK, AbsTopKTrainingSAE):  # type: ignore[misc]
+    """AbsTopK (arXiv 2510.00404); saved for inference as SAELens's ``abstopk``.
+
+    Every variant measures how near a latent is to firing by ``|h|``, as does SAELens's own loss for
+    this architecture, which takes the dead latents with the largest ``|h|`` and keeps their signs.
+    """
+
+    by_magnitude: ClassVar[bool] = True
+    activation_class: ClassVar[type[torch.nn.Module]] = AbsTopK
+
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(B, 1): the smallest ``|a|`` of the active latents of each row, 0 where nothing fired."""
+        return smallest_active(feature_acts, int(self.cfg.k), by_magnitude=True)
+
+
+@dataclass
 class AuxKJumpReLUTrainingSAEConfig(AuxConfig, JumpReLUTrainingSAEConfig):
     """``auxk-jumprelu``: the fields of SAELens's JumpReLUTrainingSAEConfig and of AuxConfig."""
 
@@ -193,6 +209,14 @@ class AuxKJumpReLUTrainingSAE(AuxTraining, JumpReLUTrainingSAE):
     @override
     def initial_biases(self) -> dict[str, float]:
         return {"b_enc": 0.0, "threshold": self.cfg.jumprelu_init_threshold}
+
+    @override
+    def _dense_step(self, batch: StepInput) -> TrainStepOutput:
+        before = None if batch.counts else self.threshold.detach().clone()
+        output = super()._dense_step(batch)
+        if before is not None:  # SAELens's step raises negative thresholds to 0
+            self.threshold.data.copy_(before)
+        return output
 
 
 @dataclass
@@ -241,56 +265,22 @@ class AuxKGatedTrainingSAE(AuxTraining, GatedTrainingSAE):
         return {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
 
 
-class _TopKFromCheckpoint(InferenceFromCheckpoint, TopKSAE):
-    plain_class = TopKSAE
-
-
-class _JumpReLUFromCheckpoint(InferenceFromCheckpoint, JumpReLUSAE):
-    plain_class = JumpReLUSAE
-
-
-class _StandardFromCheckpoint(InferenceFromCheckpoint, StandardSAE):
-    plain_class = StandardSAE
-
-
-class _GatedFromCheckpoint(InferenceFromCheckpoint, GatedSAE):
-    plain_class = GatedSAE
-
-
-ARCHITECTURES: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig], type[SAE[Any]]]] = {
-    config_class.architecture(): (training_class, config_class, inference_class)
-    for training_class, config_class, inference_class in (
-        (AuxKTopKTrainingSAE, AuxKTopKTrainingSAEConfig, _TopKFromCheckpoint),
-        (AuxKBatchTopKTrainingSAE, AuxKBatchTopKTrainingSAEConfig, _JumpReLUFromCheckpoint),
-        (
-            AuxKMatryoshkaBatchTopKTrainingSAE,
-            AuxKMatryoshkaBatchTopKTrainingSAEConfig,
-            _JumpReLUFromCheckpoint,
-        ),
-        (AuxKJumpReLUTrainingSAE, AuxKJumpReLUTrainingSAEConfig, _JumpReLUFromCheckpoint),
-        (AuxKStandardTrainingSAE, AuxKStandardTrainingSAEConfig, _StandardFromCheckpoint),
-        (AuxKGatedTrainingSAE, AuxKGatedTrainingSAEConfig, _GatedFromCheckpoint),
+ARCHITECTURES: dict[str, tuple[type[TrainingSAE[Any]], type[TrainingSAEConfig]]] = {
+    config_class.architecture(): (training_class, config_class)
+    for training_class, config_class in (
+        (AuxKTopKTrainingSAE, AuxKTopKTrainingSAEConfig),
+        (AuxKBatchTopKTrainingSAE, AuxKBatchTopKTrainingSAEConfig),
+        (AuxKMatryoshkaBatchTopKTrainingSAE, AuxKMatryoshkaBatchTopKTrainingSAEConfig),
+        (AuxKAbsTopKTrainingSAE, AuxKAbsTopKTrainingSAEConfig),
+        (AuxKJumpReLUTrainingSAE, AuxKJumpReLUTrainingSAEConfig),
+        (AuxKStandardTrainingSAE, AuxKStandardTrainingSAEConfig),
+        (AuxKGatedTrainingSAE, AuxKGatedTrainingSAEConfig),
     )
 }
-
-if "abstopk" in SAE_TRAINING_CLASS_REGISTRY:  # SAELens 6.53 and later
-    from sae_lens_auxk.abstopk import (
-        AbsTopKFromCheckpoint,
-        AuxKAbsTopKTrainingSAE,
-        AuxKAbsTopKTrainingSAEConfig,
-    )
-
-    ARCHITECTURES["auxk-abstopk"] = (
-        AuxKAbsTopKTrainingSAE,
-        AuxKAbsTopKTrainingSAEConfig,
-        AbsTopKFromCheckpoint,
-    )
 
 
 def register_architectures() -> None:
     """Register with SAELens every architecture whose name is not taken yet."""
-    for name, (training_class, config_class, inference_class) in ARCHITECTURES.items():
+    for name, (training_class, config_class) in ARCHITECTURES.items():
         if name not in SAE_TRAINING_CLASS_REGISTRY:
             register_sae_training_class(name, training_class, config_class)
-        if name not in SAE_CLASS_REGISTRY:
-            register_sae_class(name, inference_class, config_class)

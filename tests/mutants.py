@@ -133,7 +133,7 @@ AREA_TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_aux_config.py",
         "tests/test_runner.py",
         "tests/test_saved_sae.py",
-        "tests/test_saelens.py",
+        "tests/saelens/test_names.py",
         "tests/test_fine_tuning.py",
         "tests/test_training_runs.py",
         "-k",
@@ -148,6 +148,13 @@ HUB_PRIVATE = ("tests/hub/test_private.py", "-k", "not real_report")
 SHARED_COMMAND = ("tests/sharded/test_command.py", "-k", "d_sae")
 COMPARE_LANGUAGE_MODEL = ("tests/compare/test_language_model.py",)
 COMPARE_REPORT = ("tests/compare/test_report.py",)
+EVALUATION = ("tests/step/test_evaluation.py",)
+OWN_METHODS = ("tests/step/test_own_methods.py",)
+B_DEC = ("tests/step/test_bias.py",)
+OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
+SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
+OLD_CHECKPOINTS = ("tests/saelens/test_old_checkpoints.py",)
+DTYPE = ("tests/test_dtype.py",)
 
 KNOWN_SURVIVORS: set[str] = {
     "topk_threshold_average_swapped",  # the sparse step's own average; small ones use SAELens's
@@ -208,8 +215,8 @@ MUTANTS = [
     Mutant(
         "losses",
         "pre_activation_sum_over_rows",
-        "inputs.dead_shortfall().mean()",
-        "inputs.dead_shortfall().sum()",
+        "inputs.total(missing).mean()",
+        "inputs.total(missing).sum()",
     ),
     Mutant("losses", "pursuit_pulls_negative_matches", "product.clamp(min=0)", "product"),
     Mutant(
@@ -248,8 +255,8 @@ MUTANTS = [
     Mutant(
         "losses",
         "value_without_dead_latents",
-        "loss.where(inputs.n_dead > 0, 0)",
-        "loss.where(inputs.n_dead >= 0, 0)",
+        "value.where(seen.n_dead > 0, 0)",
+        "value.where(seen.n_dead >= 0, 0)",
     ),
     Mutant(
         "losses",
@@ -278,15 +285,15 @@ MUTANTS = [
     Mutant(
         "step",
         "bad_rows_count_as_tokens",
-        "n_tokens = step_input.usable.n",
-        "n_tokens = step_input.usable.mask.numel()",
+        "fired, batch.usable.n)",
+        "fired, batch.usable.mask.numel())",
     ),
-    Mutant("step", "loss_of_no_usable_row", "output.loss * usable.some", "output.loss"),
+    Mutant("step", "loss_of_no_usable_row", "output.loss * batch.usable.some", "output.loss"),
     Mutant(
         "step",
         "aux_loss_without_coefficient",
-        "loss + coefficient * aux(seen, self.cfg)",
-        "loss + aux(seen, self.cfg)",
+        "coefficient * value.where(",
+        "value.where(",
     ),
     Mutant(
         "step",
@@ -313,7 +320,12 @@ MUTANTS = [
         "dead[start:end] = record.dead[start:end]",
         "dead[:end] = record.dead[:end]",
     ),
-    Mutant("step", "same_rows_every_step", "manual_seed(step)", "manual_seed(0)"),
+    Mutant(
+        "step",
+        "same_rows_every_step",
+        "Generator(device).manual_seed(step)",
+        "Generator(device).manual_seed(0)",
+    ),
     Mutant(
         "step",
         "no_row_of_a_small_fraction",
@@ -348,32 +360,174 @@ MUTANTS = [
     Mutant(
         "step",
         "put_in_wrong_dim",
-        "moment.index_fill_(dim, latents, 0)",
-        "moment.index_fill_(0, latents, 0)",
+        "moment.index_fill_(dim, new.latents, 0)",
+        "moment.index_fill_(0, new.latents, 0)",
     ),
     Mutant(
         "step",
         "put_in_keeps_the_count",
-        "sae.tokens_since_fired.index_fill_(0, new.latents, 0)",
+        "self.tokens_since_fired.index_fill_(0, new.latents, 0)",
         "pass",
     ),
     Mutant(
         "step",
         "put_in_zero_thresholds",
-        ".index_fill_(0, latents, value)",
-        ".index_fill_(0, latents, 0.0)",
+        ".index_fill_(0, new.latents, value)",
+        ".index_fill_(0, new.latents, 0.0)",
     ),
     Mutant(
         "step",
         "mean_length_over_all_latents",
-        "held.own(counts), 0).sum()) / counts.sum()",
-        "held.own(counts), 0).sum()) / counts.numel()",
+        "encoder / counts.sum(), decoder / counts.sum()",
+        "encoder / counts.numel(), decoder / counts.numel()",
     ),
     Mutant(
         "step",
         "resamples_latents_that_fired",
-        "dead & ~fired_in_batch(feature_acts, sae.by_magnitude)",
+        "dead & ~fired_in_batch(output.feature_acts, self.by_magnitude)",
         "dead",
+    ),
+    # --- what evaluation leaves alone, whose methods are called, what is fitted ---------------
+    Mutant(
+        "step",
+        "evaluation_counts",
+        "if batch.counts:\n            count_tokens",
+        "if True:\n            count_tokens",
+        EVALUATION,
+    ),
+    Mutant(
+        "step",
+        "evaluation_moves_threshold",
+        "batch.usable.some & batch.counts",
+        "batch.usable.some",
+        EVALUATION,
+    ),
+    Mutant(
+        "step",
+        "evaluation_moves_the_step",
+        "if self.training:\n            self._steps_before_run",
+        "if True:\n            self._steps_before_run",
+        EVALUATION,
+    ),
+    Mutant(
+        "step",
+        "evaluation_draws",
+        "not (batch.counts and self.cfg.resamples_after(batch.step))",
+        "not self.cfg.resamples_after(batch.step)",
+        EVALUATION,
+    ),
+    Mutant(
+        "step",
+        "evaluation_lifts_thresholds",
+        "self.threshold.data.copy_(before)",
+        "pass",
+        EVALUATION,
+    ),
+    Mutant("step", "own_class_ignored", "getattr(cls, name) is m for", "True for", OWN_METHODS),
+    Mutant(
+        "step",
+        "own_instance_ignored",
+        "not any(name in own for name in REPLACED)",
+        "True",
+        OWN_METHODS,
+    ),
+    Mutant(
+        "step", "own_k_ignored", 'getattr(select, "k", None) == self.cfg.k', "True", OWN_METHODS
+    ),
+    Mutant(
+        "step",
+        "global_hooks_ignored",
+        "not torch.nn.modules.module._has_any_global_hook()",
+        "True",
+        OWN_METHODS,
+    ),
+    Mutant(
+        "step",
+        "own_reshaping_ignored",
+        '.__module__.startswith("sae_lens.") for name',
+        '.__module__ != "" for name',
+        OWN_METHODS,
+    ),
+    Mutant(
+        "step",
+        "b_dec_of_sinks_too",
+        "rows[norms <= MAX_NORM_MULTIPLE * norms.median()]",
+        "rows",
+        B_DEC,
+    ),
+    Mutant(
+        "step",
+        "b_dec_after_a_load",
+        "self._loaded = self._b_dec_is_set = True",
+        "self._loaded = True",
+        B_DEC,
+    ),
+    Mutant(
+        "step", "b_dec_in_a_run_that_goes_on", "if batch.n_training_steps == 0:", "if True:", B_DEC
+    ),
+    Mutant(
+        "step",
+        "median_without_weights",
+        "(rows * weights).sum(dim=0) / weights.sum()",
+        "rows.mean(dim=0)",
+        B_DEC,
+    ),
+    Mutant(
+        "saelens",
+        "drawn_stays",
+        "drawn, sae.drawn = sae.drawn, None",
+        "drawn = sae.drawn",
+        OPTIMIZERS_STEP,
+    ),
+    Mutant(
+        "saelens",
+        "hook_of_all_optimizers",
+        "optimizer.register_step_post_hook(after_step)",
+        "torch.optim.optimizer.register_optimizer_step_post_hook(after_step)",
+        OPTIMIZERS_STEP,
+    ),
+    Mutant(
+        "saelens",
+        "window_up_to_the_whole_run",
+        "2 * window <= run.total_training_samples",
+        "window <= run.total_training_samples",
+        SWAPPED_CLASS,
+    ),
+    Mutant(
+        "saelens",
+        "fitted_once",
+        "threshold = self._fitted.get(",
+        "threshold = self.metadata.fitted and self.metadata.fitted.get(",
+        SWAPPED_CLASS,
+    ),
+    Mutant(
+        "saelens",
+        "k_aux_rounded_down",
+        "2 ** round(log2(d_in / 2))",
+        "2 ** int(log2(d_in / 2))",
+        SWAPPED_CLASS,
+    ),
+    Mutant(
+        "saelens",
+        "k_aux_above_d_sae",
+        "min(max(1, 2 ** round(log2(d_in / 2))), d_sae)",
+        "max(1, 2 ** round(log2(d_in / 2)))",
+        SWAPPED_CLASS,
+    ),
+    Mutant(
+        "saelens",
+        "old_warm_up_starts_again",
+        'scheduler.load_state_dict({"current_step": max(steps)})',
+        "pass",
+        OLD_CHECKPOINTS,
+    ),
+    Mutant("saelens", "float16_accepted", 'in ("float16", "fp16", "half")', "in ()", DTYPE),
+    Mutant(
+        "saelens",
+        "dtype_of_the_run_only",
+        "cfg.sae = replace(cfg.sae, dtype=cfg.dtype)",
+        "pass",
+        DTYPE,
     ),
     # --- ops ---------------------------------------------------------------------------------
     Mutant(
@@ -420,7 +574,7 @@ MUTANTS = [
     Mutant(
         "ops",
         "dense_rows_replace_the_others",
-        "rows if self._rows is None else self._rows.add_(rows)",
+        "rows if into is None else into.add_(rows)",
         "rows",
     ),
     Mutant(
@@ -453,20 +607,20 @@ MUTANTS = [
     Mutant(
         "sharded",
         "ties_of_lower_ranks_not_counted",
-        "(everywhere[: self.rank] == kth).sum(dim=(0, 2))",
-        "0",
+        "above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))",
+        "above | equal",
     ),
     Mutant(
         "sharded",
         "one_tie_too_few",
-        "ties.cumsum(dim=1) <= room.unsqueeze(1)",
-        "ties.cumsum(dim=1) < room.unsqueeze(1)",
+        "dtype=torch.int32) <= room",
+        "dtype=torch.int32) < room",
     ),
     Mutant(
         "sharded",
         "own_among_not_shifted",
-        "latents[is_own] - self.start",
-        "latents[is_own]",
+        "new.latents[mine] - self.shard.start",
+        "new.latents[mine]",
         RESAMPLING_WHERE_SHARED,
     ),
     Mutant(
@@ -475,7 +629,7 @@ MUTANTS = [
         "dist.all_reduce(total, group=ctx.group)",
         "pass",
     ),
-    Mutant("sharded", "clipped_by_own_norm", "total = sae.latents.sum(square)", "total = square"),
+    Mutant("sharded", "clipped_by_own_norm", "sum_over(square, sae.shard.group)", "square"),
     Mutant(
         "sharded",
         "fired_latents_not_shifted",
@@ -510,11 +664,11 @@ MUTANTS = [
     Mutant(
         "sharded",
         "of_all_padded_backwards",
-        "torch.nn.functional.pad(own, (self.start, after))",
-        "torch.nn.functional.pad(own, (after, self.start))",
+        "(self.start, self.d_sae - self.start - self.n)",
+        "(self.d_sae - self.start - self.n, self.start)",
     ),
     Mutant("sharded", "smallest_over_processes", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
-    Mutant("sharded", "weights_of_the_first", "self._draw(self.latents.start)", "self._draw(0)"),
+    Mutant("sharded", "weights_of_the_first", "self._draw(self.shard.start)", "self._draw(0)"),
     Mutant(
         "sharded",
         "odd_d_sae_not_refused",
@@ -675,8 +829,8 @@ MUTANTS = [
     Mutant(
         "saelens",
         "window_rounded_down",
-        "ceil(cfg.resolved_dead_threshold_tokens / trainer_cfg.train_batch_size_samples)",
-        "cfg.resolved_dead_threshold_tokens // trainer_cfg.train_batch_size_samples",
+        "ceil(cfg.resolved_dead_threshold_tokens / run.train_batch_size_samples)",
+        "cfg.resolved_dead_threshold_tokens // run.train_batch_size_samples",
     ),
     Mutant(
         "saelens",
@@ -725,14 +879,14 @@ MUTANTS = [
     Mutant(
         "saelens",
         "resumed_schedule_starts_again",
-        "int(self.training_steps) - step_input.n_training_steps",
-        "0",
+        "before = int(self.training_steps) - n_steps",
+        "before = 0",
     ),
     Mutant(
         "saelens",
         "new_run_goes_on",
-        "if step_input.n_training_steps > 0:",
-        "if step_input.n_training_steps >= 0:",
+        "self._loaded and n_steps > 0",
+        "self._loaded and n_steps >= 0",
     ),
     Mutant(
         "saelens",
@@ -743,17 +897,17 @@ MUTANTS = [
     Mutant(
         "saelens",
         "warm_up_one_step_ahead",
-        "coefficient * step / self.aux_warm_up_steps",
-        "coefficient * (step + 1) / self.aux_warm_up_steps",
+        "TrainCoefficientConfig(alpha, self.cfg.aux_warm_up_steps)",
+        "TrainCoefficientConfig(alpha, self.cfg.aux_warm_up_steps + 1)",
     ),
     Mutant("saelens", "decays_below_zero", "max(0.0, 1.0 - decayed)", "(1.0 - decayed)"),
-    Mutant("saelens", "resamples_one_step_late", "n_steps % every == 0", "step % every == 0"),
+    Mutant("saelens", "resamples_one_step_late", "n_steps % every != 0", "step % every != 0"),
     Mutant("saelens", "stops_one_step_early", "n_steps <= stop", "n_steps < stop", RESAMPLING_RUNS),
     Mutant(
         "saelens",
         "logs_the_last_step_only",
-        "before + output.metrics.get(METRIC, 0)",
-        "output.metrics.get(METRIC, 0)",
+        "self._n_resampled += len(new.latents)",
+        "self._n_resampled = len(new.latents)",
         RESAMPLING_RUNS,
     ),
     Mutant(
@@ -766,8 +920,8 @@ MUTANTS = [
     Mutant(
         "saelens",
         "warns_in_the_same_step",
-        "step > sae.drawn_at",
-        "step >= sae.drawn_at",
+        "drawn.step < step",
+        "drawn.step <= step",
         RESAMPLING_RUNS,
     ),
     Mutant(

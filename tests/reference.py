@@ -55,7 +55,12 @@ def _nearness(step: Step, value: Any) -> Any:
 
 
 def _nearest(step: Step, b: int, cfg: Any) -> list[int]:
-    k_aux = step.x.shape[1] // 2 if cfg.k_aux is None else cfg.k_aux
+    k_aux = cfg.k_aux
+    if k_aux is None:  # the power of two nearest to d_in / 2, by its logarithm
+        powers = [2**n for n in range(20)]
+        d_in, d_sae = step.x.shape[1], step.n_latents
+        k_aux = min(powers, key=lambda power: abs(math.log2(power) - math.log2(d_in / 2)))
+        k_aux = min(k_aux, d_sae)
     return sorted(_dead(step), key=lambda i: -_nearness(step, step.h[b, i].item()))[:k_aux]
 
 

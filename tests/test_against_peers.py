@@ -8,7 +8,6 @@ from sae_lens.registry import get_sae_training_class
 from sparsify import SparseCoder, SparseCoderConfig
 
 from tests.helpers import (
-    ARCHITECTURES,
     STOCK,
     aux_value_and_gradients,
     build_sae,
@@ -50,8 +49,6 @@ def saelens_twin(sae: Any) -> Any:
 def test_equals_saelens_with_enough_dead_latents(
     architecture: str, fields: dict[str, Any], rescale: bool
 ) -> None:
-    if architecture not in ARCHITECTURES:
-        pytest.skip("SAELens before 6.53 has no abstopk")
     sae = build_sae(
         architecture,
         d_in=D_IN,

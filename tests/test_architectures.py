@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,8 +41,7 @@ INFERENCE = {
 
 @pytest.mark.oldest
 def test_the_architectures_are_registered() -> None:
-    without = set() if "abstopk" in SAE_TRAINING_CLASS_REGISTRY else {"auxk-abstopk"}
-    assert set(INFERENCE) - without == set(ARCHITECTURES)
+    assert set(INFERENCE) == set(ARCHITECTURES)
     assert set(ARCHITECTURES) <= set(SAE_TRAINING_CLASS_REGISTRY)
     for name, stock in STOCK.items():
         ours, ours_cfg = get_sae_training_class(name)
@@ -70,8 +68,8 @@ def test_inference_config_is_plain_saelens(architecture: str) -> None:
     assert loaded.metadata.training_architecture == architecture
     details = loaded.metadata.training_architecture_details
     prefixes = ("aux_", "dead_", "resample_")
-    aux_fields = {f for f in cfg.to_dict() if f.startswith(prefixes)} | {"k_aux"}
-    assert len(aux_fields) == 14
+    aux_fields = {f for f in cfg.to_dict() if f.startswith(prefixes)} | {"k_aux", "b_dec_init"}
+    assert len(aux_fields) == 15
     assert {f: details[f] for f in aux_fields} == {f: getattr(cfg, f) for f in aux_fields}
 
 
@@ -88,30 +86,6 @@ def test_saved_inference_model_is_plain_and_equal(
         tolerance = {"bfloat16": 5e-2}.get(dtype, 1e-5)
         x = torch.randn(32, 8)
         torch.testing.assert_close(plain(x).float(), sae(x).float(), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.oldest
-@pytest.mark.parametrize("fields", [{}, {"apply_b_dec_to_input": False}])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_training_checkpoint_opens_as_the_same_inference_model(
-    architecture: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
-    sae = build_sae(architecture, **fields)
-    for step in range(3):
-        forward(sae, torch.randn(16, 8), step=step)
-    sae.save_model(tmp_path / "checkpoint")
-    sae.save_inference_model(tmp_path / "inference")
-    from_checkpoint = SAE.load_from_disk(tmp_path / "checkpoint")
-    from_inference = SAE.load_from_disk(tmp_path / "inference")
-    assert type(from_checkpoint) is type(from_inference)
-    assert from_checkpoint.cfg.to_dict() == from_inference.cfg.to_dict()
-    assert list(from_checkpoint.state_dict()) == list(from_inference.state_dict())
-    x = torch.randn(32, 8)
-    assert torch.equal(from_checkpoint(x), from_inference(x))
-    # what it becomes can be saved, copied and pickled as plain SAELens
-    from_checkpoint.save_model(tmp_path / "again")
-    assert torch.equal(SAE.load_from_disk(tmp_path / "again")(x), from_inference(x))
-    assert torch.equal(copy.deepcopy(from_checkpoint)(x), from_inference(x))
 
 
 @pytest.mark.oldest

@@ -5,9 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
+from tests.helpers import (
+    ARCHITECTURES,
+    PAIRS,
+    STOCK,
+    build_config,
+    build_sae,
+    build_trainer,
+    forward,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +67,10 @@ from tests.helpers import ARCHITECTURES, PAIRS, build_config, build_sae
         ({"k": 0}, r"k=0 .* more than 0"),
         ({"k": 2.5}, r"k=2.5 .* an integer >= 1"),
         ({"d_sae": 0}, r"d_sae=0"),
+        ({"dtype": "float16"}, r"dtype='float16' .* float32, bfloat16 or float64"),
+        ({"dtype": torch.float16}, r"dtype=torch.float16 .* float32, bfloat16 or float64"),
+        ({"b_dec_init": "median"}, r"b_dec_init='median' .* zeros, mean, geometric_median"),
+        ({"b_dec_init": None}, r"b_dec_init=None .* zeros, mean, geometric_median"),
         ({"d_in": -8}, r"d_in=-8"),
     ],
 )
@@ -115,25 +129,41 @@ def test_numpy_numbers_become_pythons(tmp_path: Path) -> None:
 
 
 def test_the_coefficient_warms_up_and_decays() -> None:
-    cfg = build_config(
+    sae = build_sae(
         "auxk-topk",
         aux_loss_coefficient=2.0,
         aux_warm_up_steps=4,
         aux_decay_start_step=6,
         aux_decay_steps=4,
+        dead_criterion="steps",
     )
-    values = [cfg.aux_coefficient_at(step) for step in range(13)]
+    trainer = build_trainer(sae)
+    values: list[float] = []
+    for step in range(13):
+        trainer.n_training_steps = step
+        values.append(trainer.step(torch.randn(16, 8)).metrics["aux_coefficient"])
     assert values == [0, 0.5, 1, 1.5, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0]
 
 
-def test_the_warm_up_is_that_of_saelens() -> None:
-    from sae_lens.training.optim import CoefficientScheduler
+def test_a_loop_without_a_scheduler_has_the_decay_only() -> None:
+    fields: dict[str, Any] = {"aux_decay_start_step": 6, "aux_decay_steps": 4}
+    sae = build_sae("auxk-topk", aux_loss_coefficient=2.0, aux_warm_up_steps=4, **fields)
+    x = torch.randn(16, 8)
+    values = [forward(sae, x, step=step).metrics["aux_coefficient"] for step in range(13)]
+    assert values == [2, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0]
 
-    cfg = build_config("auxk-topk", aux_loss_coefficient=2.0, aux_warm_up_steps=7)
-    theirs = CoefficientScheduler(warm_up_steps=7, final_value=2.0)
-    for step in range(10):
-        assert cfg.aux_coefficient_at(step) == pytest.approx(theirs.value)
-        theirs.step()
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_warm_up_is_that_of_saelens(architecture: str) -> None:
+    from sae_lens.saes.sae import TrainCoefficientConfig
+
+    sae = build_sae(architecture, aux_variant="pursuit", aux_warm_up_steps=7)
+    ours = sae.get_coefficients()
+    assert ours.pop("aux_loss") == TrainCoefficientConfig(value=0.5, warm_up_steps=7)
+    stock_class, stock_cfg_class = get_sae_training_class(STOCK[architecture])
+    cfg = build_config(architecture).to_dict()
+    cfg.update(architecture=STOCK[architecture], aux_loss_coefficient=1.0)
+    assert ours == stock_class(stock_cfg_class.from_dict(cfg)).get_coefficients()
 
 
 @pytest.mark.parametrize(("architecture", "variant"), PAIRS)
@@ -153,6 +183,7 @@ def test_to_dict_from_dict_round_trip(architecture: str, variant: str) -> None:
         aux_decay_steps=3,
         resample_every_steps=4,
         resample_stop_step=8,
+        b_dec_init="mean",
     )
     again = TrainingSAEConfig.from_dict(cfg.to_dict())
     assert type(again) is type(cfg)
@@ -165,15 +196,21 @@ def test_defaults_are_those_of_the_design(architecture: str) -> None:
     cfg = build_config(architecture)
     assert cfg.aux_variant == "auxk"
     assert cfg.aux_loss_coefficient is None
-    assert cfg.k_aux == 512
+    assert cfg.k_aux is None
+    assert cfg.resolved_k_aux == 4  # of d_in=8
+    assert build_config(architecture, k_aux=999).resolved_k_aux == 999
     assert cfg.aux_bias == "decoder"
     assert cfg.aux_relu is False
     assert cfg.aux_normalize is False
     assert cfg.dead_criterion is None
     assert cfg.dead_threshold_tokens is None
-    assert cfg.resolved_dead_threshold_tokens == 10_000_000
+    with pytest.warns(UserWarning, match="10 million silent tokens .* Set it"):
+        assert cfg.resolved_dead_threshold_tokens == 10_000_000
+    assert cfg.aux_batch_fraction == 1.0
     assert cfg.aux_warm_up_steps == 0
     assert cfg.aux_decay_start_step is None
     assert cfg.aux_decay_steps == 0
     assert cfg.resample_every_steps is None
     assert cfg.resample_stop_step is None
+    assert cfg.resolved_resample_stop_step is None
+    assert cfg.b_dec_init == "zeros"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_auxk import register_aux_loss
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.helpers import (
     ARCHITECTURES,
     PAIRS,
@@ -76,7 +76,7 @@ def assert_equals_reference(sae: Any, x: torch.Tensor, dead: torch.Tensor) -> No
         expected = reference_loss(variant, reference_step(sae, x, dead), sae.cfg)
     else:
         expected = torch.zeros((), dtype=torch.float64)
-    expected = expected * sae.cfg.aux_coefficient_at(0)
+    expected = expected * sae.cfg.resolved_aux_coefficient
     value, gradients = aux_value_and_gradients(sae, x, dead)
     assert value.dtype == torch.float64
     if variant in VALUE_ZERO:
@@ -125,7 +125,7 @@ def test_loss_and_gradients_equal_the_reference(
         **fields,
     )
     if "topk" in architecture and data.draw(st.booleans(), "dense"):
-        sae._can_be_sparse = lambda sae_in: False
+        sae.may_be_sparse = False
     dead = torch.tensor(data.draw(st.lists(st.booleans(), min_size=d_sae, max_size=d_sae)))
     assert_equals_reference(sae, torch.randn(n_rows, d_in, dtype=torch.float64), dead)
 
@@ -169,7 +169,7 @@ def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str
             )
             expected = expected + reference_loss(variant, level, sae.cfg)
         start = end
-    expected = expected * sae.cfg.aux_coefficient_at(0)
+    expected = expected * sae.cfg.resolved_aux_coefficient
     value, gradients = aux_value_and_gradients(sae, x, dead)
     if variant not in VALUE_ZERO:
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
@@ -191,7 +191,7 @@ def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str
     ],
 )
 def test_default_coefficients_are_the_published_ones(variant: str, coefficient: float) -> None:
-    assert build_config("auxk-topk", aux_variant=variant).aux_coefficient_at(0) == coefficient
+    assert build_config("auxk-topk", aux_variant=variant).resolved_aux_coefficient == coefficient
 
 
 def test_matched_bias_has_the_value_of_none_and_a_gradient_of_its_own() -> None:
@@ -228,7 +228,7 @@ def test_a_bound_above_zero_with_no_dead_latents(architecture: str, variant: str
     if (architecture, variant) not in PAIRS:
         pytest.skip("not for this architecture")
     sae = build_sae(architecture, aux_variant=variant, dead_criterion="steps")
-    sae._dead_bound = lambda dead, n_rows, again: 20
+    sae._dead_bound = lambda *_: 20
     output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
     if sae.cfg.aux_loss.uses_dead_latents:
         assert output.losses["aux_loss"] == 0
@@ -252,7 +252,7 @@ def test_columns_beyond_the_dead_latents_may_get_any_gradient(rescaled: bool) ->
         )
         x, dead = torch.randn(6, 8), torch.arange(24) % 3 == 1
         value, gradients = aux_value_and_gradients(sae, x, dead)
-        sae._can_be_sparse = lambda sae_in: False
+        sae.may_be_sparse = False
         expected = sae.encode_with_hidden_pre(x)[1][:, dead].square().sum(dim=-1).mean()
         torch.testing.assert_close(value, expected)
         for name, gradient in gradients_of(expected, sae).items():
@@ -268,7 +268,7 @@ def test_without_a_dead_latent_the_value_of_a_loss_does_not_matter() -> None:
     register_aux_loss("mean_over_dead", mean_over_dead, sync_free=True)
     try:
         sae = build_sae("auxk-topk", aux_variant="mean_over_dead", dead_criterion="steps")
-        sae._dead_bound = lambda dead, n_rows, again: 20  # as where the number is not known yet
+        sae._dead_bound = lambda *_: 20  # as where the number is not known yet
         output = forward(sae, torch.randn(6, 8), torch.zeros(24, dtype=torch.bool))
         assert output.losses["aux_loss"] == 0
         assert output.loss.isfinite()
@@ -307,7 +307,7 @@ def test_ties_are_no_problem(variant: str) -> None:
 @pytest.mark.parametrize("sparse", [True, False])
 def test_a_pre_activation_of_exactly_0_can_be_among_the_largest(sparse: bool) -> None:
     sae = build_sae("auxk-topk", aux_variant="auxk", dead_criterion="steps", k_aux=4)
-    sae._can_be_sparse = lambda sae_in: sparse
+    sae.may_be_sparse = sparse
     with torch.no_grad():
         sae.W_enc[:, :9] = 0
         sae.b_enc[:9] = 0
@@ -339,7 +339,7 @@ def test_none_takes_no_part_in_the_gradient(architecture: str) -> None:
 
 def test_a_loss_of_ones_own_is_an_aux_variant() -> None:
     def lift(inputs: Any, cfg: Any) -> torch.Tensor:
-        return -inputs.dead_hidden_pre().mean() * cfg.k_aux
+        return -inputs.dead_hidden_pre().mean() * cfg.resolved_k_aux
 
     register_aux_loss("lift", lift, default_coefficient=0.5)
     try:

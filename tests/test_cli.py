@@ -9,7 +9,7 @@ import pytest
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from sae_lens_auxk import cli
-from sae_lens_auxk.aux_config import AuxConfig
+from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk_cli import refuse
 from tests.helpers import ARCHITECTURES
 
@@ -23,7 +23,7 @@ def test_every_field_reaches_the_config() -> None:
         "--dead_criterion steps --dead_threshold_tokens 5000 --aux_warm_up_steps 3 "
         "--aux_decay_start_step 10 --aux_decay_steps 5 --log_to_wandb false "
         "--aux_batch_fraction 0.25 --resample_every_steps 100 --resample_stop_step 400 "
-        "--training_tokens 77"
+        "--b_dec_init mean --training_tokens 77"
     )
     cfg: Any = _parse_cfg_args(flags.split())
     assert cfg.training_tokens == 77
@@ -35,6 +35,7 @@ def test_every_field_reaches_the_config() -> None:
     assert (sae.aux_decay_start_step, sae.aux_decay_steps) == (10, 5)
     assert (sae.aux_normalize, sae.aux_batch_fraction) == (True, 0.25)
     assert (sae.resample_every_steps, sae.resample_stop_step) == (100, 400)
+    assert sae.b_dec_init == "mean"
 
 
 def test_defaults_are_the_configs() -> None:

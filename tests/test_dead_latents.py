@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_auxk.dead_latents import DeadCountAhead, fired_in_batch
+from sae_lens_auxk.step.dead import DeadCountAhead, fired_in_batch
 from tests.helpers import ARCHITECTURES, build_sae, forward
 
 

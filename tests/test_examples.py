@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests import tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

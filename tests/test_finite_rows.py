@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lens_auxk.finite_rows import largest_norm, replace_rows, usable_rows
+from sae_lens_auxk.step.inputs import largest_norm, replace_rows, usable_rows
 from tests.helpers import ARCHITECTURES, build_config, build_sae, build_trainer, forward
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_starts_without_a_finite_row_is_stopped() -> None:
 def test_reports_are_100_steps_apart_and_the_rest_comes_with_the_checkpoint(
     tmp_path: Path,
 ) -> None:
-    sae = build_sae("auxk-topk")
+    sae = build_sae("auxk-topk", dead_threshold_tokens=1000)
     bad = torch.randn(4, 8)
     bad[0] = torch.nan
     with pytest.warns(UserWarning, match="^1 rows"):
@@ -114,7 +114,7 @@ def test_a_bad_row_after_a_clean_step_is_reported_at_once() -> None:
 
 
 def test_finite_batches_do_not_warn() -> None:
-    sae = build_sae("auxk-topk")
+    sae = build_sae("auxk-topk", dead_threshold_tokens=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         forward(sae, torch.randn(16, 8))

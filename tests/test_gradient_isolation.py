@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.helpers import (
     ARCHITECTURES,
     TOPK_ARCHITECTURES,
@@ -57,9 +57,9 @@ def test_only_the_k_aux_latents_nearest_to_firing_move() -> None:
 def test_pursuit_moves_the_best_latent_as_if_it_had_fired(sparse: bool, rescaled: bool) -> None:
     fields = {"dtype": "float64", "rescale_acts_by_decoder_norm": rescaled}
     sae = build("auxk-topk", aux_variant="pursuit", **fields)
-    sae._can_be_sparse = lambda sae_in: sparse
+    sae.may_be_sparse = sparse
     kill_latents(sae, N_DEAD)  # none is near to firing, so none is pushed down
-    alpha = sae.cfg.aux_coefficient_at(0)
+    alpha = sae.cfg.resolved_aux_coefficient
     directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     n_moved = 0
     for _ in range(20):
@@ -98,8 +98,8 @@ def test_pursuit_pushes_down_what_is_near_to_firing_where_it_should_not(
 ) -> None:
     """As the main loss would if one latent fired alone, on top of the reconstruction."""
     sae = build("auxk-topk", aux_variant="pursuit", k_aux=3, rescale_acts_by_decoder_norm=rescaled)
-    sae._can_be_sparse = lambda sae_in: sparse
-    alpha = sae.cfg.aux_coefficient_at(0)
+    sae.may_be_sparse = sparse
+    alpha = sae.cfg.resolved_aux_coefficient
     n_pushed = n_left = 0
     for _ in range(20):
         x = torch.randn(1, 8)
@@ -149,7 +149,7 @@ def test_straight_through_passes_the_main_gradient_to_the_latents_nearest_to_fir
     sparse: bool,
 ) -> None:
     sae = build("auxk-topk", aux_variant="straight_through", k_aux=2)
-    sae._can_be_sparse = lambda sae_in: sparse
+    sae.may_be_sparse = sparse
     x = torch.randn(1, 8)
     acts, h = sae.encode_with_hidden_pre(x)
     acts = acts.detach().requires_grad_()
@@ -158,7 +158,7 @@ def test_straight_through_passes_the_main_gradient_to_the_latents_nearest_to_fir
     gradients = aux_gradients(sae, x, DEAD)
     nearest = h[0, :N_DEAD].topk(2).indices
     assert moved_latents(gradients)["b_enc"] == set(nearest.tolist())
-    expected = sae.cfg.aux_coefficient_at(0) * main[0] * sae.W_dec.norm(dim=1)
+    expected = sae.cfg.resolved_aux_coefficient * main[0] * sae.W_dec.norm(dim=1)
     torch.testing.assert_close(gradients["b_enc"][nearest], expected[nearest])
 
 

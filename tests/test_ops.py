@@ -19,11 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_auxk import ops
-from sae_lens_auxk.ops.activations import SelectedActivations
-from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.gradient import LatentGradient, handle, transposed
-from sae_lens_auxk.ops.selected import InColumns, Pairs
-from sae_lens_auxk.ops.topk import group_size, top_k, top_k_of_batch
+from sae_lens_auxk.ops.encoder import SelectedActivations
+from sae_lens_auxk.ops.matrices import Decoder, LatentGradient, handle, transposed
+from sae_lens_auxk.ops.selection import InColumns, Pairs, group_size, top_k, top_k_of_batch
 from tests.helpers import (
     TOPK_ARCHITECTURES,
     VARIANTS,
@@ -108,12 +106,12 @@ def test_selections_with_levels() -> None:
     W, x = torch.randn(10, 4), torch.randn(6, 4)
     torch.testing.assert_close(pairs.dots(x, W), (x @ W.T)[bags, latents])
     values = torch.randn(4)
-    for by_bag, among in ((True, bags), (False, rows)):
+    for of_which, among in ((x, bags), (x[:3], rows)):  # a row for each bag, or for each row
         gradient = LatentGradient(W)
         expected = torch.zeros(10, 4)
         for _ in range(2):  # to a new buffer, and to one that is there
-            pairs.add_to(gradient, values, x, by_bag)
-            expected.index_add_(0, latents, values.unsqueeze(1) * x[among])
+            gradient.add_selected(pairs, values, of_which)
+            expected.index_add_(0, latents, values.unsqueeze(1) * of_which[among])
         torch.testing.assert_close(gradient.take(), expected)
 
 
@@ -141,23 +139,24 @@ def test_both_forms_of_a_selection_are_the_same() -> None:
 
 
 def test_one_buffer_collects_a_gradient() -> None:
-    """Rows, pairs, an outer product, a multiple of W: their sum, in either layout."""
+    """Rows, pairs, all rows, a multiple of W: their sum, in either layout."""
     W = torch.randn(5, 3)
     rows, a, b, along = torch.randn(2, 3), torch.randn(5), torch.randn(3), torch.randn(5)
     x, values = torch.randn(4, 3), torch.randn(2)
     latents = torch.tensor([3, 3])
     expected = W * along.unsqueeze(1) + torch.outer(a, b)
     expected.index_add_(0, latents, rows)
-    expected[1] += values[0] * x[2] + values[1] * x[0]
+    expected[1] += values[0] * x[0] + values[1] * x[2]
+    bags = torch.tensor([0, 2])
+    pairs = Pairs.from_bags(bags, torch.tensor([1, 1]), bags, n_bags=4, d_sae=5)
     for transpose in (False, True):
         matrix = (W.T if transpose else W).clone().requires_grad_()
         gradient = LatentGradient(matrix, transpose)
 
         def add(gradient: LatentGradient = gradient) -> None:
             gradient.add_rows(rows, latents)
-            starts = torch.tensor([0, 0, 2, 2, 2, 2])
-            gradient.add_pairs(values, x, torch.tensor([2, 0]), torch.tensor([1, 1]), starts)
-            gradient.add_outer(a, b)
+            gradient.add_selected(pairs, values, x)
+            gradient.add_rows(torch.outer(a, b))
             if not gradient.transpose:
                 gradient.add_along(along)
 
@@ -251,22 +250,36 @@ def test_without_triton_all_tests_are_collected_and_a_sparse_step_runs() -> None
     assert "1 passed" in _pytest("-k", test_a_step_leaves_nothing_behind.__name__, first=blocked)
 
 
-def test_the_kernels_can_be_turned_off(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+def test_the_kernels_and_the_sparse_step_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def forget() -> None:
-        ops._choice.cache_clear()
-        ops._may_use_triton.cache_clear()
-
-    request.addfinalizer(forget)
+    new, x = type(ops.KERNELS), torch.randn(4, 8)  # looked up once: another one looks again
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    forget()
     monkeypatch.setenv("SAE_LENS_AUXK_OPS", "torch")
-    assert ops.kernels(torch.ones(1)) is None
-    forget()
+    assert new()["cpu"] is new()["cuda"] is None
+    sparse = build_sae("auxk-topk")
+    monkeypatch.setenv("SAE_LENS_AUXK_OPS", "dense")
+    assert new()["cpu"] is new()["cuda"] is None
+    dense = build_sae("auxk-topk")
+    assert (sparse._can_be_sparse(x), dense._can_be_sparse(x)) == (True, False)
     monkeypatch.setenv("SAE_LENS_AUXK_OPS", "fast")
     with pytest.raises(ValueError, match="SAE_LENS_AUXK_OPS='fast' is not allowed"):
-        ops.kernels(torch.ones(1))
+        new()["cpu"]
+    with pytest.raises(ValueError, match="SAE_LENS_AUXK_OPS='fast' is not allowed"):
+        build_sae("auxk-topk")
+
+
+def test_the_kernels_are_for_a_gpu_and_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, imported = type(ops.KERNELS), object()
+    monkeypatch.delenv("SAE_LENS_AUXK_OPS", raising=False)
+    monkeypatch.setattr(ops, "import_module", lambda name: imported)
+    monkeypatch.setattr(ops, "find_spec", lambda name: name)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert [new()[device] for device in ("cuda", "cpu", "mps")] == [imported, None, None]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert new()["cpu"] is imported
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert new()["cuda"] is None
 
 
 def test_a_step_leaves_nothing_behind() -> None:

@@ -10,7 +10,7 @@ import pytest
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_auxk import cli, runner_config
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.helpers import build_config, build_sae
 from tests.tiny_model import run_fields
 

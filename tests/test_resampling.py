@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from sae_lens_auxk import resample
-from sae_lens_auxk.resampling import NewLatents, put_in, resampled
+from sae_lens_auxk import resample_with
+from sae_lens_auxk.step.resampling import NewLatents, resampled
 from tests.helpers import (
     ARCHITECTURES,
     TOPK_ARCHITECTURES,
@@ -90,7 +89,9 @@ def test_new_latents_equal_a_plain_version_and_nothing_else_changes(
         trainer.n_training_steps = other.n_training_steps = step
         output = trainer.step(x)
         other.step(x)
-        assert output.metrics.get("resampled_latents") == (N_DEAD if step == 2 else None)
+        n_resampled = output.metrics["resampled_latents"]
+        assert [n_resampled(), n_resampled()] == [N_DEAD if step == 2 else 0, 0]
+        assert sae.drawn is None
     factor = 1.0 if architecture in TOPK_ARCHITECTURES else 0.2
     encoder, decoder = plain_version(before, output.sae_in, output.sae_out.detach(), factor, step)
     new, kept = per_latent(sae), per_latent(plain)
@@ -132,7 +133,7 @@ def test_the_optimizer_forgets_these_latents_and_no_others(
     optim.step()
     before = copy.deepcopy(optim.state_dict()["state"])
     latents = torch.tensor([2, 5])
-    put_in(NewLatents(latents, torch.randn(2, 8), torch.randn(2, 8)), sae, optim)
+    sae.put_in(NewLatents(latents, torch.randn(2, 8), torch.randn(2, 8), 0), optim)
     n_moments = 0
     for (name, p), old in zip(sae.named_parameters(), before.values(), strict=True):
         for key, state in optim.state[p].items():
@@ -149,8 +150,7 @@ def test_the_optimizer_forgets_these_latents_and_no_others(
 
 
 def draw(losses: torch.Tensor, dead: torch.Tensor, inputs: torch.Tensor, seed: int = 0) -> Any:
-    weights = torch.ones(inputs.shape[1], len(dead))
-    return resampled(inputs, losses, dead, weights, weights.T, 1.0, seed)
+    return resampled(inputs, losses, dead, (torch.tensor(2.0), torch.tensor(3.0)), 0.5, seed)
 
 
 def test_rows_are_drawn_by_the_square_of_their_loss() -> None:
@@ -165,9 +165,13 @@ def test_a_row_is_drawn_once_and_the_rest_waits() -> None:
     losses = torch.tensor([1.0, 1e-30, 3.0, 0.0, torch.inf, 5.0])
     inputs = torch.eye(6)
     inputs[5] = 0.0  # no direction
-    new = draw(losses, torch.tensor([False, *[True] * 9]), inputs)
+    new = draw(losses, torch.tensor([False, *[True] * 9]), inputs, seed=17)
     assert new.latents.tolist() == [1, 2, 3]
     assert sorted(new.decoder.argmax(dim=1).tolist()) == [0, 1, 2]
+    assert new.step == 17
+    # 0.5 times the encoder's length, and the decoder's
+    torch.testing.assert_close(new.encoder.norm(dim=1), torch.full((3,), 1.0))
+    torch.testing.assert_close(new.decoder.norm(dim=1), torch.full((3,), 3.0))
 
 
 @pytest.mark.parametrize(
@@ -177,12 +181,24 @@ def test_nothing_to_draw_or_to_resample_is_nothing(losses: list[float], dead: li
     assert draw(torch.tensor(losses), torch.tensor(dead), torch.eye(2)) is None
 
 
+def test_lengths_are_those_of_the_living_or_of_all_where_none_lives() -> None:
+    sae = build_sae("auxk-topk", dtype="bfloat16")
+    alive = torch.arange(24) >= N_DEAD
+    for counts, mask in ((alive, alive), (torch.zeros_like(alive), torch.ones_like(alive))):
+        encoder, decoder = sae.mean_lengths(counts)
+        assert encoder.dtype == decoder.dtype == torch.float32
+        torch.testing.assert_close(encoder, sae.W_enc.detach().float().norm(dim=0)[mask].mean())
+        torch.testing.assert_close(decoder, sae.W_dec.detach().float().norm(dim=1)[mask].mean())
+
+
 def test_where_all_latents_are_dead_their_own_lengths_count() -> None:
-    W_enc, W_dec = torch.full((4, 2), 1.0), torch.full((2, 4), 3.0)
-    new = resampled(torch.eye(4), torch.ones(4), torch.tensor([True, True]), W_enc, W_dec, 0.2, 0)
-    assert new is not None
-    torch.testing.assert_close(new.encoder.norm(dim=1), torch.full((2,), 0.4))
-    torch.testing.assert_close(new.decoder.norm(dim=1), torch.full((2,), 6.0))
+    sae = sae_with_dead("auxk-standard", d_sae=9, resample_every_steps=1)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.ones(8, 9))
+        sae.W_dec.copy_(torch.full((9, 8), 3.0))
+    forward(sae, torch.randn(16, 8))
+    torch.testing.assert_close(sae.drawn.encoder.norm(dim=1), torch.full((9,), 0.2 * 8**0.5))
+    torch.testing.assert_close(sae.drawn.decoder.norm(dim=1), torch.full((9,), 3 * 8**0.5))
 
 
 def test_float64_is_only_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +220,7 @@ def test_bad_rows_are_not_drawn() -> None:
     x[3:, 1] = torch.nan
     with pytest.warns(UserWarning, match="9 rows"):
         output = forward(sae, x)
-    new = output.new_latents
+    new = sae.drawn
     assert len(new.latents) == 3
     residuals = (x - output.sae_out.detach())[:3]
     directions = residuals / residuals.norm(dim=-1, keepdim=True)
@@ -233,8 +249,10 @@ def test_dead_is_what_the_criterion_says_but_not_silent_in_one_batch(criterion: 
         fired = (output.feature_acts.to_dense() != 0).any(0)
         assert (mask & fired).any()
         expected = mask & ~fired
-    assert output.new_latents.latents.sort().values.tolist() == expected.nonzero().T[0].tolist()
-    assert criterion != "steps" or forward(sae, torch.randn(16, 8)).new_latents is None
+    assert sae.drawn.latents.sort().values.tolist() == expected.nonzero().T[0].tolist()
+    if criterion == "steps":
+        forward(sae, torch.randn(16, 8))
+        assert sae.drawn is None
 
 
 @pytest.mark.parametrize("variant", ["none", "auxk", "pursuit"])
@@ -261,8 +279,7 @@ def test_dead_latents_are_revived(architecture: str, variant: str) -> None:
         chosen = torch.rand(64, 64) < 0.05
         output = trainer.step((chosen * torch.rand(64, 64)) @ features)
         if step == 29:
-            n_resampled = output.metrics["resampled_latents"]
-            assert n_resampled >= 20
+            assert output.metrics["resampled_latents"]() >= 20
     assert (sae.tokens_since_fired[:24] < 64 * 30).sum() >= 0.8 * 24
     assert all(p.isfinite().all() for p in sae.parameters())
 
@@ -271,29 +288,34 @@ def test_dead_latents_are_revived(architecture: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradient_checkpointing_draws_once(architecture: str) -> None:
-    x = torch.randn(16, 8)
-    saes = []
-    for checkpointed in (False, True):
+def test_a_loop_of_ones_own_resamples_as_the_trainer_does(architecture: str) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    batches = torch.randn(4, 16, 8)
+    for own_loop in (False, True):
         torch.manual_seed(0)
         sae = sae_with_dead(architecture, resample_every_steps=2)
+        trainer = build_trainer(sae, lr_scheduler_name="constant")
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-        for step in range(4):
-            given = step_input(x + step, step=step)
-            if checkpointed:
-                output: Any = checkpoint(sae.training_forward_pass, given, use_reentrant=False)
-            else:
+        if own_loop:
+            resample_with(sae, optimizer)
+        for step, x in enumerate(batches):
+            if own_loop:
+                given = step_input(x, step=step)
+                given.coefficients = trainer.get_coefficients()
                 output = sae.training_forward_pass(given)
-            output.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            resample(output, sae, optimizer)
-            assert ("resampled_latents" in output.metrics) == (step == 1)
-        saes.append(sae)
-    for (name, p), q in zip(
-        saes[0].state_dict().items(), saes[1].state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(p, q, msg=name)
+                output.loss.backward()
+                torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                trainer.n_training_steps = step
+                output = trainer.step(x)
+            n_resampled = output.metrics["resampled_latents"]()
+            assert n_resampled == N_DEAD if step == 1 else n_resampled < N_DEAD
+            assert sae.drawn is None
+        states.append(sae.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -302,7 +324,7 @@ def test_autocast_and_half_precision(architecture: str, dtype: str) -> None:
     sae = sae_with_dead(architecture, dtype=dtype, resample_every_steps=1)
     trainer = build_trainer(sae, autocast=True)
     output = trainer.step(torch.randn(16, 8, dtype=getattr(torch, dtype)))
-    assert output.metrics["resampled_latents"] == N_DEAD
+    assert output.metrics["resampled_latents"]() == N_DEAD
     assert all(p.isfinite().all() for p in sae.parameters())
     lengths = sae.W_dec.float().norm(dim=-1)
     torch.testing.assert_close(

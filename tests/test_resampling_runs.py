@@ -1,4 +1,4 @@
-"""Resampling in whole runs: SAELens's runners, several processes, training loops of one's own."""
+"""Resampling in whole runs: SAELens's runners, and training loops of one's own."""
 
 import copy
 import warnings
@@ -14,10 +14,9 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import SyntheticModelConfig
 from sae_lens.synthetic.synthetic_sae_runner import SyntheticSAERunner, SyntheticSAERunnerConfig
-from torch.utils.checkpoint import checkpoint
 
-from sae_lens_auxk import resample, resampling, runner_config
-from sae_lens_auxk.resampling import NewLatents, put_in
+from sae_lens_auxk import resample_with, runner_config
+from sae_lens_auxk.step.resampling import NewLatents, Resampling
 from tests import tiny_model
 from tests.helpers import (
     ARCHITECTURES,
@@ -25,9 +24,7 @@ from tests.helpers import (
     build_trainer,
     forward,
     kill_latents,
-    step_input,
 )
-from tests.sharded.processes import in_processes
 from tests.test_resampling import sae_with_dead
 
 
@@ -35,12 +32,13 @@ from tests.test_resampling import sae_with_dead
 def put_in_counts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
     """The SAEs that got new latents, and how many."""
     counts: list[tuple[Any, int]] = []
+    put_in = Resampling.put_in
 
-    def counted(new: NewLatents, sae: Any, optimizer: Any) -> None:
-        counts.append((sae, len(new.latents)))
-        put_in(new, sae, optimizer)
+    def counted(self: Any, new: NewLatents, optimizer: Any) -> None:
+        counts.append((self, len(new.latents)))
+        put_in(self, new, optimizer)
 
-    monkeypatch.setattr(resampling, "put_in", counted)
+    monkeypatch.setattr(Resampling, "put_in", counted)
     return counts
 
 
@@ -104,79 +102,6 @@ def test_compiled_run_equals_an_eager_one(
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
 
 
-class StepOutput(torch.nn.Module):
-    """What DistributedDataParallel wraps: its forward is the training step, as in a checkpoint."""
-
-    def __init__(self, sae: Any):
-        super().__init__()
-        self.sae = sae
-
-    def forward(self, x: torch.Tensor, dead: torch.Tensor | None, step: int) -> Any:
-        given = step_input(x, dead, step)
-        output: Any = checkpoint(self.sae.training_forward_pass, given, use_reentrant=False)
-        return output.loss, output
-
-
-def mask_on_a_rank(rank: int, step: int) -> torch.Tensor | None:
-    """Latent 0 is dead on one rank only, latent 1 on the other. One rank has no mask at step 3."""
-    return None if (rank, step) == (1, 3) else torch.arange(24) != rank
-
-
-def train_on_a_rank(criterion: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    rank, n_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.manual_seed(0)
-    sae = sae_with_dead("auxk-topk", dead_criterion=criterion, resample_every_steps=2)
-    model = torch.nn.parallel.DistributedDataParallel(StepOutput(sae), find_unused_parameters=True)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    steps: list[dict[str, Any]] = []
-    for step, x in enumerate(torch.randn(4, 8 * n_ranks, 8)):
-        loss, output = model(x.chunk(n_ranks)[rank], mask_on_a_rank(rank, step), step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        resample(output, sae, optimizer)
-        new = output.new_latents
-        fired = (output.feature_acts.to_dense() != 0).any(0)
-        dead = int(output.metrics["dead_latents"])
-        steps.append({"new": None if new is None else new._asdict(), "fired": fired, "dead": dead})
-    return steps, sae.state_dict()
-
-
-def trained_on_two_ranks(criterion: str) -> Any:
-    """The steps of both ranks, whose weights and counts are equal at the end."""
-    (steps, state), (others, other) = in_processes(2, train_on_a_rank, criterion)
-    for name in state:
-        assert torch.equal(state[name], other[name]), name
-    return steps, others
-
-
-def test_ranks_resample_the_same_latents_from_the_rows_of_all() -> None:
-    steps, others = trained_on_two_ranks("tokens")
-    new = steps[1]["new"]
-    assert all(torch.equal(new[name], others[1]["new"][name]) for name in new)
-    torch.manual_seed(0)
-    sae = sae_with_dead("auxk-topk", resample_every_steps=2)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    for step, x in enumerate(torch.randn(4, 16, 8)[:2]):
-        output = forward(sae, x, step=step)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert torch.equal(output.new_latents.latents, new["latents"])
-    torch.testing.assert_close(output.new_latents.decoder, new["decoder"])
-
-
-def test_a_latent_is_dead_where_the_masks_of_all_ranks_say_so() -> None:
-    steps, others = trained_on_two_ranks("steps")
-    here, there = steps[1]["fired"], others[1]["fired"]
-    assert (here != there)[2:].any(), "a rank's own batch would do"
-    expected = (~(here | there))[2:].nonzero().T[0] + 2
-    for rank in (steps, others):
-        assert rank[1]["new"]["latents"].tolist() == expected.tolist()
-        assert [step["dead"] for step in rank] == [22, 22, 22, 0]
-        assert rank[3]["new"] is None
-
-
 # --- around a run ----------------------------------------------------------------------------
 
 
@@ -210,6 +135,8 @@ def test_the_log_has_all_resampled_latents_since_the_last_one(
 def test_a_loop_that_never_resamples_is_warned(resamples: bool) -> None:
     sae = sae_with_dead("auxk-topk", resample_every_steps=2)
     optimizer = torch.optim.Adam(sae.parameters())
+    if resamples:
+        resample_with(sae, optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for step in range(8):
@@ -217,11 +144,11 @@ def test_a_loop_that_never_resamples_is_warned(resamples: bool) -> None:
                 output = forward(sae, torch.randn(16, 8), step=step)
                 output.loss.backward()
             optimizer.step()
-            if resamples:
-                resample(output, sae, optimizer)
             assert not caught or step >= 2
-    messages = [str(w.message) for w in caught if "resamples nothing" in str(w.message)]
+    messages = [str(w.message) for w in caught]
     assert len(messages) == (0 if resamples else 1)
+    assert resamples or "resamples nothing" in messages[0]
+    assert resamples or "must call sae_lens_auxk.resample_with(sae, optimizer) once" in messages[0]
 
 
 @pytest.mark.parametrize("name", ["ASGD", "Adafactor", "Rprop"])
@@ -234,12 +161,13 @@ def test_an_optimizer_with_unknown_state_is_refused_at_the_first_step(name: str)
         if every is None:
             trainer.step(torch.randn(16, 8))
             continue
+        resample_with(sae, optimizer)
         with pytest.raises(ValueError, match=rf"=1000 does not work with the optimizer {name}"):
             trainer.step(torch.randn(16, 8))
         before = copy.deepcopy((sae.state_dict(), optimizer.state_dict()))
         with pytest.raises(ValueError, match="allowed are floating-point moments"):
-            put_in(
-                NewLatents(torch.tensor([2]), torch.ones(1, 8), torch.ones(1, 8)), sae, optimizer
+            sae.put_in(
+                NewLatents(torch.tensor([2]), torch.ones(1, 8), torch.ones(1, 8), 0), optimizer
             )
         torch.testing.assert_close((sae.state_dict(), optimizer.state_dict()), before)
 
@@ -251,7 +179,7 @@ def test_quantised_moments_are_refused_by_their_type() -> None:
     state = trainer.optimizer.state[sae.W_dec]
     state["exp_avg"] = state["exp_avg"].to(torch.uint8)
     with pytest.raises(ValueError, match=r"'exp_avg' torch.uint8 \(24, 8\) of W_dec \(24, 8\)"):
-        resample(None, sae, trainer.optimizer)
+        trainer.optimizer.step()
 
 
 @pytest.mark.oldest
@@ -287,5 +215,7 @@ def test_every_runner_resamples(tmp_path: Path, put_in_counts: list[tuple[Any, i
         )
     ).run()
     assert put_in_counts
-    details = SAE.load_from_disk(tmp_path).cfg.metadata.training_architecture_details
-    assert (details["resample_every_steps"], details["resample_stop_step"]) == (3, 9)
+    metadata = SAE.load_from_disk(tmp_path).cfg.metadata
+    details = metadata.training_architecture_details
+    assert (details["resample_every_steps"], details["resample_stop_step"]) == (3, None)
+    assert metadata.fitted == {"dead_threshold_tokens": 100, "resample_stop_step": 9}

@@ -53,8 +53,14 @@ def test_a_threshold_longer_than_the_run_is_warned_about(
         {"aux_variant": "multi_topk"},
         {"aux_variant": "reanimation"},
         {"dead_criterion": "steps", "dead_feature_window": 10},
-        {"aux_variant": "none", "resample_every_steps": 19},
-        {"aux_variant": "none", "resample_every_steps": 20, "resample_stop_step": 20},
+        {"dead_feature_window": 10},
+        {"aux_variant": "none", "resample_every_steps": 19, "dead_threshold_tokens": 64},
+        {
+            "aux_variant": "none",
+            "resample_every_steps": 20,
+            "resample_stop_step": 20,
+            "dead_threshold_tokens": 64,
+        },
     ],
 )
 def test_other_runs_are_not_warned_about(fields: dict[str, Any]) -> None:
@@ -68,45 +74,98 @@ def test_other_runs_are_not_warned_about(fields: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize(("n_samples", "threshold"), [(1280, 64), (10, 1), (10**9, 10_000_000)])
-def test_a_threshold_left_to_the_run_is_a_twentieth_of_it(n_samples: int, threshold: int) -> None:
+@pytest.mark.parametrize(
+    ("n_samples", "threshold", "is_warned"),
+    [
+        (10**9, 2000, False),  # 1000 steps of 2
+        (4000, 2000, False),
+        (3999, 199, True),
+        (1280, 64, True),
+        (10, 1, True),
+    ],
+)
+def test_a_threshold_left_to_the_run_is_its_dead_window_or_a_twentieth_of_it(
+    n_samples: int, threshold: int, is_warned: bool
+) -> None:
     cfg = build_config("auxk-topk")
-    for _ in range(2):  # one config can start two runs
-        sae = TrainingSAE.from_dict(cfg.to_dict())
-        build_trainer(sae, total_training_samples=n_samples, train_batch_size_samples=2)
-        assert sae.cfg.dead_threshold_tokens == threshold
     sae = get_sae_training_class("auxk-topk")[0](cfg)
-    build_trainer(sae, total_training_samples=n_samples, train_batch_size_samples=2)
-    assert cfg.dead_threshold_tokens is None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_trainer(sae, total_training_samples=n_samples, train_batch_size_samples=2)
+    messages = [str(w.message) for w in caught if "a latent is dead" in str(w.message)]
+    assert messages == is_warned * [
+        f"dead_feature_window=1000 is 2000 tokens, more than half of this run of {n_samples}: "
+        f"a latent is dead after {threshold} silent tokens, a twentieth of the run. "
+        "Set dead_threshold_tokens to choose"
+    ]
+    assert sae.cfg.resolved_dead_threshold_tokens == threshold
+    assert sae.cfg.metadata.fitted == {"dead_threshold_tokens": threshold}
+    assert sae.cfg.dead_threshold_tokens is cfg.dead_threshold_tokens is None
+    assert "fitted" not in cfg.metadata
+    with pytest.warns(UserWarning, match="without SAELens's SAETrainer"):
+        assert cfg.resolved_dead_threshold_tokens == 10_000_000
+
+
+@pytest.mark.filterwarnings("ignore:dead_feature_window=1000 is")
+def test_the_next_trainer_fits_what_is_left_open_anew() -> None:
+    sae: Any = build_sae("auxk-topk", resample_every_steps=4)
+    for n_samples, fitted in ((1280, (64, 608)), (10**6, (2000, 499_000)), (400, (20, 190))):
+        build_trainer(sae, total_training_samples=n_samples, train_batch_size_samples=2)
+        cfg = sae.cfg
+        resolved = (cfg.resolved_dead_threshold_tokens, cfg.resolved_resample_stop_step)
+        assert resolved == (*cfg.metadata.fitted.values(),) == fitted
+        assert cfg.dead_threshold_tokens is cfg.resample_stop_step is None
+        again = TrainingSAE.from_dict(cfg.to_dict())
+        assert (again.cfg.dead_threshold_tokens, again.cfg.resample_stop_step) == (None, None)
+
+
+@pytest.mark.parametrize("fields", [{"aux_variant": "none"}, {"dead_criterion": "steps"}])
+def test_a_threshold_that_decides_nothing_is_fitted_without_a_warning(
+    fields: dict[str, Any],
+) -> None:
+    sae: Any = build_sae("auxk-topk", **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_trainer(sae, total_training_samples=1280, dead_feature_window=41)
+    assert sae.cfg.resolved_dead_threshold_tokens == 64
 
 
 @pytest.mark.parametrize(
-    ("fields", "steps"),
+    ("fields", "stop"),
     [
-        ({"dead_threshold_tokens": 200}, (4, 16)),
-        ({"dead_threshold_tokens": 192}, (4, 17)),
-        ({}, (4, 19)),
-        ({"dead_criterion": "batch", "dead_threshold_tokens": 200}, (4, 16)),
-        ({"dead_criterion": "steps", "dead_threshold_tokens": 200}, (4, 13)),
-        ({"resample_every_steps": 16, "dead_threshold_tokens": 200}, (16, 16)),
-        ({"resample_every_steps": 17, "dead_threshold_tokens": 200}, (None, None)),
-        ({"resample_stop_step": 20, "dead_threshold_tokens": 200}, (4, 20)),
-        ({"resample_stop_step": 99, "dead_threshold_tokens": 200}, (4, 99)),
-        ({"resample_every_steps": None}, (None, None)),
+        ({"dead_threshold_tokens": 200}, 16),
+        ({"dead_threshold_tokens": 192}, 17),
+        ({}, 13),
+        ({"dead_feature_window": 10}, 10),
+        ({"dead_feature_window": 11}, 19),
+        ({"dead_criterion": "batch", "dead_threshold_tokens": 200}, 16),
+        ({"dead_criterion": "steps", "dead_threshold_tokens": 200}, 13),
+        ({"resample_every_steps": 16, "dead_threshold_tokens": 200}, 16),
+        ({"resample_every_steps": 17, "dead_threshold_tokens": 200}, 16),
+        ({"resample_stop_step": 20, "dead_threshold_tokens": 200}, 20),
+        ({"resample_stop_step": 99, "dead_threshold_tokens": 200}, 99),
+        ({"resample_every_steps": None}, None),
     ],
 )
-@pytest.mark.filterwarnings("ignore:resample_every_steps=17")
+@pytest.mark.filterwarnings("ignore:resample_every_steps=17", "ignore:dead_feature_window=11 is")
 def test_the_last_resampling_is_a_dead_window_before_the_end(
-    fields: dict[str, Any], steps: tuple[int | None, int | None]
+    fields: dict[str, Any], stop: int | None
 ) -> None:
-    cfg = build_config("auxk-topk", **{"resample_every_steps": 4, **fields})
+    given = {"resample_every_steps": 4, "dead_feature_window": 7, **fields}
+    window = given.pop("dead_feature_window")
+    cfg = build_config("auxk-topk", **given)
     sae = get_sae_training_class("auxk-topk")[0](cfg)
     build_trainer(
-        sae, total_training_samples=1280, train_batch_size_samples=64, dead_feature_window=7
+        sae, total_training_samples=1280, train_batch_size_samples=64, dead_feature_window=window
     )
-    assert (sae.cfg.resample_every_steps, sae.cfg.resample_stop_step) == steps
-    assert cfg.resample_every_steps == fields.get("resample_every_steps", 4)
-    assert cfg.resample_stop_step == fields.get("resample_stop_step")
+    assert sae.cfg.resolved_resample_stop_step == stop
+    assert sae.cfg.metadata.fitted.get("resample_stop_step") == stop
+    for each in (cfg, sae.cfg):
+        assert each.resample_every_steps == given["resample_every_steps"]
+        assert each.resample_stop_step == given.get("resample_stop_step")
+    every = given["resample_every_steps"] or 99
+    resampling = [step + 1 for step in range(20) if sae.cfg.resamples_after(step)]
+    assert resampling == [step for step in range(every, 21, every) if step <= (stop or 0)]
 
 
 def test_no_latent_is_resampled_after_the_last_step() -> None:
@@ -121,7 +180,7 @@ def test_no_latent_is_resampled_after_the_last_step() -> None:
     def watched(batch: torch.Tensor) -> Any:
         kill_latents(sae, 9)
         output = step(batch)
-        if "resampled_latents" in output.metrics:
+        if output.metrics["resampled_latents"]() > 0:
             resampled_after.append(trainer.n_training_steps + 1)
         return output
 
@@ -134,7 +193,9 @@ def test_a_short_run_has_an_auxiliary_loss_without_a_flag(tmp_path: Path) -> Non
     cfg = runner_config(
         "auxk-topk", **tiny_model.run_fields(k=4, output_path=str(tmp_path / "output"))
     )
-    sae = run(cfg)
+    with pytest.warns(UserWarning, match="64000 tokens, more than half of this run of 1280"):
+        sae = run(cfg)
     assert int((sae.tokens_since_fired >= 64).sum()) > 0
-    details = SAE.load_from_disk(cfg.output_path).cfg.metadata.training_architecture_details
-    assert details["dead_threshold_tokens"] == 64
+    metadata = SAE.load_from_disk(cfg.output_path).cfg.metadata
+    assert metadata.fitted == {"dead_threshold_tokens": 64}
+    assert metadata.training_architecture_details["dead_threshold_tokens"] is None

@@ -1,28 +1,16 @@
-import json
+"""The files beside a checkpoint's weights: scaling, and firing rates."""
+
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae_lens_auxk import saved_sae
-from sae_lens_auxk.saved_sae import fold_scaling_beside, silent_latents
+from sae_lens_auxk.saelens.checkpoints import fold_scaling_beside, silent_latents
 from tests.helpers import build_sae
 
 
-class ScalerBefore652:
-    """SAELens's scaler before it had whitening."""
-
-    scaling_factor: float | None = None
-
-    def load(self, path: Path) -> None:
-        self.scaling_factor = json.loads(path.read_text())["scaling_factor"]
-
-
-def test_scaling_is_folded_with_a_saelens_without_whitening(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(saved_sae, "ActivationScaler", ScalerBefore652)
+def test_the_scaling_beside_a_checkpoint_is_folded(tmp_path: Path) -> None:
     sae = build_sae("auxk-topk", normalize_activations="expected_average_only_in")
     before = sae.W_enc.detach().clone()
     with pytest.raises(ValueError, match=r"its scaling is missing.* activation_scaler\.json"):
@@ -31,6 +19,14 @@ def test_scaling_is_folded_with_a_saelens_without_whitening(
     fold_scaling_beside(sae, tmp_path)
     torch.testing.assert_close(sae.W_enc, before * 3)
     assert sae.cfg.normalize_activations == "none"
+
+
+def test_a_missing_whitening_is_named(tmp_path: Path) -> None:
+    sae = build_sae("auxk-topk", normalize_activations="covariance_whitening")
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 3.0}')
+    names = r"activation_scaler\.json and activation_whitening\.safetensors"
+    with pytest.raises(ValueError, match=f"its scaling is missing.* {names}"):
+        fold_scaling_beside(sae, tmp_path)
 
 
 def test_silent_latents_are_those_that_never_fired(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 # Imported here because an editable install is on the path by the folder that the test takes off it.
 import sae_lens_auxk.cli  # noqa: F401
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(

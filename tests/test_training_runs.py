@@ -19,7 +19,6 @@ from sae_lens_auxk import runner_config
 from tests import tiny_model
 from tests.helpers import (
     ARCHITECTURES,
-    NEEDS_WHITENING,
     PAIRS,
     TOPK_ARCHITECTURES,
     build_config,
@@ -50,7 +49,7 @@ def architecture_fields(architecture: str) -> dict[str, Any]:
 def test_the_log_of_the_topk_family_has_saelens_key_too(architecture: str, dense: bool) -> None:
     """A panel of Weights & Biases shows runs that have its key."""
     sae = build_sae(architecture, dead_criterion="steps")
-    sae._can_be_sparse = lambda sae_in: not dense
+    sae.may_be_sparse = not dense
     output = forward(sae, torch.randn(16, 8), torch.arange(24) < 9)
     log = build_trainer(sae).build_train_step_log_dict(output, 16)
     assert log["losses/aux_loss"] > 0
@@ -128,14 +127,7 @@ def test_batch_size_may_change_on_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "expected_average_only_in",
-        pytest.param("covariance_whitening", marks=NEEDS_WHITENING),
-        "layer_norm",
-    ],
-)
+@pytest.mark.parametrize("mode", ["expected_average_only_in", "covariance_whitening", "layer_norm"])
 def test_normalisation_is_right_or_refused_at_once(
     architecture: str, mode: str, tmp_path: Path
 ) -> None:

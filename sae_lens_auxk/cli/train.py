@@ -4,29 +4,33 @@ import time
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
 import torch
-from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.llm_sae_training_runner import (
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
-    _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]
+    TrainingSAE,
+    run_evals,
 )
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
 
+from sae_lens_auxk.checks import nearest, require_choice, require_device
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.cli.train_shared import refuse_once, train_shared
-from sae_lens_auxk.fine_tuning import sae_to_go_on_from
-from sae_lens_auxk.runner import field_names
-from sae_lens_auxk.saved_sae import silent_latents
+from sae_lens_auxk.saelens.checkpoints import silent_latents
+from sae_lens_auxk.saelens.names import (
+    SAE_TRAINING_CLASS_REGISTRY,
+    ActivationScaler,
+    EvalConfig,
+    _parse_cfg_args,
+)
+from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
+from sae_lens_auxk.saelens.runner_config import field_names
 from sae_lens_auxk.sharded.processes import n_processes, prefer_own_gpu
-from sae_lens_auxk.validation import nearest, require_choice, require_device
 from sae_lens_auxk_cli import refuse
 
 
@@ -91,6 +95,10 @@ def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
         suggestion = nearest(unknown.split()[0], [*flags, "--import"])
         raise ValueError(f"{error} (with --architecture {architecture}).{suggestion}") from error
     require_device("device", cfg.device)
+    given_flags = {arg.partition("=")[0] for arg in args}
+    if "--dtype" in given_flags and "--sae.dtype" not in given_flags:
+        # As runner_config does, and as the flag's help says; SAELens would train in float32.
+        cfg.sae = replace(cfg.sae, dtype=cfg.dtype)
     return cfg
 
 

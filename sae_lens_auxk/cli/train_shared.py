@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_auxk.sharded import processes
 from sae_lens_auxk.sharded.runner import (

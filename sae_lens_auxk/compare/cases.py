@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens import TrainingSAEConfig
 
 from sae_lens_auxk.architectures import ARCHITECTURES
-from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses import BUILT_IN
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.checks import reject, require_choice, require_known, require_number
 from sae_lens_auxk.compare.plan import Resolved
-from sae_lens_auxk.validation import reject, require_choice, require_known, require_number
+from sae_lens_auxk.config import AuxConfig
+from sae_lens_auxk.losses import BUILT_IN
+from sae_lens_auxk.losses.registry import AUX_LOSSES
+from sae_lens_auxk.saelens.names import get_sae_training_class
 
 STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITECTURES}
 """SAELens's own architecture that each of this package's extends."""

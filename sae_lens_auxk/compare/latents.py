@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAE
+from sae_lens import SAE
 
 from sae_lens_auxk.compare.split import split_gain
 from sae_lens_auxk.results import JUNK

@@ -4,15 +4,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from sae_lens.evals import ExplainedVarianceCalculator
-from sae_lens.saes.sae import SAE
-from sae_lens.synthetic import L0Calculator
-from sae_lens.util import cosine_similarities
+from sae_lens import SAE
 
 from sae_lens_auxk.compare.peeking import measure_peeking
 from sae_lens_auxk.compare.sources import Pass
 from sae_lens_auxk.compare.train import TrainingLog
 from sae_lens_auxk.results import DENSE, JUNK, Measured, Numbers, require_in_table
+from sae_lens_auxk.saelens.names import (
+    ExplainedVarianceCalculator,
+    L0Calculator,
+    cosine_similarities,
+)
 
 LOG10_EDGES = [edge / 4 for edge in range(-24, 1)]
 """Bin edges of the histogram of firing rates: from 1e-6 to 1, four bins per power of ten."""

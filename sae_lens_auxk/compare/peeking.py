@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAE
+from sae_lens import SAE
 
 from sae_lens_auxk.compare.latents import count_firings, measure_latents
 from sae_lens_auxk.results import Numbers

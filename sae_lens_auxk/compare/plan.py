@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sae_lens.synthetic import SyntheticModelConfig, ZipfianFiringProbabilityConfig
 from simple_parsing import field
 
-from sae_lens_auxk.validation import require_known
+from sae_lens_auxk.checks import require_known
+from sae_lens_auxk.saelens.names import SyntheticModelConfig, ZipfianFiringProbabilityConfig
 
 
 @dataclass(frozen=True, kw_only=True)

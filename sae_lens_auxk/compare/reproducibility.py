@@ -15,8 +15,6 @@ from statistics import mean
 
 import numpy as np
 import torch
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
-from sae_lens.util import cosine_similarities
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
@@ -26,6 +24,7 @@ from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.peeking import MIN_LATENTS
 from sae_lens_auxk.result_files import LIVES_FILENAME
 from sae_lens_auxk.results import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
+from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 ROWS_PER_CHUNK = 1024
 """At 36,864 latents, this many rows of cosines take 150 MB."""

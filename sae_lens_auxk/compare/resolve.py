@@ -4,15 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
-from sae_lens.synthetic import SyntheticModelConfig
+from sae_lens import MultiSAETrainingRunnerConfig
 
 from sae_lens_auxk.architectures import ARCHITECTURES
-from sae_lens_auxk.aux_losses.registry import find_aux_loss
-from sae_lens_auxk.compare.cases import PRESETS, cases_of
-from sae_lens_auxk.compare.plan import Comparison, Resolved
-from sae_lens_auxk.dead_latents import threshold_for
-from sae_lens_auxk.validation import (
+from sae_lens_auxk.checks import (
     python_value,
     reject,
     require_bool,
@@ -26,6 +21,11 @@ from sae_lens_auxk.validation import (
     require_text,
     require_writable,
 )
+from sae_lens_auxk.compare.cases import PRESETS, cases_of
+from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.config import DEFAULT_THRESHOLD
+from sae_lens_auxk.losses.registry import find_aux_loss
+from sae_lens_auxk.saelens.names import SyntheticModelConfig
 
 SYNTHETIC_DEFAULTS: dict[str, Any] = {
     "k": [8],
@@ -91,7 +91,7 @@ def resolve(comparison: Comparison) -> Resolved:
         values["preset"] = [] if comparison.cases or comparison.aux_variant else list(PRESETS)
     n_samples = values["training_samples"]
     if comparison.dead_after is None and isinstance(n_samples, int):
-        values["dead_after"] = threshold_for(n_samples)
+        values["dead_after"] = max(1, min(DEFAULT_THRESHOLD, n_samples // 20))
     resolved = Resolved(**values)
     _validate(resolved)
     return resolved

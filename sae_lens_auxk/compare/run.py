@@ -18,8 +18,7 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
-from sae_lens.constants import SPARSITY_FILENAME
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -49,6 +48,7 @@ from sae_lens_auxk.result_files import (
     write_results,
 )
 from sae_lens_auxk.results import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
+from sae_lens_auxk.saelens.names import SPARSITY_FILENAME
 
 EXTENDABLE = ("seeds",)
 """Fields that may change when a comparison is continued: each pass has one seed."""

@@ -13,29 +13,32 @@ from typing import Any, Protocol
 
 import torch
 from datasets import load_dataset
-from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.load_model import load_model
-from sae_lens.multi_sae_training_runner import (
+from sae_lens import (
+    SAE,
+    LoggingConfig,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
+    TrainingSAE,
+    run_evals,
 )
-from sae_lens.saes.sae import SAE, TrainingSAE
-from sae_lens.synthetic import (
-    SyntheticActivationIterator,
-    SyntheticModel,
-    SyntheticModelConfig,
-    SyntheticSAERunnerConfig,
-    eval_sae_on_synthetic_data,
-)
-from sae_lens.training.activation_scaler import ActivationScaler
 
+from sae_lens_auxk.checks import nearest, reject
 from sae_lens_auxk.compare.float32_losses import Float32Losses
 from sae_lens_auxk.compare.peeking import MAX_LATENTS, NEIGHBOURS
 from sae_lens_auxk.compare.plan import Resolved
 from sae_lens_auxk.compare.same_data import SameFeatures, SamePrompts
 from sae_lens_auxk.compare.split import SPLIT_TENSORS
-from sae_lens_auxk.validation import nearest, reject
+from sae_lens_auxk.saelens.names import (
+    ActivationScaler,
+    EvalConfig,
+    SAETrainerConfig,
+    SyntheticActivationIterator,
+    SyntheticModel,
+    SyntheticModelConfig,
+    SyntheticSAERunnerConfig,
+    eval_sae_on_synthetic_data,
+    load_model,
+)
 
 HELD_OUT_SEED = 2**31
 """Added to a pass's seed for its held-out samples: they are not its training samples again."""

@@ -7,16 +7,18 @@ from math import ceil
 from typing import Any
 
 import torch
-from sae_lens.config import SAETrainerConfig
-from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepOutput
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.sae_trainer import SAETrainer
-from sae_lens.training.types import MultiHookDataProvider
+from sae_lens import SAETrainer, TrainingSAE, TrainingSAEConfig
 from typing_extensions import override
 
-from sae_lens_auxk.dead_latents import count_tokens
-from sae_lens_auxk.saved_sae import fold_scaling
+from sae_lens_auxk.saelens.checkpoints import fold_scaling
+from sae_lens_auxk.saelens.names import (
+    MultiHookDataProvider,
+    MultiSAETrainer,
+    SAETrainerConfig,
+    TrainStepOutput,
+    get_sae_training_class,
+)
+from sae_lens_auxk.step.dead import count_tokens
 
 N_POINTS = 100
 """Number of points in a history, and of steps whose time and memory are taken."""

@@ -23,7 +23,7 @@ _ERRORS: tuple[type[Exception], ...] = (
 
 
 class HubError(Exception):
-    """Something cannot be published or fetched; the message says what to do about it."""
+    """Something cannot be published; the message says what to do about it."""
 
 
 def require_repo_id(repo_id: str) -> None:

@@ -15,16 +15,19 @@ from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCard
-from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens import LanguageModelSAERunnerConfig
 
-from sae_lens_auxk.aux_config import AuxConfig
-from sae_lens_auxk.aux_losses.registry import AUX_LOSSES
+from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.hub.sae_folder import read_json, sae_id_of
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from sae_lens_auxk.results import METRICS, Group, Numbers, Results
-from sae_lens_auxk.saved_sae import silent_latents
+from sae_lens_auxk.saelens.checkpoints import silent_latents
+from sae_lens_auxk.saelens.names import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_TRAINING_CLASS_REGISTRY,
+)
 
 TAGS = ("saelens", "sparse-autoencoder", "mechanistic-interpretability")
 
@@ -188,7 +191,8 @@ def _description(folder: Path, samples: int | None) -> str:
     sections = [_table(("", ""), rows)]
     aux = {f.name: details.pop(f.name) for f in fields(AuxConfig) if f.name in details}
     if aux:
-        rows = [(name, _code(value) + _resolved(name, aux)) for name, value in aux.items()]
+        fitted: dict[str, Any] = metadata.get("fitted") or {}
+        rows = [(name, _code(value) + _resolved(name, aux, fitted)) for name, value in aux.items()]
         sections += ["Its auxiliary loss against dead latents:", _table(("field", "value"), rows)]
     if details:
         rows = [(name, _code(value)) for name, value in details.items()]
@@ -205,11 +209,13 @@ def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resolved(name: str, aux: dict[str, Any]) -> str:
+def _resolved(name: str, aux: dict[str, Any], fitted: dict[str, Any]) -> str:
     """The meaning of a field with the value None."""
     loss = AUX_LOSSES.get(aux.get("aux_variant", ""))
     if aux[name] is not None or loss is None:
         return ""
+    if name in fitted:
+        return f", fitted to the run: {_code(fitted[name])}"
     if name == "aux_loss_coefficient":
         return f", the variant's own: {_code(loss.default_coefficient)}"
     if name == "dead_criterion":

@@ -10,21 +10,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from sae_lens.constants import (
-    RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
-from sae_lens.registry import SAE_CLASS_REGISTRY
-from sae_lens.saes.sae import SAE, TrainingSAE
-from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
+from sae_lens import SAE, TrainingSAE
 
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.result_files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
 from sae_lens_auxk.results import Results, Run
-from sae_lens_auxk.saved_sae import fold_scaling_beside, silent_latents
+from sae_lens_auxk.saelens.checkpoints import fold_scaling_beside, silent_latents
+from sae_lens_auxk.saelens.names import (
+    RUNNER_CFG_FILENAME,
+    RUNNER_CONFIG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_CLASS_REGISTRY,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 
 SAE_FILES = (
     SAE_CFG_FILENAME,

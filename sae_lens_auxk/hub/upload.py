@@ -14,7 +14,6 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
-from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
@@ -28,6 +27,7 @@ from sae_lens_auxk.hub.sae_folder import (
     samples_trained,
 )
 from sae_lens_auxk.result_files import RESULTS_FILENAME
+from sae_lens_auxk.saelens.names import SAE_CFG_FILENAME
 
 
 @dataclass(frozen=True)

@@ -4,41 +4,42 @@ Each operation is plain torch, which serves every device and is the reference. O
 them use a Triton kernel where that was measured to be faster (docs/performance.md).
 
 The environment variable ``SAE_LENS_AUXK_OPS`` chooses: ``auto`` (the default), ``torch`` (no
-Triton), or ``dense`` (SAELens's own dense step, no sparse operation at all).
+Triton), or ``dense`` (SAELens's own dense step, no sparse operation at all). It is read when an SAE
+is made.
 """
 
 import os
-from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
-import torch
 
+def choice() -> str:
+    """The value of ``SAE_LENS_AUXK_OPS``.
 
-@cache
-def _choice() -> str:
-    choice = os.environ.get("SAE_LENS_AUXK_OPS", "auto")
-    if choice not in ("auto", "torch", "dense"):
+    Raises:
+        ValueError: it is none of the three.
+    """
+    given = os.environ.get("SAE_LENS_AUXK_OPS", "auto")
+    if given not in ("auto", "torch", "dense"):
         raise ValueError(
-            f"SAE_LENS_AUXK_OPS={choice!r} is not allowed: it must be auto, torch or dense."
+            f"SAE_LENS_AUXK_OPS={given!r} is not allowed: it must be auto, torch or dense."
         )
-    return choice
+    return given
 
 
-@cache
-def _may_use_triton() -> bool:
-    return _choice() == "auto" and find_spec("triton") is not None
+class _Kernels(dict[str, Any]):
+    """The kernels by type of device, looked up once: a step asks a hundred times."""
+
+    def __missing__(self, device_type: str) -> Any:
+        has_kernels = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        # Importing the module fails where Triton is not installed.
+        if has_kernels and choice() == "auto" and find_spec("triton") is not None:
+            self[device_type] = import_module("sae_lens_auxk.ops.triton_kernels")
+        else:
+            self[device_type] = None
+        return self[device_type]
 
 
-def use_sparse_step() -> bool:
-    """Whether a training step may be sparse."""
-    return _choice() != "dense"
-
-
-# No annotation: ModuleType would hide the module's contents, which the inferred type knows.
-def kernels(x: torch.Tensor):
-    """The module of Triton kernels if an operation on ``x`` may use them, else None."""
-    if not _may_use_triton() or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    from sae_lens_auxk.ops import triton_kernels  # where Triton is not installed, this fails
-
-    return triton_kernels
+KERNELS = _Kernels()
+"""The module of Triton kernels for each type of device, None where plain torch serves."""

@@ -2,19 +2,26 @@
 
 ``h = ((x - b_dec) @ W_enc + b_enc) * norm`` for all latents costs one matrix product forward.
 Its ordinary backward costs two more and a (B, d_sae) gradient; a TopK step needs a few entries
-of it and an auxiliary loss the columns of dead latents.
+of it and an auxiliary loss the columns of dead latents. The entries that fire are handed on as
+SAELens's trainer takes them.
 """
 
-from copy import copy
+from copy import copy, deepcopy
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from typing_extensions import override
 
-from sae_lens_auxk.ops.columns import beyond, gather_columns, scaled_product, shortfall
-from sae_lens_auxk.ops.decoder import Decoder
-from sae_lens_auxk.ops.gradient import LatentGradient, at_latents, first_derivative_only, handle
-from sae_lens_auxk.ops.selected import Selected, matmul_to
+from sae_lens_auxk.ops.matrices import (
+    Decoder,
+    LatentGradient,
+    at_latents,
+    handle,
+    refuse_second_derivative,
+    scaled_product,
+)
+from sae_lens_auxk.ops.selection import Pairs, Selected, beyond, gather_columns, matmul_to
 
 
 class Encoder:
@@ -26,6 +33,7 @@ class Encoder:
     Attributes:
         hidden_pre: (B, d_sae) ``h``, without a graph.
         x: (B, d_in) the centred input, in the parameters' precision.
+        W_enc, b_enc, b_dec: the parameters; b_dec is None where it is not subtracted.
         gradient: the buffer.
         handle: the tensor that stands for W_enc in the graph.
     """
@@ -48,6 +56,7 @@ class Encoder:
             decoder: where it has norms, ``h`` is multiplied by them.
             autocast: the precision of autocast, or None if it is off.
         """
+        self.W_enc, self.b_enc, self.b_dec = W_enc, b_enc, b_dec
         self.W, self.decoder, self.autocast = W_enc.detach(), decoder, autocast
         self.gradient = LatentGradient(W_enc, transpose=True)
         self.handle = handle(W_enc, self.gradient)
@@ -92,24 +101,6 @@ class Encoder:
         """(d_sae,) b_enc, without a graph."""
         return self._bias.detach()
 
-    def shortfall(
-        self, threshold: torch.Tensor, latents: torch.Tensor, n_latents: torch.Tensor
-    ) -> torch.Tensor:
-        """(B,) the sums of ``relu(threshold - h)`` over some latents, with their graph.
-
-        Args:
-            threshold: () or (B, 1), a constant.
-            latents: (n,) int64, of which the first ``n_latents`` () count.
-        """
-        return _Shortfall.apply(
-            self.handle, self._bias, self.decoder.handle, self, threshold, latents, n_latents
-        )
-
-    def sums(self) -> torch.Tensor:
-        """(d_sae,) the sums of ``h`` over the batch, with their graph."""
-        x = self.x.sum(dim=0)
-        return self.decoder.times_norm(_Sums.apply(self.handle, self._bias, x, self))
-
 
 class _Bias(torch.autograd.Function):
     """b_enc; its backward also gives b_dec the gradient that comes through ``h``."""
@@ -123,8 +114,8 @@ class _Bias(torch.autograd.Function):
         return b_enc.view_as(b_enc)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         (grad,) = grad_outputs
         (W,) = ctx.saved_tensors
         return grad, -(W @ grad) if ctx.takes_b_dec_off else None, None
@@ -144,12 +135,12 @@ class _AtSelected(torch.autograd.Function):
         return pre.view_as(pre)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         (grad,) = grad_outputs
         encoder, selected = ctx.encoder, ctx.selected
         x = encoder.x_autocast if selected.in_autocast else encoder.x
-        selected.add_to(encoder.gradient, grad, x, by_bag=False)
+        encoder.gradient.add_selected(selected, grad, x)
         return None, None, selected.sum_by_latent(grad), None, None
 
 
@@ -169,112 +160,184 @@ class _AtColumns(torch.autograd.Function):
         return h.view_as(h)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         (grad,) = grad_outputs
-        encoder, latents = ctx.encoder, ctx.latents
+        encoder, latents, n_latents = ctx.encoder, ctx.latents, ctx.n_latents
         grad_low = grad.to(encoder.x_autocast.dtype)
         n = grad.shape[1]
         if grad.is_cuda and n % 8:  # see indices_of
             grad_low = torch.nn.functional.pad(grad_low, (0, -n % 8))
-        sums = matmul_to(grad_low.T, _with_ones(encoder.x_autocast), encoder.W.dtype)[:n]
-        bias = _add_sums(encoder, sums, latents, ctx.n_latents)
-        return None, None, bias, None, None, None, None
+        # A column of ones gives the bias's gradient without another pass over (B, n).
+        ones = torch.nn.functional.pad(encoder.x_autocast, (0, 8))
+        ones[:, encoder.x.shape[1]] = 1
+        sums = matmul_to(grad_low.T, ones, encoder.W.dtype)[:n]
+        rows, grad_bias = sums[:, : encoder.x.shape[1]], sums[:, encoder.x.shape[1]]
+        if n_latents is not None:
+            # A column that does not count may get any gradient from a loss: NaN, as it is -inf.
+            grad_bias = grad_bias.masked_fill(beyond(sums, n_latents), 0)
+        grad_bias = at_latents(grad_bias, latents, len(encoder.bias))
+        norm = encoder.decoder.norm
+        if norm is None:
+            encoder.gradient.add_rows(rows.contiguous(), latents, n_latents)
+        else:
+            # A column has one norm, so it can be multiplied after the product. The norm's own
+            # gradient is the sum of the column's gradient times what the norm multiplies.
+            products = encoder.gradient.add_scaled(rows, norm, latents, n_latents)
+            encoder.decoder.add_norm_gradient(products + grad_bias * encoder.bias)
+            grad_bias = grad_bias * norm
+        return None, None, grad_bias, None, None, None, None
 
 
-class _Shortfall(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        handle: torch.Tensor,  # noqa: ARG004
-        bias: torch.Tensor,  # noqa: ARG004
-        decoder_handle: torch.Tensor,  # noqa: ARG004
-        encoder: Encoder,
-        threshold: torch.Tensor,
-        latents: torch.Tensor,
-        n_latents: torch.Tensor,
-    ) -> torch.Tensor:
-        dtype = encoder.x_autocast.dtype
-        total, below = shortfall(encoder.hidden_pre, threshold, latents, n_latents, dtype)
-        ctx.save_for_backward(below, latents, n_latents)
-        ctx.encoder = encoder
-        return total
+# --- activations -----------------------------------------------------------------------------
 
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        (grad,) = grad_outputs
-        below, latents, n_latents = ctx.saved_tensors
-        encoder = ctx.encoder
-        # A row has one gradient for all latents, so it can be multiplied with x, which is small.
-        x = (_with_ones(encoder.x) * -grad.unsqueeze(1)).to(below.dtype)
-        sums = matmul_to(below.T, x, encoder.W.dtype)
-        bias = _add_sums(encoder, sums, latents, n_latents)
-        return None, bias, None, None, None, None, None
+_T = TypeVar("_T", bound=torch.Tensor)
+
+_OVER_ROWS = ((0,), (-2,), (("dim", 0),), (("dim", -2),))
 
 
-def _with_ones(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (B, d_in) with a column of ones and 7 of zeros.
+class SelectedActivations(torch.Tensor):
+    """A sparse COO tensor (B, d_sae) whose ``sum(0)`` and ``sum(-2)`` are dense and do not wait.
 
-    The column of ones gives the bias's gradient without another pass over (B, n).
+    SAELens's trainer asks at every step which latents fired, and how often:
+    ``acts.bool().float().sum(0)``. Torch's own result is sparse, and to count its entries it sorts
+    them and waits for the device. Otherwise this is an ordinary sparse COO tensor.
     """
-    padded = torch.nn.functional.pad(x, (0, 8))
-    padded[:, x.shape[1]] = 1
-    return padded
+
+    @staticmethod
+    def of(
+        rows: torch.Tensor, latents: torch.Tensor, values: torch.Tensor, shape: torch.Size
+    ) -> "SelectedActivations":
+        """From (N,) rows, latents and values, without a graph; no pair may occur twice."""
+        acts = torch.sparse_coo_tensor(
+            torch.stack([rows, latents]), values, shape, check_invariants=False
+        )
+        return _as(SelectedActivations, acts)
+
+    # Torch's operations return ordinary tensors; only the methods here return this class.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @override
+    def bool(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._like(super().bool(*args, **kwargs))
+
+    @override
+    def float(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._like(super().float(*args, **kwargs))
+
+    @override
+    def sum(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (*args, *kwargs.items()) not in _OVER_ROWS or not self.is_floating_point():
+            return super().sum(*args, **kwargs)
+        values, latents = self._values(), self._indices()[-1]
+        return values.new_zeros(self.shape[-1]).index_add_(0, latents, values)
+
+    @staticmethod
+    def _like(acts: torch.Tensor) -> torch.Tensor:
+        return acts if acts.requires_grad else _as(SelectedActivations, acts)
+
+    # Torch copies and pickles subclasses by their storage, which a sparse tensor does not have.
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return deepcopy(_as(torch.Tensor, self), memo)
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _as(torch.Tensor, self).__reduce_ex__(protocol)
 
 
-def _add_sums(
-    encoder: Encoder,
-    sums: torch.Tensor,
-    latents: torch.Tensor | None,
-    n_latents: torch.Tensor | None = None,
+def _as(cls: type[_T], acts: torch.Tensor) -> _T:
+    return torch.Tensor._make_subclass(cls, acts)
+
+
+def activations(
+    pre: torch.Tensor,
+    h: torch.Tensor,
+    selected: Pairs,
+    decoder: Decoder,
+    shape: torch.Size,
+    dense: bool,
 ) -> torch.Tensor:
-    """Add the gradients of W_enc and of the norms that follow from one of columns of ``h``.
+    """``shape``, (B, d_sae): selected activations, with their graph; 0 elsewhere.
 
     Args:
-        encoder: the encoder.
-        sums: (n, d_in + 8), for each column the sum of its gradient times :func:`_with_ones`.
-        latents: (n,) int64, which columns; None for all.
-        n_latents: () int64, how many of them count; None for all.
-
-    Returns:
-        (d_sae,) the gradient of the bias.
+        pre: (N,) activations before the decoder norm, with their graph.
+        h: (N,) the same times the norm, without one.
+        selected: (N,) pairs, each once.
+        decoder: where the norms are.
+        shape: of the result.
+        dense: whether the result is dense; else it is a :class:`SelectedActivations`.
     """
-    d_in = encoder.W.shape[0]
-    rows, grad_bias = sums[:, :d_in], sums[:, d_in]
-    norm = encoder.decoder.norm
-    if n_latents is not None:
-        # A column that does not count may get any gradient from a loss: NaN, as it is -inf.
-        grad_bias = grad_bias.masked_fill(beyond(sums, n_latents), 0)
-    grad_bias = at_latents(grad_bias, latents, len(encoder.bias))
-    if norm is not None:
-        # A column has one norm, so it can be multiplied after the product. The norm's own gradient
-        # is the sum of the column's gradient times what the norm multiplies: linear in x.
-        products = encoder.gradient.add_scaled(rows, norm, latents, n_latents)
-        encoder.decoder.add_norm_gradient(products + grad_bias * encoder.bias)
-        return grad_bias * norm
-    encoder.gradient.add_rows(rows.contiguous(), latents, n_latents)
-    return grad_bias
+    return _Activations.apply(pre, decoder.handle, h, selected, decoder, shape, dense)  # type: ignore[no-any-return]
 
 
-class _Sums(torch.autograd.Function):
+class _Activations(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        pre: torch.Tensor,
         handle: torch.Tensor,  # noqa: ARG004
-        bias: torch.Tensor,
-        x: torch.Tensor,
-        encoder: Encoder,
+        h: torch.Tensor,
+        selected: Pairs,
+        decoder: Decoder,
+        shape: torch.Size,
+        dense: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.encoder = encoder
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ encoder.W + len(encoder.x) * bias
+        ctx.save_for_backward(pre)
+        ctx.selected, ctx.decoder = selected, decoder
+        acts = SelectedActivations.of(selected.rows, selected.latents, h, shape)
+        return acts.to_dense() if dense else acts
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        (grad,) = grad_outputs
-        (x,) = ctx.saved_tensors
-        ctx.encoder.gradient.add_outer(grad, x)
-        return None, len(ctx.encoder.x) * grad, None, None
+        refuse_second_derivative()
+        (pre,) = ctx.saved_tensors
+        selected, decoder = ctx.selected, ctx.decoder
+        grad = _at_pairs(grad_outputs[0], selected).to(pre.dtype)
+        if decoder.norm is not None:
+            decoder.add_norm_gradient(selected.sum_by_latent(grad * pre))
+        return grad * decoder.norm_at(selected, pre), None, None, None, None, None, None
+
+
+def _at_pairs(x: torch.Tensor, selected: Pairs) -> torch.Tensor:
+    """(N,): the entries of ``x`` (B, d_sae), dense or sparse COO, at the pairs."""
+    if not x.is_sparse:
+        return x[selected.rows, selected.latents]
+    x = x.coalesce()
+    keys = x.indices()[0] * selected.d_sae + x.indices()[1]
+    wanted = selected.rows * selected.d_sae + selected.latents
+    place = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+    if len(keys) == 0:
+        return x.values().new_zeros(len(wanted))
+    return x.values()[place].where(keys[place] == wanted, 0)
+
+
+@torch.no_grad()
+def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = False) -> torch.Tensor:
+    """(B, 1): the smallest activation above 0 of each row, or 0 if there is none.
+
+    Args:
+        feature_acts: (B, d_sae), dense or sparse COO.
+        k: the most entries that a row has; a :class:`SelectedActivations` has them all.
+        by_magnitude: whether activations may be negative; then it is the smallest absolute one.
+    """
+    if isinstance(feature_acts, SelectedActivations):
+        acts = feature_acts.detach()._values().unflatten(0, (-1, k))
+        acts = acts.abs() if by_magnitude else acts
+    else:
+        acts = feature_acts.to_dense()
+        acts = (acts.abs() if by_magnitude else acts).topk(k, sorted=False).values
+    smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
+    return smallest.masked_fill(smallest.isinf(), 0.0)
+
+
+def unflatten(x: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """(N, ...) -> (*leading, ...), also for the sparse COO that torch cannot reshape."""
+    shape = (*leading, *x.shape[1:])
+    if not x.is_sparse:
+        return x.reshape(shape)
+    x = x.coalesce()
+    rows, *others = x.indices()
+    unraveled = torch.unravel_index(rows, leading) if leading else ()
+    return torch.sparse_coo_tensor(torch.stack([*unraveled, *others]), x.values(), shape)

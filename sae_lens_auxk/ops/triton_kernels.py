@@ -463,7 +463,7 @@ def _scaled_cast(W_ptr, scale_ptr, out_ptr, n, OF_ROW: tl.constexpr, WIDTH: tl.c
 def gather_columns(
     x: torch.Tensor, columns: torch.Tensor, n_columns: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See :func:`sae_lens_auxk.ops.columns.gather_columns`; ``x`` is contiguous."""
+    """See :func:`sae_lens_auxk.ops.selection.gather_columns`; ``x`` is contiguous."""
     n = columns.numel()
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(n, 2048), triton.cdiv(x.shape[0], ROWS))
@@ -505,65 +505,6 @@ def _gather_columns(
     for row in range(first, tl.minimum(first + ROWS, B)):
         x = tl.load(x_ptr + row * width + column, mask=counts, other=float("-inf"))
         tl.store(out_ptr + row * n + i, x, mask=i < n)
-
-
-@_on_its_device
-def shortfall(
-    h: torch.Tensor,
-    threshold: torch.Tensor,
-    columns: torch.Tensor,
-    n_columns: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`sae_lens_auxk.ops.columns.shortfall`; ``h`` is contiguous, not float64."""
-    B, n = h.shape[0], columns.numel()
-    below = torch.empty(B, n, dtype=dtype, device=h.device)
-    blocks = triton.cdiv(n, 2048)
-    parts = torch.empty(blocks, B, dtype=torch.float32, device=h.device)
-    threshold = threshold.contiguous()
-    _shortfall[(blocks, triton.cdiv(B, ROWS))](
-        h,
-        threshold,
-        columns,
-        n_columns,
-        below,
-        parts,
-        h.shape[1],
-        n,
-        B,
-        BY_ROW=threshold.numel() > 1,
-        ROWS=ROWS,
-        WIDTH=2048,
-        num_warps=4,
-    )
-    return parts.sum(dim=0), below
-
-
-@triton.jit
-def _shortfall(
-    h_ptr,
-    threshold_ptr,
-    columns_ptr,
-    n_columns_ptr,
-    below_ptr,
-    parts_ptr,
-    d_sae,
-    n,
-    B,
-    BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    counts = (i < n) & (i < tl.load(n_columns_ptr))
-    column = tl.load(columns_ptr + i, mask=counts, other=0)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    for row in range(first, tl.minimum(first + ROWS, B)):
-        threshold = tl.load(threshold_ptr + (row if BY_ROW else 0)).to(tl.float32)
-        h = tl.load(h_ptr + row * d_sae + column, mask=counts, other=float("inf"))
-        missing = tl.maximum(threshold - h.to(tl.float32), 0.0)
-        tl.store(below_ptr + row * n + i, tl.where(missing > 0, 1.0, 0.0), mask=i < n)
-        tl.store(parts_ptr + tl.program_id(0) * B + row, tl.sum(missing, axis=0))
 
 
 @_on_its_device

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
-from sae_lens.training.activations_store import ActivationsStore
+from sae_lens import ActivationsStore
 from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
+from sae_lens_auxk.saelens.names import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens_auxk.sharded.collectives import gather
 
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens import SAETrainer
 from safetensors import safe_open
 from torch.utils.serialization import config as serialization
 
@@ -143,7 +143,7 @@ def write_whole_optimizer_state(trainer: SAETrainer[Any, Any]) -> None:
     On rank 0 it lies in memory-mapped files, from which ``torch.save`` writes; on others it is
     empty. The trainer keeps and saves the same data as with one process.
     """
-    optimizer, held = trainer.optimizer, trainer.sae.latents
+    optimizer, held = trainer.optimizer, trainer.sae.shard
     dims = [SHARDED_DIM.get(name) for name, _ in trainer.sae.named_parameters()]
 
     def whole(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
-from sae_lens.constants import RUNNER_CFG_FILENAME
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    SAETrainer,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
 from typing_extensions import override
 
 from sae_lens_auxk.files import write_json
+from sae_lens_auxk.saelens.names import RUNNER_CFG_FILENAME
 from sae_lens_auxk.sharded.data import GatheredBatches, load_position, save_position, share_data
 from sae_lens_auxk.sharded.files import load_trainer_state, write_whole_optimizer_state
 from sae_lens_auxk.sharded.sae import require_shardable, sharded_sae

@@ -4,21 +4,34 @@ import json
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens import TrainingSAE
 from typing_extensions import override
 
-from sae_lens_auxk.ops.activations import SelectedActivations
-from sae_lens_auxk.ops.encoder import Encoder
-from sae_lens_auxk.ops.selected import Pairs
+from sae_lens_auxk.architectures import ARCHITECTURES
+from sae_lens_auxk.losses.record import AuxLossInputs
+from sae_lens_auxk.ops.encoder import Encoder, SelectedActivations
+from sae_lens_auxk.ops.selection import Pairs
+from sae_lens_auxk.saelens.names import (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    get_sae_training_class,
+)
+from sae_lens_auxk.sharded.collectives import sum_in_backward, sum_over
 from sae_lens_auxk.sharded.files import read_safetensors, write_safetensors
-from sae_lens_auxk.sharded.latents import OwnPairs, Shard
-from sae_lens_auxk.sparse_topk import SparseTopK
-from sae_lens_auxk.step_data import AuxStepInput
+from sae_lens_auxk.sharded.latents import (
+    OwnPairs,
+    Shard,
+    ShardedAccess,
+    ShardedDecoder,
+    ShardedInputs,
+)
+from sae_lens_auxk.sharded.trainer import ShardedTrainer
+from sae_lens_auxk.step.inputs import StepInput
+from sae_lens_auxk.step.resampling import NewLatents
+from sae_lens_auxk.step.sparse import SparseForward, SparseTopK, with_sparse_step
 
 if TYPE_CHECKING:
     _Base = SparseTopK
@@ -48,9 +61,6 @@ def sharded_sae(cfg: Any, group: Any) -> TrainingSAE[Any]:
 
 def require_shardable(cfg: Any, n_processes: int) -> None:
     """Raise a ValueError that names what in a config cannot be shared among processes."""
-    # Imported late: the architectures import this module.
-    from sae_lens_auxk.architectures import ARCHITECTURES
-
     allowed = [name for name, (sae, *_) in ARCHITECTURES.items() if issubclass(sae, SparseTopK)]
     if cfg.architecture() not in allowed:
         raise ValueError(
@@ -77,7 +87,9 @@ def require_shardable(cfg: Any, n_processes: int) -> None:
 
 @cache
 def _sharded(training_class: type[Any]) -> type[Any]:
-    return type(f"Sharded{training_class.__name__}", (Sharded, training_class), {})
+    return with_sparse_step(
+        type(f"Sharded{training_class.__name__}", (Sharded, training_class), {})
+    )
 
 
 class Sharded(_Base):
@@ -88,10 +100,11 @@ class Sharded(_Base):
     SAELens's trainer counts correctly in each. ``hidden_pre`` of a step's output is this process's.
     """
 
-    latents: Shard
+    record_class: ClassVar[type[AuxLossInputs]] = ShardedInputs
+    trainer_class: ClassVar[type[Any] | None] = ShardedTrainer
 
-    def __init__(self, cfg: Any, latents: Shard):
-        self.latents = latents  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __init__(self, cfg: Any, shard: Shard):
+        self.shard, self.first_latent = shard, shard.start
         super().__init__(cfg)
 
     @override
@@ -102,14 +115,14 @@ class Sharded(_Base):
         weights equal those of one process on the CPU, and no process ever holds them all.
         """
         state = torch.get_rng_state().to(self.device)  # NCCL takes no tensor on the CPU
-        torch.distributed.broadcast(state, src=0, group=self.latents.group)
+        torch.distributed.broadcast(state, src=0, group=self.shard.group)
         torch.set_rng_state(state.cpu())
         cfg, device = self.cfg, self.device
         self.cfg, self.device = copy(cfg), torch.device("cpu")
-        self.cfg.d_sae = self.latents.n
-        self._draw(self.latents.start)
+        self.cfg.d_sae = self.shard.n
+        self._draw(self.shard.start)
         super().initialize_weights()
-        self._draw(cfg.d_sae - self.latents.start - self.latents.n)
+        self._draw(cfg.d_sae - self.shard.start - self.shard.n)
         self.cfg, self.device = cfg, device
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device)
@@ -121,19 +134,36 @@ class Sharded(_Base):
             torch.nn.init.kaiming_uniform_(torch.empty(rows, self.cfg.d_in, dtype=self.dtype))
 
     @override
-    def _forward(self, step_input: AuxStepInput) -> TrainStepOutput:
-        if not self._can_be_sparse(step_input.sae_in):
+    def _sparse_forward(self, batch: StepInput) -> SparseForward:
+        forward = super()._sparse_forward(batch)
+        if forward is None:
             raise RuntimeError(
                 "an SAE shared among processes supports only the sparse training step: no hooks "
-                "on the SAE, no input with a gradient, and not SAE_LENS_AUXK_OPS=dense"
+                "on the SAE, no input with a gradient, no methods of your own, and not "
+                "SAE_LENS_AUXK_OPS=dense"
             )
-        return super()._forward(step_input)
+        return forward
+
+    @override
+    def _decoder(self, autocast: torch.dtype | None) -> ShardedDecoder:
+        rescaled = self.cfg.rescale_acts_by_decoder_norm
+        return ShardedDecoder(self.W_dec, rescaled, autocast, self.shard)
+
+    @override
+    def _encoder(self, sae_in: torch.Tensor, b_dec: torch.Tensor | None) -> Encoder:
+        # All processes use the parameter, each with its own latents.
+        b_dec = None if b_dec is None else sum_in_backward(b_dec, self.shard.group)
+        return super()._encoder(sae_in, b_dec)
+
+    @override
+    def _access(self, encoder: Encoder) -> ShardedAccess:
+        return ShardedAccess(encoder, self.by_magnitude, self.shard)
 
     @override
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         h, selected = super()._select(hidden_pre)
         by = h.abs() if self.by_magnitude else h
-        return self.latents.choose(h, by, selected, int(self.cfg.k * len(hidden_pre)))
+        return self.shard.choose(h, by, selected, int(self.cfg.k * len(hidden_pre)))
 
     @override
     def _fire(self, h: torch.Tensor) -> torch.Tensor:
@@ -149,6 +179,19 @@ class Sharded(_Base):
         acts = self._fire(fired.h.to(self.W_enc.dtype))
         shape = torch.Size((len(encoder.hidden_pre), self.cfg.d_sae))
         return SelectedActivations.of(fired.rows, fired.latents, acts, shape)
+
+    @override
+    def sums_of_lengths(self, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoder, decoder = super().sums_of_lengths(self.shard.local(among))
+        return sum_over(encoder, self.shard.group), sum_over(decoder, self.shard.group)
+
+    @override
+    def _write(self, new: NewLatents, moments: list[tuple[torch.Tensor, int]]) -> None:
+        mine = self.shard.is_local(new.latents)
+        local = NewLatents(
+            new.latents[mine] - self.shard.start, new.encoder[mine], new.decoder[mine], new.step
+        )
+        super()._write(local, moments)
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -168,17 +211,17 @@ class Sharded(_Base):
         self, path: Path, state: dict[str, torch.Tensor], config: dict[str, Any]
     ) -> tuple[Path, Path]:
         weights, cfg = path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
-        if self.latents.rank == 0:
+        if self.shard.rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             cfg.write_text(json.dumps(config))
-        write_safetensors(weights, state, self.latents)
+        write_safetensors(weights, state, self.shard)
         return weights, cfg
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Load this process's part of a checkpoint from any number of processes."""
         path = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
-        state = read_safetensors(path, self.device, self.latents)
+        state = read_safetensors(path, self.device, self.shard)
         self.process_state_dict_for_loading(state)
         self.load_state_dict(state)
 

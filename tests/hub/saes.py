@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from safetensors.torch import save_file
 
 from sae_lens_auxk import runner_config
 from tests import tiny_model
 from tests.helpers import build_sae
+from tests.hub.server import Hub
 
 # The smallest PNG: one pixel.
 PNG = bytes.fromhex(
@@ -83,3 +85,20 @@ def comparison(folder: Path, n_seeds: int = 3) -> Path:
 def same(first: SAE[Any], second: SAE[Any]) -> bool:
     x = torch.randn(64, first.cfg.d_in)
     return torch.equal(first(x), second(x)) and torch.equal(first.encode(x), second.encode(x))
+
+
+def fetched(repo_id: str, sae_id: str, folder: Path) -> Path:
+    """The local folder of an SAE, fetched as ``hf download`` does it."""
+    snapshot_download(repo_id, allow_patterns=f"{sae_id}/*", local_dir=folder)
+    return folder / sae_id
+
+
+def ids(hub: Hub, repo_id: str) -> list[str]:
+    """The repository's folders with a config and weights."""
+    folders = {path.rpartition("/")[0] for path in hub.files(repo_id)}
+    names = ("cfg.json", "sae_weights.safetensors")
+    return sorted(
+        folder
+        for folder in folders
+        if {f"{folder}/{name}" for name in names} <= {*hub.files(repo_id)}
+    )

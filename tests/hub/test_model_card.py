@@ -43,6 +43,17 @@ def test_what_it_says_about_an_sae(tmp_path: Path) -> None:
     assert 'SAE.from_pretrained("me/saes", "l6/a")' in part
 
 
+def test_it_says_what_was_fitted_to_the_run(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", resample_every_steps=10)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"]["fitted"] = {"dead_threshold_tokens": 1280, "resample_stop_step": 70}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    part = sae_part(REPO, "a", folder, None)
+    assert row(part, "dead_threshold_tokens") == "`None`, fitted to the run: `1280`"
+    assert row(part, "resample_stop_step") == "`None`, fitted to the run: `70`"
+    assert row(part, "resample_every_steps") == "`10`"
+
+
 def test_another_dtype_is_part_of_how_to_load_it(tmp_path: Path) -> None:
     part = sae_part(REPO, "a", save(tmp_path / "a", dtype="bfloat16"), None)
     assert 'SAE.from_pretrained("me/saes", "a", dtype="bfloat16")' in part

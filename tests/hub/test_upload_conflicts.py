@@ -8,9 +8,9 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import save_file
 
-from sae_lens_auxk.hub import HubError, download_sae, list_saes, upload, upload_sae
+from sae_lens_auxk.hub import HubError, upload, upload_sae
 from tests.helpers import build_sae
-from tests.hub.saes import comparison, same
+from tests.hub.saes import comparison, fetched, ids, same
 from tests.hub.server import Fault, Hub, card
 
 REPO = "me/saes"
@@ -37,7 +37,7 @@ def test_an_interrupted_upload_leaves_no_half_and_is_completed(
     assert set(client.files(REPO)) == {".gitattributes"}
     client.faults = []
     upload_sae(folder, REPO)
-    assert list_saes(REPO) == ["small"]
+    assert ids(client, REPO) == ["small"]
     files = client.files(REPO)
     assert (
         files["small/sae_weights.safetensors"] == (folder / "sae_weights.safetensors").read_bytes()
@@ -49,7 +49,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(client: Hub, folder: Pa
     client.faults = [Fault("POST", "/commit/", "after")]
     with pytest.raises(HubError, match="connection to the Hub broke"):
         upload_sae(folder, REPO)
-    assert list_saes(REPO) == ["small"]
+    assert ids(client, REPO) == ["small"]
     assert upload_sae(folder, REPO).unchanged == ["small"]
     assert len(client.repos[REPO].commits) == 2
 
@@ -61,10 +61,10 @@ def test_an_interrupted_comparison_goes_on_where_it_was(client: Hub, tmp_path: P
     client.faults = [Fault("PUT", oid, "in the middle", times=99)]
     with pytest.raises(HubError):
         upload_sae(made, REPO)
-    assert list_saes(REPO) == ["seed-0/auxk-k3"]
+    assert ids(client, REPO) == ["seed-0/auxk-k3"]
     client.faults, client.log = [], []
     assert upload_sae(made, REPO).unchanged == ["seed-0/auxk-k3"]
-    assert len(list_saes(REPO)) == 3
+    assert len(ids(client, REPO)) == 3
     first = hashlib.sha256((made / "runs/seed-0/auxk-k3/sae_weights.safetensors").read_bytes())
     assert not any(first.hexdigest() in path for _, path, _ in client.log)
 
@@ -154,7 +154,7 @@ def test_a_large_file(part_size: int, client: Hub, tmp_path: Path) -> None:
         for method, path, status in client.log
     )
     assert n_parts == (7 if part_size == 5_000_000 else 0)
-    back = download_sae(REPO, output=tmp_path / "back")
+    back = fetched(REPO, "large", tmp_path / "back")
     assert (back / "sae_weights.safetensors").read_bytes() == weights
 
 
@@ -164,6 +164,6 @@ def test_a_broken_part_is_sent_again_by_the_client(client: Hub, tmp_path: Path) 
     client.faults = [Fault("PUT", "/part/2", "in the middle")]
     upload_sae(tmp_path / "sae", REPO)
     assert same(
-        SAE.load_from_disk(download_sae(REPO, output=tmp_path / "back")),
+        SAE.load_from_disk(fetched(REPO, "sae", tmp_path / "back")),
         SAE.load_from_disk(tmp_path / "sae"),
     )

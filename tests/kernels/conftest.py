@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sae_lens_auxk.ops import kernels
+from sae_lens_auxk.ops import KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-if kernels(torch.empty(0, device=DEVICE)) is None:
+if KERNELS[DEVICE] is None:
     collect_ignore_glob = ["test_*.py"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import ARCHITECTURES, assert_sparse_step_equals_dense
+from tests.helpers import assert_sparse_step_equals_dense
 
 if torch.cuda.is_available():
     pytest.skip("test_cuda.py compares the steps of a GPU", allow_module_level=True)
@@ -24,6 +24,4 @@ if torch.cuda.is_available():
     ],
 )
 def test_the_sparse_step_equals_the_dense_one(architecture: str, variant: str, d_sae: int) -> None:
-    if architecture not in ARCHITECTURES:
-        pytest.skip("SAELens before 6.53 has no abstopk")
     assert_sparse_step_equals_dense(architecture, variant, d_sae)

@@ -178,17 +178,3 @@ def test_add_scaled(case: str, adds: bool) -> None:
     torch.testing.assert_close(out, expected)
     products = torch.linalg.vecdot(rows[:n].double(), W[at].double()).float()
     torch.testing.assert_close(found[:n], products)
-
-
-@pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shortfall(dtype: torch.dtype, by_row: bool) -> None:
-    h, threshold = torch.randn(5, 200).to(dtype), torch.tensor(0.3)
-    if by_row:
-        threshold = torch.rand(5, 1)
-    columns, n_columns = torch.arange(1, 200, 3), torch.tensor(40)
-    total, below = kernels.shortfall(h, threshold, columns, n_columns, torch.bfloat16)
-    missing = (threshold - h.float())[:, columns[:40]].relu()
-    torch.testing.assert_close(total, missing.sum(dim=1))
-    assert torch.equal(below[:, :40], (missing > 0).bfloat16())
-    assert not below[:, 40:].any()

@@ -32,4 +32,4 @@ def part(name: str, tensor: torch.Tensor, shared: Any) -> torch.Tensor:
     dim = SHARDED_DIM.get(name)
     if dim is None:
         return tensor
-    return tensor.narrow(dim, shared.latents.start, shared.latents.n)
+    return tensor.narrow(dim, shared.shard.start, shared.shard.n)

@@ -81,8 +81,7 @@ def _run(folder: Path, rank: int, n: int, function: Callable[..., Any], args: tu
         timeout=timedelta(seconds=120),  # a rank that waits for nobody fails
     )
     try:
-        # What the function made is gone before the group: a DistributedDataParallel that outlives
-        # it destroys it with Python's lock held, and then waits for a thread that wants the lock.
+        # What the function made is gone before the group.
         result = (True, function(*args))
     except BaseException:
         result = (False, f"rank {rank}: {traceback.format_exc()}")

@@ -1,0 +1,55 @@
+"""The two methods of SAELens that importing this package changes.
+
+Both are constructors, and both leave SAEs of other packages alone. SAELens offers no other place:
+it tells an SAE nothing of the run that it is trained in, nor a trainer of the optimizer's step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
+
+from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
+from sae_lens_auxk.saelens.trainer import fit_to_run
+
+
+def patch_saelens() -> None:
+    """Fit this package's SAEs to each new trainer; make runners use ``from_pretrained_path``."""
+    _wrap_once(SAETrainer, "__init__", _new_trainer)
+    _wrap_once(LanguageModelSAETrainingRunner, "__init__", _new_runner)
+
+
+def _new_trainer(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    init(self, *args, **kwargs)
+    fit_to_run(self)
+
+
+def _new_runner(
+    init: Callable[..., None],
+    self: Any,
+    cfg: Any,
+    override_dataset: Any = None,
+    override_model: Any = None,
+    override_sae: Any = None,
+) -> None:
+    if override_sae is None:
+        override_sae = sae_to_go_on_from(cfg)
+    init(self, cfg, override_dataset, override_model, override_sae)
+
+
+def _wrap_once(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
+    """Make ``owner.name(...)`` call ``wrapper(method, self, ...)`` with the original method.
+
+    A method that is already wrapped is left alone, for example if the package is imported again.
+    """
+    method = getattr(owner, name)
+    if hasattr(method, "wrapped_by_sae_lens_auxk"):
+        return
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(method, self, *args, **kwargs)
+
+    wrapped.wrapped_by_sae_lens_auxk = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

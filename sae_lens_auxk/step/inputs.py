@@ -1,0 +1,260 @@
+"""The data of a training step: what it is given, its targets, what a sparse step computes."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from sae_lens_auxk.losses.access import LatentAccess
+from sae_lens_auxk.saelens.names import TrainStepInput, TrainStepOutput
+
+STEPS_BETWEEN_REPORTS = 100
+
+
+class UsableRows(NamedTuple):
+    """Which rows of a batch can be trained on.
+
+    Attributes:
+        mask: (B,) bool.
+        n: () int64, their number.
+        some: () bool, whether there is at least one.
+    """
+
+    mask: torch.Tensor
+    n: torch.Tensor
+    some: torch.Tensor
+
+    @property
+    def n_bad(self) -> torch.Tensor:
+        """() int64, how many rows cannot be trained on."""
+        return self.mask.numel() - self.n
+
+
+@torch.no_grad()
+def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype) -> UsableRows:
+    """The rows of ``x`` (B, ...) that can be trained on.
+
+    A row's norm must be finite and at most :func:`largest_norm`. Under ``constant_norm_rescale``,
+    which divides by it, it must not be 0 either.
+
+    Args:
+        x: the batch.
+        normalize_activations: the SAE's.
+        dtype: the dtype of the SAE's losses, float32 or float64.
+    """
+    x = x.flatten(1)
+    if x.dtype == torch.float64:  # torch's norm cannot take a narrower dtype than its input
+        x = x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    mask = norm <= largest_norm(dtype)
+    if normalize_activations == "constant_norm_rescale":
+        mask = mask & (norm > 0)
+    n = mask.sum()
+    return UsableRows(mask, n, n > 0)
+
+
+def largest_norm(dtype: torch.dtype) -> float:
+    """The largest row norm that does not ruin a training step: 4e9 in float32.
+
+    A weight's gradient grows with the square of a row's norm, and gradient clipping squares it
+    again. If that overflows, the gradient of the whole batch becomes 0 or NaN.
+    """
+    return torch.finfo(dtype).max ** 0.25
+
+
+def replace_rows(x: torch.Tensor, usable: UsableRows) -> torch.Tensor:
+    """Put the first usable row of ``x`` (B, ...) in place of every row that is not usable.
+
+    A batch without a usable row becomes all ones. Repeating a row gives its token extra weight,
+    once for each bad row. Dropping rows instead would change the shape and synchronise with the
+    host. A usable row keeps its graph.
+    """
+    first = usable.mask.int().argmax(dim=0, keepdim=True)
+    instead = x.detach().index_select(0, first).where(usable.some, 1.0)
+    return torch.where(usable.mask.view(-1, *[1] * (x.ndim - 1)), x, instead)
+
+
+class BadRowWatch:
+    """Counts the rows of a run that could not be trained on, and warns about them."""
+
+    def __init__(self) -> None:
+        self._n_rows: torch.Tensor | int = 0
+        self._next_report = 0
+
+    def count(self, usable: UsableRows, step: int, normalize_activations: str) -> None:
+        """Count a step's bad rows; warn, at most once in 100 steps.
+
+        Raises:
+            ValueError: it is the first step of a run, and no row of its batch is usable.
+        """
+        self._n_rows = self._n_rows + usable.n_bad
+        if step == 0 and not usable.some:
+            raise ValueError(
+                "no row of the first training batch is finite and has a reasonable norm: the "
+                "activations hold NaN or infinity, or the statistics that SAELens estimated for "
+                f"normalize_activations={normalize_activations!r} do"
+            )
+        # Reading a tensor waits for the device, so on CUDA it is read only now and then.
+        if step >= self._next_report or step == 0:
+            reported = self.report()
+            if reported or usable.n.is_cuda:
+                self._next_report = step + STEPS_BETWEEN_REPORTS
+
+    def report(self) -> bool:
+        """Warn if there have been bad rows so far, and return whether there have."""
+        n_rows = int(self._n_rows)
+        if n_rows:
+            warnings.warn(
+                f"{n_rows} rows of activations with a NaN, infinity or a norm out of range so far; "
+                "each was replaced by a usable row of its batch (a batch without any was skipped) "
+                "and not counted as a token",
+                stacklevel=2,
+            )
+        return n_rows > 0
+
+
+@dataclass(kw_only=True)
+class StepInput(TrainStepInput):
+    """A step's input as the rest of the step sees it: flat, and without rows that would ruin it.
+
+    SAELens passes a step's input on to ``calculate_aux_loss``, so it carries the data of one step.
+
+    Attributes:
+        usable: the rows that can be trained on.
+        leading: the shape of the rows as they came; ``sae_in`` has one dimension instead.
+        step: the training step, counted from 0, the same in a resumed run.
+        counts: whether the step belongs to the training: a step in eval mode changes nothing.
+        metrics: the auxiliary loss's metrics, for the output of SAELens's own step.
+    """
+
+    usable: UsableRows
+    leading: torch.Size
+    step: int
+    counts: bool
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @staticmethod
+    def of(
+        given: TrainStepInput,
+        n_row_dims: int,
+        normalize_activations: str,
+        dtype: torch.dtype,
+        step: int,
+        counts: bool,
+    ) -> "StepInput":
+        """From SAELens's input, whose ``sae_in`` is (..., d_in).
+
+        Args:
+            given: SAELens's input.
+            n_row_dims: how many dimensions of ``sae_in`` are one row: 1, or 2 with hook_z.
+            normalize_activations: the SAE's.
+            dtype: the dtype of the SAE's losses, float32 or float64.
+            step: the training step.
+            counts: whether it belongs to the training.
+
+        Raises:
+            ValueError: the batch is empty.
+        """
+        sae_in = given.sae_in
+        if sae_in.numel() == 0:
+            raise ValueError(f"sae_in of shape {tuple(sae_in.shape)} has no row to train on.")
+        # SAELens's Matryoshka and JumpReLU take 2-D input only, hence the flattening.
+        n_leading = sae_in.ndim - n_row_dims
+        flat = sae_in.reshape(-1, *sae_in.shape[n_leading:])
+        usable = usable_rows(flat, normalize_activations, dtype)
+        finite: dict[str, Any] = {**vars(given), "sae_in": replace_rows(flat, usable)}
+        return StepInput(
+            **finite,
+            usable=usable,
+            leading=sae_in.shape[:n_leading],
+            step=step,
+            counts=counts,
+        )
+
+
+class Targets(NamedTuple):
+    """Targets of one batch, detached, in at least float32.
+
+    Attributes:
+        x: (B, d_in) what the decoder's output is compared with. Under ``normalize_activations=
+            "layer_norm"`` each row's mean is subtracted, as it is from the decoder's output.
+        residual: (B, d_in) ``x`` minus the reconstruction.
+        scale: (B, 1) factor from the decoder's output to the units of ``x``, or None. Only the two
+            run-time modes of ``normalize_activations`` have one; the others change the data before
+            the SAE sees it.
+    """
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    scale: torch.Tensor | None
+
+
+@torch.no_grad()
+def targets_of(
+    sae_in: torch.Tensor, sae_out: torch.Tensor, normalize_activations: str, dtype: torch.dtype
+) -> Targets:
+    """The targets of a step.
+
+    Args:
+        sae_in: (B, ...) with d_in entries a row.
+        sae_out: the reconstruction, of the same shape.
+        normalize_activations: the SAE's.
+        dtype: of the result.
+    """
+    x = sae_in.flatten(1).to(dtype)
+    residual = x - sae_out.flatten(1)
+    if normalize_activations == "layer_norm":
+        return Targets(x - x.mean(dim=-1, keepdim=True), residual, x.std(dim=-1, keepdim=True))
+    if normalize_activations == "constant_norm_rescale":
+        return Targets(x, residual, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+    return Targets(x, residual, None)
+
+
+@dataclass(frozen=True)
+class SparseForward:
+    """What a sparse step has computed before its losses.
+
+    Attributes:
+        access: gives ``h`` and ``W_i`` to an auxiliary loss.
+        acts: (B, d_sae) the activations.
+        levels: (B, d_in) the reconstructions by width, ascending; the last is the SAE's own.
+        target: (B, d_in) what they are compared with.
+        mse_loss_fn: SAELens's, of the SAE.
+    """
+
+    access: LatentAccess
+    acts: torch.Tensor
+    levels: dict[int, torch.Tensor]
+    target: torch.Tensor
+    mse_loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    @property
+    def sae_out(self) -> torch.Tensor:
+        return [*self.levels.values()][-1]
+
+    @property
+    def inner(self) -> list[torch.Tensor]:
+        return [*self.levels.values()][:-1]
+
+    def mse(self, reconstruction: torch.Tensor) -> torch.Tensor:
+        return self.mse_loss_fn(reconstruction, self.target).sum(dim=-1).mean()
+
+    def inner_losses(self) -> dict[str, torch.Tensor]:
+        """SAELens's losses of Matryoshka's inner levels."""
+        widths = zip(self.levels, self.inner, strict=False)
+        return {f"inner_mse_loss_{width}": self.mse(inner) for width, inner in widths}
+
+    def output(
+        self, batch: StepInput, losses: dict[str, torch.Tensor], metrics: dict[str, Any]
+    ) -> TrainStepOutput:
+        return TrainStepOutput(
+            sae_in=batch.sae_in,
+            sae_out=self.sae_out,
+            feature_acts=self.acts,
+            hidden_pre=self.access.columns(),
+            loss=sum(losses.values(), start=self.sae_out.new_zeros(())),
+            losses=losses,
+            metrics=metrics,
+        )

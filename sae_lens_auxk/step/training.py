@@ -1,0 +1,440 @@
+"""Connects a SAELens training SAE with an auxiliary loss.
+
+SAELens's trainer calls ``training_forward_pass`` once a step. :class:`AuxTraining` stands in front
+of it: it makes the batch flat and finite, and passes it on to the sparse step where that is
+SAELens's, else to SAELens's own. Then ``_aux_loss`` counts dead latents, builds the record that a
+loss may see, calls the loss by its name and multiplies it by the scheduled coefficient.
+
+The data of one step travels in arguments: in :class:`~sae_lens_auxk.step.inputs.StepInput`. Only
+what :mod:`~sae_lens_auxk.step.resampling` has drawn waits on the SAE, for the optimizer's step.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from sae_lens import TopKTrainingSAE
+from typing_extensions import override
+
+from sae_lens_auxk.losses.access import DenseAccess, LatentAccess
+from sae_lens_auxk.losses.record import AuxLossInputs
+from sae_lens_auxk.losses.registry import AUX_LOSSES
+from sae_lens_auxk.ops.encoder import unflatten
+from sae_lens_auxk.saelens.names import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens_auxk.step.bias import initial_b_dec
+from sae_lens_auxk.step.dead import (
+    DeadCountAhead,
+    count_from_bytes,
+    count_to_bytes,
+    count_tokens,
+    fired_in_batch,
+)
+from sae_lens_auxk.step.inputs import BadRowWatch, SparseForward, StepInput, targets_of
+from sae_lens_auxk.step.resampling import Resampling
+
+if TYPE_CHECKING:
+    from sae_lens import TrainingSAE
+
+    _Base = TrainingSAE[Any]
+else:
+    _Base = object
+
+AUX_LOSS_KEY = "aux_loss"
+SAELENS_AUX_LOSS_KEY = "auxiliary_reconstruction_loss"
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def never_compiled(method: _Method) -> _Method:
+    """Exclude a method from ``torch.compile``: it runs uncompiled between compiled parts."""
+    return torch.compiler.disable(method)  # type: ignore[no-any-return]
+
+
+class AuxTraining(Resampling, _Base):
+    """Mixin placed before a SAELens training SAE; see the module docstring.
+
+    Buffers, both int64, in training checkpoints and not in the saved inference model:
+
+    - ``tokens_since_fired`` (d_sae,): see :mod:`sae_lens_auxk.step.dead`.
+    - ``training_steps`` (): training steps taken. After a resume SAELens's own counter is one
+      behind, and decay, resampling and the row sample need the true one.
+
+    ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient (for
+    the TopK family under SAELens's key ``"auxiliary_reconstruction_loss"`` too), and the metrics
+    ``dead_latents``, ``dead_fraction``, ``aux_coefficient``, ``k_aux_used`` (dead latents that the
+    loss may use in a row), ``revived_latents`` (dead before the batch, active in it) and
+    ``nonfinite_rows``. With resampling there is ``resampled_latents`` too, a function that SAELens
+    calls when it logs: how many since it was called last.
+    """
+
+    tokens_since_fired: torch.Tensor
+    training_steps: torch.Tensor
+
+    by_magnitude: ClassVar[bool] = False
+    """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
+
+    moved_by_step: ClassVar[tuple[str, ...]] = ()
+    """Buffers that SAELens's step rebinds, put back where a step must change nothing."""
+
+    record_class: ClassVar[type[AuxLossInputs]] = AuxLossInputs
+
+    trainer_class: ClassVar[type[Any] | None] = None
+    """The subclass of SAELens's SAETrainer that a trainer of this SAE becomes, or None."""
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        device = self.W_dec.device
+        self.register_buffer(
+            "tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
+        )
+        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64, device=device))
+        self._bad_rows = BadRowWatch()
+        self._dead_count_ahead = DeadCountAhead()
+        self._steps_before_run = 0
+        self._loaded = False
+        self._b_dec_is_set = cfg.b_dec_init == "zeros"
+
+    # --- a step ------------------------------------------------------------------------------
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens's training step, on an input of any leading shape (..., d_in).
+
+        A row with a NaN, an infinity or a norm above 4e9 is replaced by a usable row of the batch,
+        not counted as a token, and reported by a warning and the metric ``nonfinite_rows``. A batch
+        with no usable row has a gradient of zero and leaves the counts and thresholds alone.
+        (Under ``constant_norm_rescale`` a row of zeros counts as bad too.) In eval mode the step
+        counts, draws and moves nothing.
+
+        Raises:
+            ValueError: the batch is empty, has no usable row at the first step of a run, or the
+                parameters are float16.
+        """
+        batch = self._prepare(step_input)
+        self._begin(batch)
+        output = self._step(batch)
+        if self.cfg.resample_every_steps is not None:
+            self.draw_new_latents(batch, output)
+        return self._finish(batch, output)
+
+    @never_compiled
+    def _prepare(self, step_input: TrainStepInput) -> StepInput:
+        """The batch, flat and finite, with its step."""
+        if self.W_dec.dtype == torch.float16:
+            raise ValueError(
+                "dtype='float16' is not allowed: the squares of a step exceed its range. It must "
+                "be float32, bfloat16 or float64 (autocast may be on)."
+            )
+        if not self.training and torch.is_grad_enabled():
+            # Without a number, so that Python shows it once.
+            warnings.warn(
+                "training_forward_pass in eval mode, with gradients on: the step counts no tokens, "
+                "and its latents cannot die. Call sae.train() to train, torch.no_grad() to measure",
+                stacklevel=3,
+            )
+        step = self._step_of_run(step_input)
+        n_row_dims = 2 if self.hook_z_reshaping_mode else 1
+        mode, dtype = self.cfg.normalize_activations, self._precise_dtype()
+        batch = StepInput.of(step_input, n_row_dims, mode, dtype, step, counts=self.training)
+        if batch.counts:
+            self._bad_rows.count(batch.usable, batch.n_training_steps, mode)
+        return batch
+
+    @never_compiled
+    def _begin(self, batch: StepInput) -> None:
+        """Drop what an earlier step has drawn; give b_dec its first value if a run begins."""
+        if not batch.counts:
+            return
+        if self.drawn is not None:
+            self.drop_drawn(batch.step)
+        if not self._b_dec_is_set:
+            self._b_dec_is_set = True
+            if batch.n_training_steps == 0:
+                rows = self.run_time_activation_norm_fn_in(batch.sae_in.to(self.dtype))
+                self.b_dec.data.copy_(initial_b_dec(rows, self.cfg.b_dec_init))
+
+    def _step(self, batch: StepInput) -> TrainStepOutput:
+        """The sparse step where that is SAELens's, else SAELens's own."""
+        before = {name: getattr(self, name) for name in self.moved_by_step}
+        sparse = self._sparse_forward(batch)
+        output = self._dense_step(batch) if sparse is None else self._sparse_step(batch, sparse)
+        for name, value in before.items():
+            moves = batch.usable.some & batch.counts
+            setattr(self, name, torch.where(moves, getattr(self, name), value))
+            output.metrics[name] = getattr(self, name)
+        return output
+
+    def _sparse_forward(self, batch: StepInput) -> SparseForward | None:  # noqa: ARG002
+        """What a sparse step computes before its losses; None if the step has to be dense."""
+        return None
+
+    @never_compiled
+    def _sparse_step(self, batch: StepInput, forward: SparseForward) -> TrainStepOutput:
+        losses = {"mse_loss": forward.mse(forward.sae_out)}
+        losses[AUX_LOSS_KEY], metrics = self._aux_loss(
+            batch, forward.acts, forward.access, forward.sae_out, forward.inner
+        )
+        losses.update(forward.inner_losses())
+        output = forward.output(batch, losses, metrics)
+        self._after_sparse_step(output)
+        return output
+
+    def _after_sparse_step(self, output: TrainStepOutput) -> None:
+        """What SAELens's step of the architecture does after its losses."""
+
+    def _dense_step(self, batch: StepInput) -> TrainStepOutput:
+        """SAELens's own step, which calls ``calculate_aux_loss``."""
+        output = super().training_forward_pass(batch)
+        output.metrics.update(batch.metrics)
+        return output
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return the architecture's own losses and ``aux_loss``.
+
+        SAELens's TopK loss (``auxiliary_reconstruction_loss``) is replaced; the losses of the
+        other architectures stay.
+        """
+        losses: dict[str, torch.Tensor] = {}
+        if not isinstance(self, TopKTrainingSAE):
+            own = super().calculate_aux_loss(  # pyright: ignore[reportAbstractUsage]
+                step_input, feature_acts, hidden_pre, sae_out
+            )
+            assert isinstance(own, dict)
+            losses.update(own)
+
+        assert isinstance(step_input, StepInput)
+        rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+        access = DenseAccess(hidden_pre, self.W_dec, rescaled, self.by_magnitude)
+        losses[AUX_LOSS_KEY], metrics = self._aux_loss(step_input, feature_acts, access, sae_out)
+        step_input.metrics.update(metrics)
+        return losses
+
+    def _finish(self, batch: StepInput, output: TrainStepOutput) -> TrainStepOutput:
+        """The output in the shape that the input had, with loss 0 if no row was usable."""
+        output.loss = output.loss * batch.usable.some
+        output.metrics["nonfinite_rows"] = batch.usable.n_bad
+        if isinstance(self, TopKTrainingSAE):
+            # For the log only, so that it overlays the curve of SAELens's own TopK family. The
+            # total is already summed, so the loss is not counted twice.
+            output.losses[SAELENS_AUX_LOSS_KEY] = output.losses[AUX_LOSS_KEY]
+        if len(batch.leading) != 1:
+            for name in ("sae_in", "sae_out", "feature_acts", "hidden_pre"):
+                setattr(output, name, unflatten(getattr(output, name), batch.leading))
+        return output
+
+    # --- what an architecture says about itself ----------------------------------------------
+
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """What ``h``, or ``|h|``, must exceed to fire, broadcastable to (B, d_sae)."""
+        return torch.zeros((), device=self.W_dec.device)
+
+    def _levels(
+        self,
+        record: AuxLossInputs,
+        feature_acts: torch.Tensor,  # noqa: ARG002
+        inner: Sequence[torch.Tensor] | None,  # noqa: ARG002
+    ) -> Iterator[AuxLossInputs]:
+        """The inputs whose losses are summed: one, or one per level for Matryoshka."""
+        yield record
+
+    # --- the auxiliary loss ------------------------------------------------------------------
+
+    # The number of dead latents is a shape here and changes at every step, so a compiled version
+    # would be recompiled each time.
+    @never_compiled
+    def _aux_loss(
+        self,
+        batch: StepInput,
+        feature_acts: torch.Tensor,
+        access: LatentAccess,
+        sae_out: torch.Tensor,
+        inner: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Count the batch; return the weighted auxiliary loss and the step's metrics.
+
+        Args:
+            batch: the batch.
+            feature_acts: (B, d_sae) the activations, dense or sparse COO.
+            access: gives ``h`` and ``W_i``.
+            sae_out: (B, d_in) the reconstruction.
+            inner: (B, d_in) each, Matryoshka's inner reconstructions, if known.
+        """
+        aux, alpha = AUX_LOSSES[self.cfg.aux_variant], self.cfg.resolved_aux_coefficient
+        # SAELens's scheduler warms it up; a loop without one passes none.
+        coefficient = batch.coefficients.get(AUX_LOSS_KEY, alpha)
+        coefficient = coefficient * self.cfg.aux_decay_at(batch.step)
+        criterion = self.cfg.resolved_dead_criterion
+        threshold = 1
+        if criterion == "tokens":
+            threshold = self.cfg.resolved_dead_threshold_tokens
+        dead, revived = self._count(batch, feature_acts, criterion, threshold)
+        n_dead = dead.sum()
+        metrics = {
+            "dead_latents": n_dead,
+            "dead_fraction": n_dead / dead.numel(),
+            "aux_coefficient": coefficient,
+            "k_aux_used": 0,
+            "revived_latents": revived,
+        }
+        n_rows = feature_acts.shape[0]
+        bound = dead.numel()
+        if aux.uses_dead_latents:
+            bound = self._dead_bound(dead, n_rows, criterion, threshold, batch.counts)
+        loss = sae_out.new_zeros(())
+        if coefficient == 0 or bound == 0:
+            return loss, metrics
+        record = self._record(batch, feature_acts, access, sae_out, dead, bound)
+        rows = self._aux_rows(n_rows, batch.step)
+        for level in self._levels(record, feature_acts, inner):
+            seen = level if rows is None else level.at_rows(rows)
+            if not aux.uses_dead_latents:
+                loss = loss + coefficient * aux.function(seen, self.cfg)
+            elif aux.sync_free:
+                value = aux.function(seen, self.cfg)
+                loss = loss + coefficient * value.where(seen.n_dead > 0, 0)
+            elif seen.dead_latents.numel() > 0:
+                loss = loss + coefficient * aux.function(seen, self.cfg)
+            n_used = seen.n_dead
+            if aux.uses_k_aux:
+                n_used = n_used.clamp(max=self.cfg.resolved_k_aux)
+            metrics["k_aux_used"] += n_used
+        return loss, metrics
+
+    def _aux_rows(self, n_rows: int, step: int) -> torch.Tensor | None:
+        """The rows of the batch that the auxiliary loss sees (m,), or None for all of them.
+
+        A random sample without replacement, the same in a resumed run.
+        """
+        if self.cfg.aux_batch_fraction == 1:
+            return None
+        device = self.W_dec.device
+        generator = torch.Generator(device).manual_seed(step)
+        n_used = max(1, round(self.cfg.aux_batch_fraction * n_rows))
+        return torch.randperm(n_rows, generator=generator, device=device)[:n_used]
+
+    @torch.no_grad()
+    def _count(
+        self, batch: StepInput, feature_acts: torch.Tensor, criterion: str, threshold: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the batch; return the dead latents (d_sae,) and how many were revived."""
+        fired = fired_in_batch(feature_acts, self.by_magnitude) & batch.usable.some
+        was_dead = self.tokens_since_fired >= threshold
+        if batch.counts:
+            count_tokens(self.tokens_since_fired, fired, batch.usable.n)
+        match criterion:
+            case "tokens":
+                dead = self.tokens_since_fired >= threshold
+            case "steps":
+                dead = batch.dead_neuron_mask
+                was_dead = dead = torch.zeros_like(fired) if dead is None else dead
+            case _:
+                dead = ~fired
+        return dead, (was_dead & fired).sum()
+
+    def _dead_bound(
+        self, dead: torch.Tensor, n_rows: int, criterion: str, threshold: int, counts: bool
+    ) -> int:
+        """An upper bound on the number of dead latents. Call it at every step or never.
+
+        On CUDA, reading the exact number waits for the device. Only ``dead_criterion="steps"``,
+        which uses SAELens's mask, does so.
+        """
+        if dead.is_cuda and counts and criterion == "tokens":
+            bound = self._dead_count_ahead.bound(n_rows)
+            self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
+            return int(dead.sum()) if bound is None else bound
+        if dead.is_cuda and criterion == "batch":
+            return dead.numel()
+        return int(dead.sum())
+
+    def _record(
+        self,
+        batch: StepInput,
+        feature_acts: torch.Tensor,
+        access: LatentAccess,
+        sae_out: torch.Tensor,
+        dead: torch.Tensor,
+        dead_bound: int,
+    ) -> AuxLossInputs:
+        mode = self.cfg.normalize_activations
+        target = targets_of(batch.sae_in, sae_out, mode, self._precise_dtype())
+        return self.record_class(
+            x=target.x,
+            residual=target.residual,
+            dead=dead,
+            dead_bound=dead_bound,
+            access=access,
+            W_dec=self.W_dec,
+            b_dec=self.b_dec,
+            output_scale=target.scale,
+            firing_threshold=lambda: self.firing_threshold(feature_acts),
+            level=slice(None),
+        )
+
+    def _precise_dtype(self) -> torch.dtype:
+        """The dtype of the losses: float32, or float64 with float64 parameters."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    # --- schedules and checkpoints -----------------------------------------------------------
+
+    @override
+    def get_coefficients(self) -> dict[str, Any]:
+        """SAELens's coefficients, and that of the auxiliary loss with its warm-up."""
+        alpha = self.cfg.resolved_aux_coefficient
+        own = TrainCoefficientConfig(alpha, self.cfg.aux_warm_up_steps)
+        theirs = super().get_coefficients()  # pyright: ignore[reportAbstractUsage]
+        return {**theirs, AUX_LOSS_KEY: own}
+
+    def _step_of_run(self, step_input: TrainStepInput) -> int:
+        """The step to use for schedules, the same in a resumed run.
+
+        SAELens saves a checkpoint before it counts the last step, so its ``n_training_steps`` is
+        one behind after resuming. The first step after loading a checkpoint determines the offset;
+        a new run on loaded weights starts at step 0.
+        """
+        n_steps, before = step_input.n_training_steps, self._steps_before_run
+        if self._loaded and n_steps > 0:
+            before = int(self.training_steps) - n_steps
+        step = n_steps + before
+        if self.training:
+            self._steps_before_run, self._loaded = before, False
+            self.training_steps.fill_(step + 1)
+        return step
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        self._bad_rows.report()
+        for name in _COUNTS:
+            state_dict[name] = count_to_bytes(state_dict[name])
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        for name in _COUNTS:
+            del state_dict[name]
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        self._loaded = self._b_dec_is_set = True
+        self._dead_count_ahead = DeadCountAhead()
+        for name in _COUNTS:
+            if name in state_dict:
+                state_dict[name] = count_from_bytes(state_dict[name])
+            else:  # a checkpoint of SAELens's own architecture, to train further
+                fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
+                state_dict[name] = fresh
+                self._loaded = False
+
+
+_COUNTS = ("tokens_since_fired", "training_steps")
