@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from sae_lens_auxk import AuxConfig
-from sae_lens_auxk.aux_losses import BUILT_IN
+from sae_lens_auxk.losses import BUILT_IN
+from tests.saelens.test_swapped_class import SAELENS_LOSS
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,3 +52,10 @@ def test_one_version_and_one_address() -> None:
     for text in (citation, (ROOT / "mkdocs.yml").read_text(encoding="utf-8")):
         assert site in text
         assert source in text
+
+
+def test_getting_started_has_the_settings_that_give_saelens_loss_back() -> None:
+    text = page("getting-started.md")
+    for name, value in SAELENS_LOSS.items():
+        shown = "d_in // 2" if name == "k_aux" else f'"{value}"' if type(value) is str else value
+        assert f"| `{name}={shown}` |" in text, name
