@@ -301,10 +301,12 @@ def _outputs_of(
     outputs: list[Any] = []
     step: Callable[..., Any] = runner.sae.training_forward_pass
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    def noting(step_input: Any) -> Any:
         if interrupted():
             raise _Interrupted
-        outputs.append(step(*args, **kwargs))
+        # Before 2.12 torch has no gradient of the squared error of float64 and float32.
+        step_input.sae_in = step_input.sae_in.to(runner.sae.dtype)
+        outputs.append(step(step_input=step_input))
         return outputs[-1]
 
     runner.sae.training_forward_pass = noting  # type: ignore[method-assign]

@@ -23,7 +23,12 @@ def test_it_resumes_in_the_middle_of_its_warm_up() -> None:
     torch.set_num_threads(1)
     try:
         runner = golden._runner(
-            CASE, checkpoint_path=None, resume_from_checkpoint=str(CHECKPOINT), **SCHEDULE
+            CASE,
+            dtype="float64",
+            device="cpu",
+            checkpoint_path=None,
+            resume_from_checkpoint=str(CHECKPOINT),
+            **SCHEDULE,
         )
         outputs = golden._outputs_of(runner)
     finally:
@@ -37,4 +42,6 @@ def test_it_resumes_in_the_middle_of_its_warm_up() -> None:
     for name, value in expected.items():
         found = runner.sae.state_dict()[name]
         atol = 1e-9 if value.is_floating_point() else 0
-        torch.testing.assert_close(found, value, rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(
+            found, value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
