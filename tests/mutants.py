@@ -103,6 +103,7 @@ AREA_TESTS: dict[str, tuple[str, ...]] = {
         "not interpreter and not without_triton and not cannot_be_imported",
     ),
     "sharded": (
+        "tests/sharded/test_latents.py",
         "tests/sharded/test_files.py",
         "tests/sharded/test_step.py",
         "tests/sharded/test_training.py",
@@ -155,18 +156,12 @@ OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
 SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
 OLD_CHECKPOINTS = ("tests/saelens/test_old_checkpoints.py",)
 DTYPE = ("tests/test_dtype.py",)
+GOLDEN = ("tests/test_golden.py", "-k", "batchtopk/pursuit/sparse")
 
 KNOWN_SURVIVORS: set[str] = {
-    "topk_threshold_average_swapped",  # the sparse step's own average; small ones use SAELens's
-    "batch_topk_rounds_k_down",  # no test has a k that is no integer
-    "dense_rows_replace_the_others",  # no loss reads hidden_pre twice
-    "norm_of_zero_row",  # NaN in the dense step with pursuit; the test of such rows is of TopK only
-    "bias_gradient_mean_over_rows",  # no k_aux is at least the 64 columns of few dead latents
-    "ties_of_lower_ranks_not_counted",  # no equal values of two processes
     "card_with_the_first_sae",  # after an interruption no test looks at the card
     "short_token_published",  # no token of fewer than 30 characters with two kinds of them
     "any_row_of_length_1",  # no decoder has some rows of length 1 and others not
-    "decay_may_not_follow_warm_up",  # no decay starts in the step in which the warm-up ends
 }
 """Mutants that no test notices at present."""
 
@@ -306,8 +301,11 @@ MUTANTS = [
         "topk_threshold_average_swapped",
         "(1 - lr) * self.topk_threshold + lr * smallest",
         "lr * self.topk_threshold + (1 - lr) * smallest",
+        GOLDEN,
     ),
-    Mutant("step", "batch_topk_rounds_k_down", "int(self.cfg.k * B)", "int(self.cfg.k) * B"),
+    Mutant(
+        "step", "batch_topk_rounds_k_down", "int(self.cfg.k * B)", "int(self.cfg.k) * B", GOLDEN
+    ),
     Mutant(
         "step",
         "matryoshka_level_off_by_one",
@@ -606,7 +604,7 @@ MUTANTS = [
     # --- sharded -----------------------------------------------------------------------------
     Mutant(
         "sharded",
-        "ties_of_lower_ranks_not_counted",
+        "all_ties_chosen",
         "above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))",
         "above | equal",
     ),

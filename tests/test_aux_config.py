@@ -214,3 +214,8 @@ def test_defaults_are_those_of_the_design(architecture: str) -> None:
     assert cfg.resample_stop_step is None
     assert cfg.resolved_resample_stop_step is None
     assert cfg.b_dec_init == "zeros"
+
+
+def test_decay_may_start_where_the_warm_up_ends() -> None:
+    cfg = build_config("auxk-topk", aux_warm_up_steps=5, aux_decay_start_step=5, aux_decay_steps=2)
+    assert [cfg.aux_decay_at(step) for step in (4, 5, 6, 7)] == [1.0, 1.0, 0.5, 0.0]

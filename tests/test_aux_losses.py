@@ -99,7 +99,7 @@ def test_loss_and_gradients_equal_the_reference(
     d_sae = data.draw(st.integers(5, 24), "d_sae")
     n_rows = data.draw(st.integers(1, 5), "n_rows")
     fields: dict[str, Any] = {
-        "k_aux": data.draw(st.one_of(st.none(), st.integers(1, 30)), "k_aux"),
+        "k_aux": data.draw(st.one_of(st.none(), st.integers(1, 30), st.just(100)), "k_aux"),
         "aux_bias": data.draw(st.sampled_from(["decoder", "matched", "none"]), "aux_bias"),
         "aux_relu": data.draw(st.booleans(), "aux_relu"),
         "aux_normalize": data.draw(st.booleans(), "aux_normalize"),
@@ -277,15 +277,13 @@ def test_without_a_dead_latent_the_value_of_a_loss_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("variant", ["auxk", "straight_through", "pursuit"])
+@pytest.mark.parametrize("architecture", ["auxk-topk", "auxk-jumprelu"])
 @pytest.mark.parametrize("rescaled", [True, False])
-def test_a_decoder_row_of_zeros_does_no_harm(variant: str, rescaled: bool) -> None:
-    sae = build_sae(
-        "auxk-topk",
-        aux_variant=variant,
-        dead_criterion="steps",
-        k_aux=24,
-        rescale_acts_by_decoder_norm=rescaled,
-    )
+def test_a_decoder_row_of_zeros_does_no_harm(
+    variant: str, architecture: str, rescaled: bool
+) -> None:
+    fields = {"rescale_acts_by_decoder_norm": rescaled} if "topk" in architecture else {}
+    sae = build_sae(architecture, aux_variant=variant, dead_criterion="steps", k_aux=24, **fields)
     with torch.no_grad():
         sae.W_dec[[0, 5]] = 0
     gradients = aux_gradients(sae, torch.randn(6, 8), torch.arange(24) < 9)
@@ -373,3 +371,21 @@ def test_a_loss_can_be_registered_by_a_decorator() -> None:
         torch.testing.assert_close(output.losses["aux_loss"], 2 * output.losses["mse_loss"])
     finally:
         del AUX_LOSSES["everywhere"]
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_a_loss_may_use_all_pre_activations_twice(rescaled: bool) -> None:
+    def twice(inputs: Any, cfg: Any) -> torch.Tensor:  # noqa: ARG001
+        return inputs.hidden_pre.square().mean() + inputs.hidden_pre.sum()
+
+    register_aux_loss("twice", twice)
+    try:
+        fields = {"dead_criterion": "steps", "rescale_acts_by_decoder_norm": rescaled}
+        sae = build_sae("auxk-topk", aux_variant="twice", **fields)
+        x, dead = torch.randn(6, 8), torch.arange(24) < 9
+        gradients = aux_gradients(sae, x, dead)
+        h = sae.encode_with_hidden_pre(x)[1]
+        for name, gradient in gradients_of(h.square().mean() + h.sum(), sae).items():
+            torch.testing.assert_close(gradients[name], gradient, msg=name)
+    finally:
+        del AUX_LOSSES["twice"]
