@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_auxk.sharded import processes
+from sae_lens_auxk import processes
 
 
 def made_by(device: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _gathered(own: torch.Tensor) -> torch.Tensor:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Measure in every process; rank 0 prints the figures and writes them."""
-    from sae_lens_auxk.sharded import processes
+    from sae_lens_auxk import processes
 
     shared = args.shared or processes.n_processes() > 1
     if shared and "RANK" not in os.environ:

@@ -24,8 +24,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
 from benchmarks.made_by import made_by
+from sae_lens_auxk import processes
 from sae_lens_auxk.files import write_json
-from sae_lens_auxk.sharded import processes
 from sae_lens_auxk.sharded.collectives import gather
 from sae_lens_auxk.sharded.sae import sharded_sae
 

@@ -39,9 +39,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from benchmarks.made_by import made_by
-from sae_lens_auxk import runner_config
+from sae_lens_auxk import processes, runner_config
 from sae_lens_auxk.files import write_json
-from sae_lens_auxk.sharded import processes
 from sae_lens_auxk.sharded.runner import ShardedTrainingRunner
 
 SAES: dict[str, dict[str, Any]] = {

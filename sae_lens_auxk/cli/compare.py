@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from simple_parsing import ArgumentParser
 
+from sae_lens_auxk import processes
 from sae_lens_auxk.checks import require_known
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.compare.plan import Comparison, Resolved
@@ -19,7 +20,6 @@ from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.result_files import RESULTS_FILENAME, read_results
 from sae_lens_auxk.saelens.names import logger as sae_lens_logger
-from sae_lens_auxk.sharded import processes
 from sae_lens_auxk_cli import refuse
 
 INTERRUPTED = 130

@@ -5,6 +5,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from textwrap import shorten
@@ -20,7 +21,7 @@ from sae_lens import (
 
 from sae_lens_auxk.checks import nearest, require_choice, require_device
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
-from sae_lens_auxk.cli.train_shared import refuse_once, train_shared
+from sae_lens_auxk.processes import n_processes, prefer_own_gpu, refuse_once
 from sae_lens_auxk.saelens.checkpoints import silent_latents
 from sae_lens_auxk.saelens.names import (
     SAE_TRAINING_CLASS_REGISTRY,
@@ -30,7 +31,6 @@ from sae_lens_auxk.saelens.names import (
 )
 from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
 from sae_lens_auxk.saelens.runner_config import field_names
-from sae_lens_auxk.sharded.processes import n_processes, prefer_own_gpu
 from sae_lens_auxk_cli import refuse
 
 
@@ -44,7 +44,8 @@ def train(args: Sequence[str]) -> int:
     except Exception as error:
         return refuse_once(error)
     if n_processes() > 1:
-        return train_shared(cfg)
+        # By name, so that all else works without the folder sharded/.
+        return import_module("sae_lens_auxk.sharded.command").train_shared(cfg)
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm.std import tqdm
 
+from sae_lens_auxk_cli import refuse
+
 PACKAGES = ("sae-lens-auxk", "sae-lens", "torch")
 
 
@@ -155,3 +157,8 @@ def is_for_a_dead_process(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(word in text for word in ("gloo", "NCCL", "Connection closed by peer"))
     )
+
+
+def refuse_once(error: Exception) -> int:
+    """Print an error that all processes have, on rank 0; return the exit status for it."""
+    return refuse(str(error)) if rank() == 0 else 2

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
-from sae_lens_auxk.sharded import processes
+from sae_lens_auxk import processes
 from sae_lens_auxk.sharded.runner import (
     ShardedTrainingRunner,
     newest_checkpoint,
     require_shared_run,
 )
-from sae_lens_auxk_cli import printable, refuse
+from sae_lens_auxk_cli import printable
 
 
 def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -29,7 +29,7 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         require_shared_run(cfg, processes.n_processes())
         device = processes.own_device(cfg.device)
     except ValueError as error:
-        return refuse_once(error)
+        return processes.refuse_once(error)
     for owner in (cfg, cfg.sae):
         owner.device = device
     for name in ("llm_device", "act_store_device"):
@@ -46,7 +46,7 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
             try:
                 runner = _runner(cfg, group)
             except ValueError as error:
-                return refuse_once(error)
+                return processes.refuse_once(error)
             runner.run()
     except Exception as error:
         if processes.is_for_a_dead_process(error):
@@ -68,11 +68,6 @@ def _runner(cfg: LanguageModelSAERunnerConfig[Any], group: Any) -> ShardedTraini
     processes.agree(error, group)
     assert runner is not None
     return runner
-
-
-def refuse_once(error: Exception) -> int:
-    """Print an error that all processes have, on rank 0; return the exit status for it."""
-    return refuse(str(error)) if processes.rank() == 0 else 2
 
 
 def _farewell(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
