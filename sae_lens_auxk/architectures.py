@@ -75,7 +75,7 @@ class AuxKTopKTrainingSAE(SparseTopK, TopKTrainingSAE):  # type: ignore[misc]
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
-        return smallest_active(feature_acts, int(self.cfg.k))
+        return smallest_active(feature_acts, self.n_selected)
 
 
 @dataclass
@@ -181,7 +181,7 @@ class AuxKAbsTopKTrainingSAE(SparseTopK, AbsTopKTrainingSAE):  # type: ignore[mi
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(B, 1): the smallest ``|a|`` of the active latents of each row, 0 where nothing fired."""
-        return smallest_active(feature_acts, int(self.cfg.k), by_magnitude=True)
+        return smallest_active(feature_acts, self.n_selected, by_magnitude=True)
 
 
 @dataclass

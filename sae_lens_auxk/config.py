@@ -48,7 +48,7 @@ class AuxConfig:
             register_aux_loss.
         aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha. None: the
             variant's default, which is its source's value or was chosen by measurement. SAELens's
-            own TopK loss, which this replaces, uses 1.
+            own TopK loss, which this replaces, uses 1. SAELens's trainer takes it when it is made.
         k_aux (int | None): How many dead latents auxk, straight_through and pursuit use in each
             row; they take those with the largest pre-activations. None (on the command line, the
             flag without a value): the power of two nearest to d_in / 2 (Gao et al. 2024, appendix
@@ -120,7 +120,6 @@ class AuxConfig:
     """Values of ``normalize_activations`` that the architecture cannot be trained with."""
 
     def __post_init__(self) -> None:
-        self._fitted: dict[str, int] = {}
         for field in fields(self):
             setattr(self, field.name, python_value(getattr(self, field.name)))
         _validate(self)
@@ -152,10 +151,10 @@ class AuxConfig:
 
     @property
     def resolved_dead_threshold_tokens(self) -> int:
-        """``dead_threshold_tokens``, or what the running trainer fitted; 10 million without one."""
+        """``dead_threshold_tokens``, or what the last trainer fitted; 10 million without one."""
         threshold = self.dead_threshold_tokens
         if threshold is None:
-            threshold = self._fitted.get("dead_threshold_tokens")
+            threshold = self._fitted("dead_threshold_tokens")
         if threshold is None:
             # Without a number and from one line, so that Python shows it once.
             warnings.warn(
@@ -168,25 +167,29 @@ class AuxConfig:
 
     @property
     def resolved_resample_stop_step(self) -> int | None:
-        """``resample_stop_step``, or what the running trainer fitted; None without one."""
+        """``resample_stop_step``, or what the last trainer fitted; None without one."""
         stop = self.resample_stop_step
-        return self._fitted.get("resample_stop_step") if stop is None else stop
+        return self._fitted("resample_stop_step") if stop is None else stop
+
+    def _fitted(self, name: str) -> int | None:
+        metadata: Any = self.metadata  # type: ignore[attr-defined]
+        return (metadata.fitted or {}).get(name)
 
     @property
     def resolved_dead_criterion(self) -> DeadCriterion:
         """``dead_criterion``, or the variant's own if it is None."""
-        return self.dead_criterion or AUX_LOSSES[self.aux_variant].default_dead_criterion
+        return self.dead_criterion or self.aux_loss.default_dead_criterion
 
     def fitted_to_run(self, **numbers: int) -> Any:
         """A copy whose ``resolved_*`` are ``numbers`` where a field is None.
 
-        The fields stay as they are, so that the next trainer fits them anew. The metadata, which is
-        saved, has the numbers as ``fitted``.
+        The fields stay as they are, so that the next trainer fits them anew. The numbers stand in
+        the metadata, which is saved, as ``fitted``.
         """
         fitted = copy(self)
-        fitted._fitted = numbers
         metadata: Any = self.metadata  # type: ignore[attr-defined]
-        fitted.metadata = SAEMetadata(**{**metadata.to_dict(), "fitted": numbers})
+        left_open = {name: n for name, n in numbers.items() if getattr(self, name) is None}
+        fitted.metadata = SAEMetadata(**{**metadata.to_dict(), "fitted": left_open})
         return fitted
 
     def aux_decay_at(self, step: int) -> float:
@@ -217,7 +220,7 @@ def _validate(cfg: Any) -> None:
     require_int("d_in", cfg.d_in, minimum=1)
     require_int("d_sae", cfg.d_sae, minimum=1)
     if str(cfg.dtype).removeprefix("torch.") in ("float16", "fp16", "half"):
-        allowed = "float32, bfloat16 or float64 (float16 overflows in a step; autocast may be on)"
+        allowed = "float32, bfloat16 or float64, as float16 overflows (bfloat16 autocast may be on)"
         raise reject("dtype", cfg.dtype, allowed)
     if cfg.aux_loss_coefficient is not None:
         allowed = "None or a finite number >= 0"

@@ -287,8 +287,8 @@ MUTANTS = [
     Mutant(
         "step",
         "aux_loss_without_coefficient",
-        "coefficient * value.where(",
-        "value.where(",
+        "loss + coefficient * value",
+        "loss + value",
     ),
     Mutant(
         "step",
@@ -410,8 +410,8 @@ MUTANTS = [
     Mutant(
         "step",
         "evaluation_draws",
-        "not (batch.counts and self.cfg.resamples_after(batch.step))",
-        "not self.cfg.resamples_after(batch.step)",
+        "if not batch.counts:\n            return\n        output.metrics[METRIC]",
+        "output.metrics[METRIC]",
         EVALUATION,
     ),
     Mutant(
@@ -448,6 +448,30 @@ MUTANTS = [
     ),
     Mutant(
         "step",
+        "other_hook_points_ignored",
+        "type(modules[name]) in HOOK_POINT_CLASSES for",
+        "True for",
+        OWN_METHODS,
+    ),
+    Mutant(
+        "step", "patched_saelens_ignored", "getattr(owner, name) is f for", "True for", OWN_METHODS
+    ),
+    Mutant(
+        "step",
+        "early_patches_ignored",
+        "return function if function.__module__.startswith(known) else None",
+        "return function",
+        OWN_METHODS,
+    ),
+    Mutant(
+        "step",
+        "forward_of_an_instance_ignored",
+        '"forward" in vars(module)\n        or',
+        "",
+        OWN_METHODS,
+    ),
+    Mutant(
+        "step",
         "b_dec_of_sinks_too",
         "rows[norms <= MAX_NORM_MULTIPLE * norms.median()]",
         "rows",
@@ -456,12 +480,16 @@ MUTANTS = [
     Mutant(
         "step",
         "b_dec_after_a_load",
-        "self._loaded = self._b_dec_is_set = True",
-        "self._loaded = True",
+        "sae._b_dec_is_set = True",
+        "pass",
         B_DEC,
     ),
     Mutant(
-        "step", "b_dec_in_a_run_that_goes_on", "if batch.n_training_steps == 0:", "if True:", B_DEC
+        "step",
+        "b_dec_in_a_run_that_goes_on",
+        '!= "zeros" and batch.n_training_steps == 0',
+        '!= "zeros"',
+        B_DEC,
     ),
     Mutant(
         "step",
@@ -494,7 +522,7 @@ MUTANTS = [
     Mutant(
         "saelens",
         "fitted_once",
-        "threshold = self._fitted.get(",
+        "threshold = self._fitted(",
         "threshold = self.metadata.fitted and self.metadata.fitted.get(",
         SWAPPED_CLASS,
     ),
@@ -873,7 +901,12 @@ MUTANTS = [
         "log_sparsity <= log_sparsity.new_tensor(1e-10)",
         "log_sparsity < log_sparsity.new_tensor(1e-10)",
     ),
-    Mutant("saelens", "given_sae_ignored", "if override_sae is None:", "if True:"),
+    Mutant(
+        "saelens",
+        "given_sae_ignored",
+        'if given.arguments.get("override_sae") is None:',
+        "if True:",
+    ),
     Mutant(
         "saelens",
         "resumed_schedule_starts_again",
@@ -883,8 +916,8 @@ MUTANTS = [
     Mutant(
         "saelens",
         "new_run_goes_on",
-        "self._loaded and n_steps > 0",
-        "self._loaded and n_steps >= 0",
+        "if n_steps == 0:\n            before = 0\n        elif self._loaded:",
+        "if self._loaded:",
     ),
     Mutant(
         "saelens",

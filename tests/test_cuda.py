@@ -149,7 +149,7 @@ def test_the_count_ahead_is_a_bound() -> None:
     sae: Any = build_sae("auxk-topk", d_in=8, d_sae=256, k=2, dead_threshold_tokens=300).cuda()
     bounds, counts = [], []
     for n_rows in (64, 64, 50, 64, 64, 80, 10, 64):
-        bounds.append(sae._dead_count_ahead.bound(n_rows))
+        bounds.append(sae._dead_count_ahead.bound(300, n_rows))
         output = forward(sae, torch.randn(n_rows, 8, device="cuda"))
         counts.append(int(output.metrics["dead_latents"]))
     assert [b is None for b in bounds] == [True, False, False, True, False, True, False, True]
@@ -157,4 +157,4 @@ def test_the_count_ahead_is_a_bound() -> None:
     assert counts[-1] > 0
     # nothing dead within reach is known to be nothing
     assert bounds[1] == 0
-    assert copy.deepcopy(sae)._dead_count_ahead.bound(1) is None
+    assert copy.deepcopy(sae)._dead_count_ahead.bound(300, 1) is None

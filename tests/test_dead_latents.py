@@ -151,10 +151,15 @@ def test_the_count_ahead_bounds_the_next_steps_dead_latents(
     counts: list[int], threshold: int, noted: int, n_tokens: int
 ) -> None:
     ahead = DeadCountAhead()
-    assert ahead.bound(n_tokens) is None
+    assert ahead.bound(threshold, n_tokens) is None
     ahead.note(torch.tensor(counts), threshold, noted)
     if n_tokens > noted:
-        assert ahead.bound(n_tokens) is None
+        assert ahead.bound(threshold, n_tokens) is None
     else:  # reached if nothing fires and the batch is as large as the one before
-        assert ahead.bound(n_tokens) == sum(count + noted >= threshold for count in counts)
-        assert ahead.bound(n_tokens) >= sum(count + n_tokens >= threshold for count in counts)
+        assert ahead.bound(threshold, n_tokens) == sum(
+            count + noted >= threshold for count in counts
+        )
+        assert ahead.bound(threshold + 1, n_tokens) is None, "another threshold"
+        assert ahead.bound(threshold, n_tokens) >= sum(
+            count + n_tokens >= threshold for count in counts
+        )

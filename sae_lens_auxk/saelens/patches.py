@@ -5,6 +5,7 @@ it tells an SAE nothing of the run that it is trained in, nor a trainer of the o
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +26,11 @@ def _new_trainer(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any
     fit_to_run(self)
 
 
-def _new_runner(
-    init: Callable[..., None],
-    self: Any,
-    cfg: Any,
-    override_dataset: Any = None,
-    override_model: Any = None,
-    override_sae: Any = None,
-) -> None:
-    if override_sae is None:
-        override_sae = sae_to_go_on_from(cfg)
-    init(self, cfg, override_dataset, override_model, override_sae)
+def _new_runner(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    given = inspect.signature(init).bind(self, *args, **kwargs)
+    if given.arguments.get("override_sae") is None:
+        given.arguments["override_sae"] = sae_to_go_on_from(given.arguments["cfg"])
+    init(*given.args, **given.kwargs)
 
 
 def _wrap_once(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:

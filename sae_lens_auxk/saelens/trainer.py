@@ -26,8 +26,14 @@ def fit_to_run(trainer: SAETrainer[Any, Any]) -> None:
     sae, run = trainer.sae, trainer.cfg
     if not isinstance(sae.cfg, AuxConfig):
         return
-    if (own := getattr(sae, "trainer_class", None)) is not None:
-        trainer.__class__ = own
+    if sae.trainer_class is not None:
+        theirs = type(trainer)  # perhaps a subclass of the user's
+        is_plain = theirs is SAETrainer
+        trainer.__class__ = (
+            sae.trainer_class
+            if is_plain
+            else type(theirs.__name__, (sae.trainer_class, theirs), {})
+        )
     cfg: Any = sae.cfg
     threshold = fitted_threshold(cfg, run)
     cfg = cfg.fitted_to_run(dead_threshold_tokens=threshold)
@@ -133,7 +139,9 @@ def _resume_warm_up(trainer: SAETrainer[Any, Any]) -> None:
     so the one that a checkpoint does have counts.
     """
 
-    scheduler = trainer.coefficient_schedulers[AUX_LOSS_KEY]
+    scheduler = trainer.coefficient_schedulers.get(AUX_LOSS_KEY)
+    if scheduler is None:  # a subclass with coefficients of its own
+        return
 
     def after_load(optimizer: Any) -> None:
         steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]

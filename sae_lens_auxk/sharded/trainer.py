@@ -54,5 +54,11 @@ def clip_grad_norm_(sae: Any, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _clip(sae: Any, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:  # noqa: ARG001
+def _clip(sae: Any, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    parameters = [*parameters]
+    if any(a is not b for a, b in zip(parameters, sae.parameters(), strict=False)):
+        return _torchs_own(parameters, max_norm)  # of a trainer in another thread
     return clip_grad_norm_(sae, max_norm)
+
+
+_torchs_own = torch.nn.utils.clip_grad_norm_

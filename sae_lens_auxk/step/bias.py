@@ -21,7 +21,7 @@ def initial_b_dec(rows: torch.Tensor, how: str) -> torch.Tensor:
         rows: (B, d_in) the input, after scaling and normalisation.
         how: "mean" or "geometric_median".
     """
-    rows = rows.flatten(1).to(torch.promote_types(rows.dtype, torch.float32))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     norms = rows.norm(dim=-1)
     rows = rows[norms <= MAX_NORM_MULTIPLE * norms.median()]
     return rows.mean(dim=0) if how == "mean" else _geometric_median(rows)

@@ -43,7 +43,7 @@ class DeadCountAhead:
     """
 
     def __init__(self) -> None:
-        self._noted: tuple[torch.Tensor, torch.cuda.Event | None, int] | None = None
+        self._noted: tuple[torch.Tensor, torch.cuda.Event | None, int, int] | None = None
 
     @torch.no_grad()
     def note(self, tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> None:
@@ -54,13 +54,13 @@ class DeadCountAhead:
         count = count.to("cpu", non_blocking=True)
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(tokens_since_fired.device))
-        self._noted = count, arrived, n_tokens
+        self._noted = count, arrived, threshold, n_tokens
 
-    def bound(self, n_tokens: int) -> int | None:
+    def bound(self, threshold: int, n_tokens: int) -> int | None:
         """The bound for a step with ``n_tokens``; None if it is not known."""
-        if self._noted is None or n_tokens > self._noted[2]:
+        if self._noted is None or threshold != self._noted[2] or n_tokens > self._noted[3]:
             return None
-        count, arrived, _ = self._noted
+        count, arrived, *_ = self._noted
         if arrived is not None:
             arrived.synchronize()
         return int(count)

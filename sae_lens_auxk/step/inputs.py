@@ -219,32 +219,25 @@ class SparseForward:
     Attributes:
         access: gives ``h`` and ``W_i`` to an auxiliary loss.
         acts: (B, d_sae) the activations.
-        levels: (B, d_in) the reconstructions by width, ascending; the last is the SAE's own.
+        sae_out: (B, d_in) the reconstruction.
+        inner: (B, d_in) Matryoshka's inner reconstructions by their widths, ascending.
         target: (B, d_in) what they are compared with.
         mse_loss_fn: SAELens's, of the SAE.
     """
 
     access: LatentAccess
     acts: torch.Tensor
-    levels: dict[int, torch.Tensor]
+    sae_out: torch.Tensor
+    inner: dict[int, torch.Tensor]
     target: torch.Tensor
     mse_loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-    @property
-    def sae_out(self) -> torch.Tensor:
-        return [*self.levels.values()][-1]
-
-    @property
-    def inner(self) -> list[torch.Tensor]:
-        return [*self.levels.values()][:-1]
 
     def mse(self, reconstruction: torch.Tensor) -> torch.Tensor:
         return self.mse_loss_fn(reconstruction, self.target).sum(dim=-1).mean()
 
     def inner_losses(self) -> dict[str, torch.Tensor]:
         """SAELens's losses of Matryoshka's inner levels."""
-        widths = zip(self.levels, self.inner, strict=False)
-        return {f"inner_mse_loss_{width}": self.mse(inner) for width, inner in widths}
+        return {f"inner_mse_loss_{width}": self.mse(out) for width, out in self.inner.items()}
 
     def output(
         self, batch: StepInput, losses: dict[str, torch.Tensor], metrics: dict[str, Any]

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from sae_lens_auxk.saelens.names import TrainStepOutput
+from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.dead import fired_in_batch
 from sae_lens_auxk.step.inputs import StepInput, targets_of
 
@@ -77,7 +78,9 @@ class Resampling(_Base):
     """The part of a training SAE that draws new latents and puts them in."""
 
     tokens_since_fired: torch.Tensor
+
     by_magnitude: ClassVar[bool] = False
+    """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
 
     resampled_length: ClassVar[float] = 0.2
     """Length of a resampled latent's encoder vector, relative to the mean of the living latents."""
@@ -87,11 +90,13 @@ class Resampling(_Base):
 
     _n_resampled: int = 0
 
-    @torch.compiler.disable()
+    @never_compiled
     def draw_new_latents(self, batch: StepInput, output: TrainStepOutput) -> None:
         """Draw new weights for the dead latents if this step resamples them."""
+        if not batch.counts:
+            return
         output.metrics[METRIC] = self._take_n_resampled
-        if not (batch.counts and self.cfg.resamples_after(batch.step)):
+        if not self.cfg.resamples_after(batch.step):
             return
         if self.cfg.resolved_dead_criterion == "steps":
             dead = batch.dead_neuron_mask  # from before this step
@@ -233,7 +238,12 @@ def moments_of(sae: Any, optimizer: torch.optim.Optimizer) -> list[tuple[torch.T
     """
     moments: list[tuple[torch.Tensor, int]] = []
     for name in ("W_enc", "W_dec", *sae.initial_biases()):
-        parameter = getattr(sae, name)
+        parameter = sae._parameters.get(name)
+        if parameter is None:
+            raise ValueError(
+                f"resample_every_steps={sae.cfg.resample_every_steps} does not work with a "
+                f"parametrised {name}, whose rows cannot be written: it must be None"
+            )
         for key, state in optimizer.state.get(parameter, {}).items():
             if not isinstance(state, torch.Tensor) or state.numel() == 1:
                 continue  # a count of steps
@@ -254,7 +264,7 @@ def resample_with(sae: Any, optimizer: torch.optim.Optimizer) -> Any:
     """Put in the latents that an SAE's training steps draw after each step of its optimizer.
 
     SAELens's trainers do this by themselves. A training loop of your own calls it once, and so
-    does who gives a trainer another optimizer.
+    must anyone who replaces a trainer's optimizer.
 
     Args:
         sae: one of this package's SAEs, with ``resample_every_steps``.

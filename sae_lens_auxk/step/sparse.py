@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_auxk.losses.access import Columns, decoder_rows
@@ -30,9 +31,16 @@ from sae_lens_auxk.ops.selection import (
     top_k,
     top_k_of_batch,
 )
-from sae_lens_auxk.saelens.names import BatchTopK, TopK, TrainStepOutput, act_times_W_dec
+from sae_lens_auxk.saelens.names import (
+    BatchTopK,
+    SparseHookPoint,
+    TopK,
+    TrainStepOutput,
+    act_times_W_dec,
+)
+from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.inputs import SparseForward, StepInput
-from sae_lens_auxk.step.training import AuxTraining, never_compiled
+from sae_lens_auxk.step.training import AuxTraining
 
 if TYPE_CHECKING:
     from sae_lens import MatryoshkaBatchTopKTrainingSAE
@@ -56,6 +64,11 @@ REPLACED = (
 
 REPLACED_ATTRIBUTES = ("reshape_fn_in", "reshape_fn_out")
 """The same for functions that SAELens sets on an instance."""
+
+HOOK_POINT_CLASSES = (HookPoint, SparseHookPoint)
+
+HOOK_POINTS = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons")
+"""The same for modules of TransformerLens that hand on what they are given."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +194,25 @@ _Class = TypeVar("_Class", bound=type[Any])
 
 
 def with_sparse_step(cls: _Class) -> _Class:
-    """Note the methods of a class whose work the sparse step does; a decorator."""
-    cls.replaced_methods = {name: getattr(cls, name) for name in REPLACED if hasattr(cls, name)}
+    """Note the functions whose work the sparse step does for a class; a decorator."""
+    cls.replaced_methods = {
+        name: _if_own(getattr(cls, name)) for name in REPLACED if hasattr(cls, name)
+    }
+    owners = [base for base in cls.__mro__ if base.__module__.startswith("sae_lens.")]
+    functions = [(owner, "training_forward_pass") for owner in owners]
+    functions += [(module, "forward") for module in (cls.activation_class, *HOOK_POINT_CLASSES)]
+    cls.replaced_functions = [
+        (owner, name, _if_own(vars(owner)[name]))
+        for owner, name in functions
+        if name in vars(owner)
+    ]
     return cls
+
+
+def _if_own(function: Any) -> Any:
+    """``function``, or None if it is neither SAELens's nor this package's nor TransformerLens's."""
+    known = ("sae_lens.", "sae_lens_auxk.", "transformer_lens.")
+    return function if function.__module__.startswith(known) else None
 
 
 class SparseTopK(_Base):
@@ -202,20 +231,28 @@ class SparseTopK(_Base):
     replaced_methods: ClassVar[dict[str, Any]] = {}
     """The methods that a sparse step makes up for, by name, as the package knows them."""
 
+    replaced_functions: ClassVar[list[tuple[type[Any], str, Any]]] = []
+    """The same for methods of SAELens's own classes and modules: owner, name, function."""
+
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self.may_be_sparse = choice() != "dense"
+
+    @property
+    def n_selected(self) -> int:
+        """How many latents of a row are selected: SAELens asks ``activation_fn``."""
+        return int(getattr(self.activation_fn, "k", self.cfg.k))
 
     @never_compiled
     def _can_be_sparse(self, sae_in: torch.Tensor) -> bool:
         """Whether a sparse step is SAELens's step.
 
-        All that SAELens's step calls, and the sparse step does not, has to be the package's own:
-        methods of the class and of the instance, functions set on it, hooks, ``activation_fn``.
-        The input must have no gradient, and the parameters be float32 or float64, since torch has
-        no gradient of the sparse products in bfloat16.
+        All that SAELens's step calls, and the sparse step does not, has to be SAELens's or the
+        package's own: methods of the class and of the instance, functions set on it, hook points,
+        hooks, ``activation_fn``. The input must have no gradient, and the parameters be float32 or
+        float64, since torch has no gradient of the sparse products in bfloat16.
         """
-        own, cls = self.__dict__, type(self)
+        own, cls, modules = vars(self), type(self), self._modules
         select = self.activation_fn
         return (
             self.may_be_sparse
@@ -223,11 +260,13 @@ class SparseTopK(_Base):
             and not sae_in.requires_grad
             and not self.hook_z_reshaping_mode
             and all(getattr(cls, name) is m for name, m in self.replaced_methods.items())
+            and all(getattr(owner, name) is f for owner, name, f in self.replaced_functions)
             and not any(name in own for name in REPLACED)
             and all(own[name].__module__.startswith("sae_lens.") for name in REPLACED_ATTRIBUTES)
             and type(select) is self.activation_class
             and getattr(select, "k", None) == self.cfg.k
-            and not any(map(_has_hook, self._modules.values()))
+            and all(type(modules[name]) in HOOK_POINT_CLASSES for name in HOOK_POINTS)
+            and not any(map(_is_changed, modules.values()))
             and not torch.nn.modules.module._has_any_global_hook()
         )
 
@@ -246,7 +285,9 @@ class SparseTopK(_Base):
             width: self.run_time_activation_norm_fn_out(decoded)
             for width, decoded in self._decode_levels(encoder.decoder, values, selected).items()
         }
-        return SparseForward(self._access(encoder), acts, levels, batch.sae_in, self.mse_loss_fn)
+        sae_out = levels.pop(self.cfg.d_sae)
+        access, target = self._access(encoder), batch.sae_in
+        return SparseForward(access, acts, sae_out, levels, target, self.mse_loss_fn)
 
     def _encoder(self, sae_in: torch.Tensor, b_dec: torch.Tensor | None) -> Encoder:
         device = sae_in.device.type
@@ -310,9 +351,11 @@ class SparseTopK(_Base):
         return h if self.by_magnitude else h.relu()
 
 
-def _has_hook(module: torch.nn.Module | None) -> bool:
+def _is_changed(module: torch.nn.Module | None) -> bool:
+    """Whether a module has a hook, or a ``forward`` that was set on it."""
     return module is not None and bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -5,13 +5,15 @@ of it: it makes the batch flat and finite, and passes it on to the sparse step w
 SAELens's, else to SAELens's own. Then ``_aux_loss`` counts dead latents, builds the record that a
 loss may see, calls the loss by its name and multiplies it by the scheduled coefficient.
 
-The data of one step travels in arguments: in :class:`~sae_lens_auxk.step.inputs.StepInput`. Only
-what :mod:`~sae_lens_auxk.step.resampling` has drawn waits on the SAE, for the optimizer's step.
+The data of one step travels in arguments: in :class:`~sae_lens_auxk.step.inputs.StepInput`. What
+outlives a step are buffers, a few attributes that ``__init__`` sets (where in a run the SAE is, bad
+rows, a bound on the dead), and what :mod:`~sae_lens_auxk.step.resampling` has drawn, which waits
+for the optimizer's step.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from sae_lens import TopKTrainingSAE
@@ -19,9 +21,9 @@ from typing_extensions import override
 
 from sae_lens_auxk.losses.access import DenseAccess, LatentAccess
 from sae_lens_auxk.losses.record import AuxLossInputs
-from sae_lens_auxk.losses.registry import AUX_LOSSES
 from sae_lens_auxk.ops.encoder import unflatten
 from sae_lens_auxk.saelens.names import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.bias import initial_b_dec
 from sae_lens_auxk.step.dead import (
     DeadCountAhead,
@@ -44,14 +46,6 @@ AUX_LOSS_KEY = "aux_loss"
 SAELENS_AUX_LOSS_KEY = "auxiliary_reconstruction_loss"
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def never_compiled(method: _Method) -> _Method:
-    """Exclude a method from ``torch.compile``: it runs uncompiled between compiled parts."""
-    return torch.compiler.disable(method)  # type: ignore[no-any-return]
-
-
 class AuxTraining(Resampling, _Base):
     """Mixin placed before a SAELens training SAE; see the module docstring.
 
@@ -72,9 +66,6 @@ class AuxTraining(Resampling, _Base):
     tokens_since_fired: torch.Tensor
     training_steps: torch.Tensor
 
-    by_magnitude: ClassVar[bool] = False
-    """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
-
     moved_by_step: ClassVar[tuple[str, ...]] = ()
     """Buffers that SAELens's step rebinds, put back where a step must change nothing."""
 
@@ -94,7 +85,8 @@ class AuxTraining(Resampling, _Base):
         self._dead_count_ahead = DeadCountAhead()
         self._steps_before_run = 0
         self._loaded = False
-        self._b_dec_is_set = cfg.b_dec_init == "zeros"
+        self._b_dec_is_set = False
+        self.register_load_state_dict_post_hook(_forget)
 
     # --- a step ------------------------------------------------------------------------------
 
@@ -102,9 +94,10 @@ class AuxTraining(Resampling, _Base):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens's training step, on an input of any leading shape (..., d_in).
 
-        A row with a NaN, an infinity or a norm above 4e9 is replaced by a usable row of the batch,
-        not counted as a token, and reported by a warning and the metric ``nonfinite_rows``. A batch
-        with no usable row has a gradient of zero and leaves the counts and thresholds alone.
+        A row with a NaN, an infinity or a norm above 4e9 (in float32) is replaced by a usable row
+        of the batch, not counted as a token, and reported by a warning and the metric
+        ``nonfinite_rows``. A batch with no usable row has a gradient of zero and leaves the counts
+        and thresholds alone.
         (Under ``constant_norm_rescale`` a row of zeros counts as bad too.) In eval mode the step
         counts, draws and moves nothing.
 
@@ -125,7 +118,7 @@ class AuxTraining(Resampling, _Base):
         if self.W_dec.dtype == torch.float16:
             raise ValueError(
                 "dtype='float16' is not allowed: the squares of a step exceed its range. It must "
-                "be float32, bfloat16 or float64 (autocast may be on)."
+                "be float32, bfloat16 or float64 (bfloat16 autocast may be on)."
             )
         if not self.training and torch.is_grad_enabled():
             # Without a number, so that Python shows it once.
@@ -151,8 +144,9 @@ class AuxTraining(Resampling, _Base):
             self.drop_drawn(batch.step)
         if not self._b_dec_is_set:
             self._b_dec_is_set = True
-            if batch.n_training_steps == 0:
-                rows = self.run_time_activation_norm_fn_in(batch.sae_in.to(self.dtype))
+            if self.cfg.b_dec_init != "zeros" and batch.n_training_steps == 0:
+                rows = batch.sae_in.flatten(1).to(self.dtype)
+                rows = self.run_time_activation_norm_fn_in(rows)
                 self.b_dec.data.copy_(initial_b_dec(rows, self.cfg.b_dec_init))
 
     def _step(self, batch: StepInput) -> TrainStepOutput:
@@ -174,7 +168,7 @@ class AuxTraining(Resampling, _Base):
     def _sparse_step(self, batch: StepInput, forward: SparseForward) -> TrainStepOutput:
         losses = {"mse_loss": forward.mse(forward.sae_out)}
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(
-            batch, forward.acts, forward.access, forward.sae_out, forward.inner
+            batch, forward.acts, forward.access, forward.sae_out, [*forward.inner.values()]
         )
         losses.update(forward.inner_losses())
         output = forward.output(batch, losses, metrics)
@@ -200,8 +194,8 @@ class AuxTraining(Resampling, _Base):
     ) -> dict[str, torch.Tensor]:
         """Return the architecture's own losses and ``aux_loss``.
 
-        SAELens's TopK loss (``auxiliary_reconstruction_loss``) is replaced; the losses of the
-        other architectures stay.
+        SAELens's TopK loss (``auxiliary_reconstruction_loss``) is replaced, and the methods that
+        compute it are not called; the losses of the other architectures stay.
         """
         losses: dict[str, torch.Tensor] = {}
         if not isinstance(self, TopKTrainingSAE):
@@ -211,7 +205,12 @@ class AuxTraining(Resampling, _Base):
             assert isinstance(own, dict)
             losses.update(own)
 
-        assert isinstance(step_input, StepInput)
+        if not isinstance(step_input, StepInput):
+            raise TypeError(
+                "calculate_aux_loss needs the input that training_forward_pass of this package "
+                "prepares: an override of training_forward_pass must call "
+                "super().training_forward_pass(step_input)"
+            )
         rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
         access = DenseAccess(hidden_pre, self.W_dec, rescaled, self.by_magnitude)
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(step_input, feature_acts, access, sae_out)
@@ -222,7 +221,7 @@ class AuxTraining(Resampling, _Base):
         """The output in the shape that the input had, with loss 0 if no row was usable."""
         output.loss = output.loss * batch.usable.some
         output.metrics["nonfinite_rows"] = batch.usable.n_bad
-        if isinstance(self, TopKTrainingSAE):
+        if isinstance(self, TopKTrainingSAE) and AUX_LOSS_KEY in output.losses:
             # For the log only, so that it overlays the curve of SAELens's own TopK family. The
             # total is already summed, so the loss is not counted twice.
             output.losses[SAELENS_AUX_LOSS_KEY] = output.losses[AUX_LOSS_KEY]
@@ -268,7 +267,7 @@ class AuxTraining(Resampling, _Base):
             sae_out: (B, d_in) the reconstruction.
             inner: (B, d_in) each, Matryoshka's inner reconstructions, if known.
         """
-        aux, alpha = AUX_LOSSES[self.cfg.aux_variant], self.cfg.resolved_aux_coefficient
+        aux, alpha = self.cfg.aux_loss, self.cfg.resolved_aux_coefficient
         # SAELens's scheduler warms it up; a loop without one passes none.
         coefficient = batch.coefficients.get(AUX_LOSS_KEY, alpha)
         coefficient = coefficient * self.cfg.aux_decay_at(batch.step)
@@ -296,13 +295,12 @@ class AuxTraining(Resampling, _Base):
         rows = self._aux_rows(n_rows, batch.step)
         for level in self._levels(record, feature_acts, inner):
             seen = level if rows is None else level.at_rows(rows)
-            if not aux.uses_dead_latents:
-                loss = loss + coefficient * aux.function(seen, self.cfg)
-            elif aux.sync_free:
-                value = aux.function(seen, self.cfg)
-                loss = loss + coefficient * value.where(seen.n_dead > 0, 0)
-            elif seen.dead_latents.numel() > 0:
-                loss = loss + coefficient * aux.function(seen, self.cfg)
+            if aux.uses_dead_latents and not aux.sync_free and not len(seen.dead_latents):
+                continue
+            value = aux.function(seen, self.cfg)
+            if aux.uses_dead_latents:
+                value = value.where(seen.n_dead > 0, 0)
+            loss = loss + coefficient * value
             n_used = seen.n_dead
             if aux.uses_k_aux:
                 n_used = n_used.clamp(max=self.cfg.resolved_k_aux)
@@ -349,7 +347,7 @@ class AuxTraining(Resampling, _Base):
         which uses SAELens's mask, does so.
         """
         if dead.is_cuda and counts and criterion == "tokens":
-            bound = self._dead_count_ahead.bound(n_rows)
+            bound = self._dead_count_ahead.bound(threshold, n_rows)
             self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
             return int(dead.sum()) if bound is None else bound
         if dead.is_cuda and criterion == "batch":
@@ -402,7 +400,9 @@ class AuxTraining(Resampling, _Base):
         a new run on loaded weights starts at step 0.
         """
         n_steps, before = step_input.n_training_steps, self._steps_before_run
-        if self._loaded and n_steps > 0:
+        if n_steps == 0:
+            before = 0
+        elif self._loaded:
             before = int(self.training_steps) - n_steps
         step = n_steps + before
         if self.training:
@@ -426,8 +426,7 @@ class AuxTraining(Resampling, _Base):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        self._loaded = self._b_dec_is_set = True
-        self._dead_count_ahead = DeadCountAhead()
+        self._loaded = True
         for name in _COUNTS:
             if name in state_dict:
                 state_dict[name] = count_from_bytes(state_dict[name])
@@ -435,6 +434,13 @@ class AuxTraining(Resampling, _Base):
                 fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
                 state_dict[name] = fresh
                 self._loaded = False
+
+
+def _forget(sae: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
+    """Forget what belongs to the weights before a load."""
+    sae._b_dec_is_set = True
+    sae._dead_count_ahead = DeadCountAhead()
+    sae.drawn = None
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")

@@ -4,6 +4,7 @@ Each test is a line of the table, or the settings below it.
 """
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,3 +196,18 @@ def test_rows_that_saelens_would_train_on_are_replaced() -> None:
             build_trainer(sae, total_training_samples=3200, dead_feature_window=5).step(x)
         finite.append(bool(sae.W_enc.isfinite().all()))
     assert finite == [True, False]
+
+
+def test_what_was_fitted_stays_with_the_config() -> None:
+    """Also where a field is replaced in mid-run, or a loop of one's own goes on from the config."""
+    sae = trained(config("auxk-topk"), n_steps=20)
+    assert replace(sae.cfg, k_aux=3).resolved_dead_threshold_tokens == 80
+    again = TrainingSAE.from_dict(sae.cfg.to_dict())
+    assert again.cfg.resolved_dead_threshold_tokens == 80
+    build_trainer(again, total_training_samples=3200, dead_feature_window=7)
+    assert again.cfg.resolved_dead_threshold_tokens == 7 * 16
+
+
+def test_a_number_that_was_given_is_not_called_fitted() -> None:
+    sae = trained(config("auxk-topk", dead_threshold_tokens=123), n_steps=2)
+    assert sae.cfg.metadata.fitted == {}

@@ -10,7 +10,7 @@ from sae_lens import TrainingSAE
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 
 from sae_lens_auxk import runner_config
-from sae_lens_auxk.step.sparse import REPLACED, REPLACED_ATTRIBUTES
+from sae_lens_auxk.step.sparse import HOOK_POINTS, REPLACED, REPLACED_ATTRIBUTES
 from tests import tiny_model
 from tests.helpers import STOCK, TOPK_ARCHITECTURES, build_sae, step_input
 from tests.saelens.touched import watched
@@ -98,9 +98,6 @@ CALLED_TOO = {
 }
 """What the sparse step calls itself (``activation_fn`` it looks at)."""
 
-HOOKS = {"hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"}
-"""Modules: a hook on one makes the step dense."""
-
 OWN_LOSS = {
     *("calculate_topk_aux_loss", "calculate_abstopk_aux_loss", "calculate_matryoshka_aux_loss"),
 }
@@ -120,5 +117,6 @@ def test_all_that_saelens_step_calls_is_called_or_checked(architecture: str) -> 
         sae.training_forward_pass(step_input(torch.randn(16, 8), torch.arange(24) < 9))
     methods = {name for name in touched if not name.startswith("__")}
     assert {"encode_with_hidden_pre", "calculate_aux_loss", "mse_loss_fn"} <= methods
-    unknown = methods - {*REPLACED, *REPLACED_ATTRIBUTES} - CALLED_TOO - HOOKS - OWN_LOSS - DATA
+    checked = {*REPLACED, *REPLACED_ATTRIBUTES, *HOOK_POINTS}
+    unknown = methods - checked - CALLED_TOO - OWN_LOSS - DATA
     assert not unknown, unknown

@@ -108,3 +108,34 @@ def test_bad_rows_do_not_count() -> None:
 def test_other_values_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="b_dec_init=.* must be one of zeros, mean, geometric"):
         build_config("auxk-topk", b_dec_init=value)
+
+
+def test_weights_that_were_copied_in_count_as_loaded() -> None:
+    fields: dict[str, Any] = {"b_dec_init": "mean", "dead_threshold_tokens": 99}
+    trained, sae = build_sae("auxk-topk", **fields), build_sae("auxk-topk", **fields)
+    sae.load_state_dict(trained.state_dict())
+    forward(sae, batch())
+    assert torch.equal(sae.b_dec, trained.b_dec)
+
+
+@pytest.mark.parametrize("how", ["zeros", "mean"])
+def test_the_field_counts_as_it_is_at_the_first_step(how: str) -> None:
+    sae = build_sae("auxk-topk", randomize=False, dead_threshold_tokens=99)
+    sae.cfg.b_dec_init = how
+    forward(sae, batch())
+    assert bool(sae.b_dec.any()) == (how == "mean")
+
+
+def test_heads_are_one_row() -> None:
+    """With hook_z SAELens joins the heads before it normalises."""
+    values = []
+    for heads in (False, True):
+        sae = build_sae(
+            "auxk-topk", randomize=False, b_dec_init="mean", normalize_activations="layer_norm"
+        )
+        if heads:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+        x = batch() + torch.arange(8.0)
+        forward(sae, x.view(-1, 2, 4) if heads else x)
+        values.append(sae.b_dec.detach())
+    torch.testing.assert_close(*values)

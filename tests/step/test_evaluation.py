@@ -72,7 +72,7 @@ def test_a_training_with_validation_is_bit_equal_to_one_without(
         sae = sae_of(architecture, **fields)
         trainer = build_trainer(sae, total_training_samples=16 * 12, dead_feature_window=2)
         generator = torch.Generator().manual_seed(1)
-        for step in range(12):
+        for _ in range(12):
             if validates:
                 validate(sae, trainer.n_training_steps)
                 validate(sae, 0)
@@ -80,7 +80,6 @@ def test_a_training_with_validation_is_bit_equal_to_one_without(
                 warnings.simplefilter("error")
                 trainer.step(torch.randn(16, 8, generator=generator))
             trainer.n_training_steps += 1
-            assert step == trainer.n_training_steps - 1
         states.append(sae.state_dict())
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
@@ -128,3 +127,13 @@ def test_a_bad_row_of_an_evaluation_is_not_one_of_the_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         forward(sae, torch.randn(4, 8), step=100)
+
+
+def test_an_evaluation_does_not_take_the_count_of_resampled_latents() -> None:
+    sae = sae_of("auxk-topk", resample_every_steps=1)
+    trainer = build_trainer(sae)
+    sae.tokens_since_fired[:9] = 1000
+    sae.b_enc.data[:9] = -100
+    output = trainer.step(torch.randn(16, 8))
+    assert "resampled_latents" not in validate(sae).metrics
+    assert output.metrics["resampled_latents"]() == 9

@@ -4,10 +4,12 @@ import copy
 import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from sae_lens_auxk import resample_with
@@ -150,8 +152,27 @@ def test_an_error_in_a_step_leaves_nothing_for_the_next() -> None:
         trainer.step(torch.randn(16, 8))
     handle.remove()
     trainer.optimizer.zero_grad()
-    counts = train(trainer, 1)
-    assert counts == [N_DEAD]
+    assert len(sae.drawn.latents) == N_DEAD
+    trainer.n_training_steps = 2
+    with pytest.warns(UserWarning, match="resamples nothing"):
+        assert train(trainer, 1) == [0]
+
+
+def test_a_load_drops_what_was_drawn(tmp_path: Path) -> None:
+    sae = sae_with_dead()
+    trainer = build_trainer(sae)
+    sae.save_model(tmp_path)
+    forward(sae, torch.randn(16, 8), step=1)
+    sae.load_weights_from_checkpoint(tmp_path)
+    assert sae.drawn is None
+    trainer.optimizer.step()
+
+
+def test_a_parametrised_weight_is_refused_at_the_first_step() -> None:
+    sae = sae_with_dead()
+    torch.nn.utils.parametrize.register_parametrization(sae, "W_dec", torch.nn.Identity())
+    with pytest.raises(ValueError, match="does not work with a parametrised W_dec"):
+        build_trainer(sae).step(torch.randn(16, 8))
 
 
 def test_without_resampling_the_optimizer_has_no_hook() -> None:

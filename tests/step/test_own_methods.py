@@ -1,14 +1,18 @@
 """The sparse step runs only where it is SAELens's step: nothing that it would call is ignored."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sae_lens import BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
-from sae_lens_auxk.step.sparse import REPLACED
-from tests.helpers import TOPK_ARCHITECTURES, build_config, build_sae, forward
+from sae_lens_auxk.step.sparse import HOOK_POINTS, REPLACED
+from tests.helpers import TOPK_ARCHITECTURES, build_config, build_sae, build_trainer, forward
 
 OVERRIDES = [name for name in REPLACED if name != "_iterable_decode"]
 
@@ -129,3 +133,98 @@ def test_a_hook_of_all_modules_is_called() -> None:
 @pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
 def test_a_subclass_without_changes_is_sparse(architecture: str) -> None:
     assert is_sparse(subclass(architecture, "note", lambda self: None))
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 0
+
+
+@pytest.mark.parametrize("name", HOOK_POINTS)
+@pytest.mark.parametrize("how", ["module", "instance", "class"])
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_what_stands_in_place_of_a_hook_point_is_called(
+    architecture: str, how: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = build_sae(architecture)
+    called: list[str] = []
+    module = Zero() if how == "module" else getattr(sae, name)
+    theirs = module.forward
+
+    def own(*args: Any) -> Any:
+        called.append(name)
+        return theirs(*args[-1:])
+
+    if how == "class":
+        monkeypatch.setattr(type(module), "forward", own)
+    else:
+        module.forward = own
+    setattr(sae, name, module)
+    assert not is_sparse(sae)
+    forward(sae, torch.randn(16, 8))
+    assert called
+
+
+@pytest.mark.parametrize("of", ["instance", "class"])
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_another_forward_of_the_activation_function_is_called(
+    architecture: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = build_sae(architecture)
+    select = sae.activation_fn
+    target: Any = select if of == "instance" else type(select)
+    monkeypatch.setattr(target, "forward", lambda *args: args[-1] * 0)
+    assert not forward(sae, torch.randn(16, 8)).feature_acts.any()
+
+
+@pytest.mark.parametrize(
+    "owner", [TrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE]
+)
+def test_a_patch_of_saelens_own_step_is_called(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    theirs = owner.training_forward_pass
+
+    def own(self: Any, step_input: Any) -> Any:
+        called.append(1)
+        return theirs(self, step_input)
+
+    sae = build_sae("auxk-matryoshka-batchtopk")
+    monkeypatch.setattr(owner, "training_forward_pass", own)
+    forward(sae, torch.randn(16, 8))
+    assert called
+
+
+def test_a_patch_from_before_the_import_is_called() -> None:
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+from sae_lens import TopKTrainingSAE
+theirs, called = TopKTrainingSAE.encode_with_hidden_pre, []
+TopKTrainingSAE.encode_with_hidden_pre = lambda *args: called.append(1) or theirs(*args)
+from tests.helpers import build_sae, forward
+forward(build_sae("auxk-topk"), torch.randn(16, 8))
+assert called
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("result", [{}, torch.ones(())])
+def test_a_loss_of_ones_own_may_take_the_place_of_all(result: Any) -> None:
+    """SAELens allows a dict of any losses, or one tensor."""
+    sae = subclass("auxk-topk", "calculate_aux_loss", lambda *args, **kwargs: result)
+    output = forward(sae, torch.randn(16, 8), torch.arange(24) < 9)
+    extra = 0 if isinstance(result, dict) else 1
+    torch.testing.assert_close(output.loss, output.losses["mse_loss"] + extra)
+
+
+def test_a_step_that_leaves_out_this_packages_is_told_what_to_call() -> None:
+    sae = subclass("auxk-topk", "training_forward_pass", TrainingSAE.training_forward_pass)
+    with pytest.raises(TypeError, match=r"must call super\(\).training_forward_pass"):
+        forward(sae, torch.randn(16, 8))
+
+
+def test_coefficients_of_ones_own_may_leave_out_that_of_the_loss() -> None:
+    sae = subclass("auxk-topk", "get_coefficients", lambda self: {})
+    output = build_trainer(sae, dead_feature_window=1).step(torch.randn(16, 8))
+    assert output.metrics["aux_coefficient"] == 1 / 32
