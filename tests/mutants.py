@@ -301,7 +301,7 @@ MUTANTS = [
         "topk_threshold_average_swapped",
         "(1 - lr) * self.topk_threshold + lr * smallest",
         "lr * self.topk_threshold + (1 - lr) * smallest",
-        GOLDEN,
+        ("tests/test_architectures.py", "-k", "sparse_activations_moves"),
     ),
     Mutant(
         "step", "batch_topk_rounds_k_down", "int(self.cfg.k * B)", "int(self.cfg.k) * B", GOLDEN
@@ -517,13 +517,6 @@ MUTANTS = [
         "window_up_to_the_whole_run",
         "2 * window <= run.total_training_samples",
         "window <= run.total_training_samples",
-        SWAPPED_CLASS,
-    ),
-    Mutant(
-        "saelens",
-        "fitted_once",
-        "threshold = self._fitted(",
-        "threshold = self.metadata.fitted and self.metadata.fitted.get(",
         SWAPPED_CLASS,
     ),
     Mutant(

@@ -235,3 +235,17 @@ def test_hook_z_reshaping(architecture: str) -> None:
     shaped = forward(sae, x)
     torch.testing.assert_close(shaped.losses["aux_loss"], flat.losses["aux_loss"])
     assert shaped.sae_out.shape == x.shape
+
+
+@pytest.mark.parametrize("architecture", ["auxk-batchtopk", "auxk-matryoshka-batchtopk"])
+def test_the_threshold_of_sparse_activations_moves_as_saelens_does(architecture: str) -> None:
+    thresholds = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        sae = build_sae(architecture, use_sparse_activations=sparse, topk_threshold_lr=0.1)
+        for step in range(5):
+            output = forward(sae, torch.randn(16, 8), step=step)
+        assert output.feature_acts.is_sparse == sparse
+        thresholds.append(sae.topk_threshold)
+    assert thresholds[0] != 0.7
+    torch.testing.assert_close(thresholds[0], thresholds[1])

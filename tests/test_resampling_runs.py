@@ -218,4 +218,4 @@ def test_every_runner_resamples(tmp_path: Path, put_in_counts: list[tuple[Any, i
     metadata = SAE.load_from_disk(tmp_path).cfg.metadata
     details = metadata.training_architecture_details
     assert (details["resample_every_steps"], details["resample_stop_step"]) == (3, None)
-    assert metadata.fitted == {"dead_threshold_tokens": 100, "resample_stop_step": 9}
+    assert metadata.fitted == {"resample_stop_step": 9}

@@ -159,7 +159,8 @@ def test_the_last_resampling_is_a_dead_window_before_the_end(
         sae, total_training_samples=1280, train_batch_size_samples=64, dead_feature_window=window
     )
     assert sae.cfg.resolved_resample_stop_step == stop
-    assert sae.cfg.metadata.fitted.get("resample_stop_step") == stop
+    fitted = stop if sae.cfg.resample_stop_step is None else None
+    assert sae.cfg.metadata.fitted.get("resample_stop_step") == fitted
     for each in (cfg, sae.cfg):
         assert each.resample_every_steps == given["resample_every_steps"]
         assert each.resample_stop_step == given.get("resample_stop_step")

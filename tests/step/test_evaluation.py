@@ -34,6 +34,7 @@ def test_evaluation_leaves_the_state_as_it_was(
     sae = sae_of(architecture, aux_variant=variant, resample_every_steps=1)
     sae.may_be_sparse = may_be_sparse
     forward(sae, torch.randn(16, 8))
+    sae.tokens_since_fired[:9] = 1000  # which an evaluation would draw new latents for
     if architecture == "auxk-jumprelu":
         sae.threshold.data[3] = -0.25  # as an optimizer's step may leave it
     before = copy.deepcopy(sae.state_dict())
