@@ -21,8 +21,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, with null for NaN and infinity, which JSON does not have."""
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
+    """Write JSON, with null for NaN and infinity, which JSON does not have.
+
+    Mappings have a line for each entry, and so have lists with mappings; other lists have one line.
+    """
+    text = _text(_without_nan(content), "\n")
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
@@ -50,3 +53,24 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not (abs(value) < float("inf")):
         return None
     return value
+
+
+def _text(value: Any, line: str) -> str:
+    """The text of write_json; ``line`` is a line break and the indentation of ``value``."""
+    if not _holds_mapping(value):
+        return json.dumps(value, allow_nan=False)
+    inner = line + " "
+    if isinstance(value, dict):
+        begin, end = "{}"
+        items = [f"{json.dumps(str(key))}: {_text(item, inner)}" for key, item in value.items()]
+    else:
+        begin, end = "[]"
+        items = [_text(item, inner) for item in value]
+    return begin + inner + f",{inner}".join(items) + line + end
+
+
+def _holds_mapping(value: Any) -> bool:
+    """Whether it is a mapping with entries, or a list that holds one at any depth."""
+    if isinstance(value, list):
+        return any(map(_holds_mapping, value))
+    return isinstance(value, dict) and bool(value)

@@ -128,6 +128,46 @@ def test_no_nan_is_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0, [2]]}
 
 
+def test_json_has_a_line_for_each_entry_and_one_for_a_list_without_mappings(tmp_path: Path) -> None:
+    content = {
+        "runs": [{"name": 'a "[b]" {ü}\n', "history": {"samples": [1, 2.5, None]}}, {}],
+        "nested": [[1, 2], (3, [])],
+        "words": ["x", "y, [z"],
+        "mixed": [1, [{"deep": True}]],
+        "empty": {},
+        7: 0.1 + 0.2,
+    }
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert (
+        text
+        == r"""{
+ "runs": [
+  {
+   "name": "a \"[b]\" {\u00fc}\n",
+   "history": {
+    "samples": [1, 2.5, null]
+   }
+  },
+  {}
+ ],
+ "nested": [[1, 2], [3, []]],
+ "words": ["x", "y, [z"],
+ "mixed": [
+  1,
+  [
+   {
+    "deep": true
+   }
+  ]
+ ],
+ "empty": {},
+ "7": 0.30000000000000004
+}"""
+    )
+    assert json.loads(text) == json.loads(json.dumps(content))
+
+
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "report.md"
     path.write_text("old")
