@@ -1,6 +1,6 @@
 # What CI and CONTRIBUTING.md do, by name. `make install` once, in an environment that has torch.
 
-.PHONY: install check format types test docs serve tutorials package ci clean
+.PHONY: install check format types test docs reports serve tutorials package ci clean
 
 install:
 	pip install -e ".[test,docs]" pre-commit build twine
@@ -21,6 +21,11 @@ test:
 
 docs:
 	mkdocs build --strict
+
+# The reports of the committed results, which git ignores; the site links to those that are there.
+reports:
+	find docs/results -name results.json -exec dirname {} \; | HF_HUB_OFFLINE=1 \
+		xargs -n 1 -P 2 sae-lens-auxk compare --report_only
 
 serve:
 	mkdocs serve

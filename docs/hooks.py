@@ -30,7 +30,8 @@ def formula(source: str, *_: Any, **__: Any) -> str:
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Show a file of the repository's root, and point links that leave docs/ to the repository.
 
-    ``source: FILE`` at the top of a page names the file that it shows.
+    ``source: FILE`` at the top of a page names the file that it shows. A link to results leads to
+    their report, where ``make reports`` has drawn it.
     """
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
     origin = folder
@@ -45,6 +46,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         file = ROOT / target
         if not file.exists():
             return match.group(1)  # for MkDocs to complain about
+        if file.name == "results.json" and file.with_name("report.md").is_file():
+            target = posixpath.join(posixpath.dirname(target), "report.md")
         if target.startswith("docs/") and file.is_file():
             return posixpath.relpath(target, folder)
         return f"{config.repo_url}/{'tree' if file.is_dir() else 'blob'}/main/{target}"
