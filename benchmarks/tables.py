@@ -163,7 +163,7 @@ class Settings:
     def _row(self, name: str) -> list[str]:
         results = _read(name)
         return [
-            f"[{name}](results/{name}/report.md)",
+            f"[{name}](results/{name}/results.json)",
             results["data"]["description"],
             *(_setting(results, key) for key in self.HEADS),
             form_of_pursuit(results),

@@ -1,11 +1,14 @@
 """The files of a comparison, and the table of metrics that everything else follows."""
 
 import json
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.compact import compact
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
@@ -23,18 +26,62 @@ from sae_lens_auxk.results import METRICS, PEEKING, Metric, Run
 from tests.compare.fake_results import fake_results
 from tests.helpers import build_sae
 
-COMMITTED = sorted(
-    path.parent for path in (Path(__file__).parents[2] / "docs" / "results").rglob("results.json")
-)
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted(path.parent for path in (ROOT / "docs" / "results").rglob("results.json"))
+# If the report is to change: make reports; git ls-files docs/results | grep results.json |
+# sed s/results.json/report.md/ | xargs sha256sum > tests/compare/reports.sha256
+REPORTS = Path(__file__).with_name("reports.sha256").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_committed_results_give_the_report_beside_them(folder: Path, tmp_path: Path) -> None:
+def test_committed_results_give_the_same_report_as_ever(folder: Path, tmp_path: Path) -> None:
     results = read_results(folder)
     report = markdown_of(results, figures_of(results))
-    assert report == (folder / "report.md").read_text(encoding="utf-8")
+    name = (folder / "report.md").relative_to(ROOT).as_posix()
+    assert f"{sha256(report.encode()).hexdigest()}  {name}" in REPORTS
     write_results(tmp_path, results)
     assert read_results(tmp_path) == results
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_results_are_compact(folder: Path, tmp_path: Path) -> None:
+    results = read_results(folder)
+    assert compact(results) == results
+    write_results(tmp_path, results)
+    text = (folder / "results.json").read_text(encoding="utf-8")
+    assert text == (tmp_path / "results.json").read_text(encoding="utf-8")
+
+
+def test_compact_results_say_the_same_with_fewer_digits_and_points() -> None:
+    results: Any = fake_results(cases=("auxk",), ks=(25,), seeds=(0, 1))
+    finished, failed = results["runs"]
+    failed["status"] = "failed"
+    for run in results["runs"]:
+        run["metrics"] = {"mse": 12.3456789, "f1": 0.12345678, "l0": 131072.0, "mcc": None}
+        run["history"] = {
+            "samples": [*range(100)],
+            "dead_fraction": [i + 1 / 3 for i in range(100)],
+        }
+        run["sae_config"]["lr"] = 0.00012345678
+    finished["metrics"]["found_again"] = 0.123456789
+    finished["metrics"]["recall"] = 0.187499999  # 0.187, but 0.1875 is 0.188
+    small: Any = compact(results)
+    run, other = small["runs"]
+    assert run["metrics"] == {
+        "mse": 12.346,
+        "f1": 0.12346,
+        "l0": 131072.0,
+        "mcc": None,
+        "found_again": 0.12346,
+        "recall": 0.187499999,
+    }
+    assert run["sae_config"] == finished["sae_config"]
+    samples = run["history"]["samples"]
+    assert (samples[0], samples[-1], len(samples)) == (0, 99, 50)
+    assert {b - a for a, b in pairwise(samples)} <= {2, 3}
+    assert run["history"]["dead_fraction"] == [float(f"{i + 1 / 3:.5g}") for i in samples]
+    assert other["history"]["samples"] == [*range(100)]
+    assert finished["history"]["samples"] == [*range(100)]
 
 
 def test_a_row_in_the_table_is_all_that_a_metric_needs(
