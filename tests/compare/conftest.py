@@ -1,7 +1,13 @@
 """Small comparisons for the tests of compare."""
 
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from sae_lens_auxk.compare import report
 from sae_lens_auxk.compare.plan import Comparison, Resolved
 from sae_lens_auxk.compare.resolve import resolve
 
@@ -21,3 +27,21 @@ def tiny(**fields: Any) -> Resolved:
         "d_in": 12,
     }
     return resolve(Comparison(**{**defaults, **fields}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_figure_is_drawn_once() -> Iterator[None]:
+    """Drawing takes most of the time of a report, and many tests write the same one."""
+    drawn: dict[bytes, bytes] = {}
+    draw = report.png
+
+    def png(figure: Any, path: Path) -> None:
+        key = pickle.dumps(figure)
+        if key not in drawn:
+            draw(figure, path)
+            drawn[key] = path.read_bytes()
+        path.write_bytes(drawn[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "png", png)
+        yield
