@@ -26,21 +26,17 @@ def fit_to_run(trainer: SAETrainer[Any, Any]) -> None:
     sae, run = trainer.sae, trainer.cfg
     if not isinstance(sae.cfg, AuxConfig):
         return
-    if sae.trainer_class is not None:
-        theirs = type(trainer)  # perhaps a subclass of the user's
-        is_plain = theirs is SAETrainer
-        trainer.__class__ = (
-            sae.trainer_class
-            if is_plain
-            else type(theirs.__name__, (sae.trainer_class, theirs), {})
-        )
-    cfg: Any = sae.cfg
-    threshold = fitted_threshold(cfg, run)
-    cfg = cfg.fitted_to_run(dead_threshold_tokens=threshold)
+    if (own := sae.trainer_class) is not None:
+        theirs = type(trainer)
+        if theirs is not SAETrainer:  # a subclass of the user's
+            own = type(theirs.__name__, (own, theirs), {})
+        trainer.__class__ = own
+    numbers = {"dead_threshold_tokens": fitted_threshold(sae.cfg, run)}
+    cfg: Any = sae.cfg.fitted_to_run(**numbers)
     warn_if_no_latent_can_die(cfg, run)
     if cfg.resample_every_steps is not None:
-        last = fitted_stop_step(cfg, run)
-        cfg = cfg.fitted_to_run(dead_threshold_tokens=threshold, resample_stop_step=last)
+        numbers["resample_stop_step"] = fitted_stop_step(cfg, run)
+        cfg = sae.cfg.fitted_to_run(**numbers)
         resample_with(sae, trainer.optimizer)
     sae.cfg = cfg
     _resume_warm_up(trainer)

@@ -55,6 +55,11 @@ def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype)
     return UsableRows(mask, n, n > 0)
 
 
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the losses: float32, or float64 with float64 parameters."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def largest_norm(dtype: torch.dtype) -> float:
     """The largest row norm that does not ruin a training step: 4e9 in float32.
 

@@ -39,7 +39,7 @@ import torch
 from sae_lens_auxk.saelens.names import TrainStepOutput
 from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.dead import fired_in_batch
-from sae_lens_auxk.step.inputs import StepInput, targets_of
+from sae_lens_auxk.step.inputs import StepInput, precise, targets_of
 
 if TYPE_CHECKING:
     from sae_lens import TrainingSAE
@@ -105,17 +105,11 @@ class Resampling(_Base):
             dead = dead & ~fired_in_batch(output.feature_acts, self.by_magnitude)
         else:  # "batch", too: of the latents that are silent in one batch most are alive
             dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        mode = self.cfg.normalize_activations
+        mode, dtype = self.cfg.normalize_activations, precise(self.dtype)
         residual = targets_of(batch.sae_in, output.sae_out, mode, dtype).residual
         losses = residual.square().sum(dim=-1).where(batch.usable.mask, 0)
-        self.drawn = self._drawn_for(dead, residual, losses, batch.step)
-
-    def _drawn_for(
-        self, dead: torch.Tensor, residual: torch.Tensor, losses: torch.Tensor, step: int
-    ) -> NewLatents | None:
         lengths = self.mean_lengths(~dead)
-        return resampled(residual, losses, dead, lengths, self.resampled_length, step)
+        self.drawn = resampled(residual, losses, dead, lengths, self.resampled_length, batch.step)
 
     @torch.no_grad()
     def mean_lengths(self, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

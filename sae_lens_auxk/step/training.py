@@ -32,7 +32,13 @@ from sae_lens_auxk.step.dead import (
     count_tokens,
     fired_in_batch,
 )
-from sae_lens_auxk.step.inputs import BadRowWatch, SparseForward, StepInput, targets_of
+from sae_lens_auxk.step.inputs import (
+    BadRowWatch,
+    SparseForward,
+    StepInput,
+    precise,
+    targets_of,
+)
 from sae_lens_auxk.step.resampling import Resampling
 
 if TYPE_CHECKING:
@@ -97,9 +103,8 @@ class AuxTraining(Resampling, _Base):
         A row with a NaN, an infinity or a norm above 4e9 (in float32) is replaced by a usable row
         of the batch, not counted as a token, and reported by a warning and the metric
         ``nonfinite_rows``. A batch with no usable row has a gradient of zero and leaves the counts
-        and thresholds alone.
-        (Under ``constant_norm_rescale`` a row of zeros counts as bad too.) In eval mode the step
-        counts, draws and moves nothing.
+        and thresholds alone. (Under ``constant_norm_rescale`` a row of zeros counts as bad too.) In
+        eval mode the step counts, draws and moves nothing.
 
         Raises:
             ValueError: the batch is empty, has no usable row at the first step of a run, or the
@@ -129,7 +134,7 @@ class AuxTraining(Resampling, _Base):
             )
         step = self._step_of_run(step_input)
         n_row_dims = 2 if self.hook_z_reshaping_mode else 1
-        mode, dtype = self.cfg.normalize_activations, self._precise_dtype()
+        mode, dtype = self.cfg.normalize_activations, precise(self.dtype)
         batch = StepInput.of(step_input, n_row_dims, mode, dtype, step, counts=self.training)
         if batch.counts:
             self._bad_rows.count(batch.usable, batch.n_training_steps, mode)
@@ -364,7 +369,7 @@ class AuxTraining(Resampling, _Base):
         dead_bound: int,
     ) -> AuxLossInputs:
         mode = self.cfg.normalize_activations
-        target = targets_of(batch.sae_in, sae_out, mode, self._precise_dtype())
+        target = targets_of(batch.sae_in, sae_out, mode, precise(self.dtype))
         return self.record_class(
             x=target.x,
             residual=target.residual,
@@ -377,10 +382,6 @@ class AuxTraining(Resampling, _Base):
             firing_threshold=lambda: self.firing_threshold(feature_acts),
             level=slice(None),
         )
-
-    def _precise_dtype(self) -> torch.dtype:
-        """The dtype of the losses: float32, or float64 with float64 parameters."""
-        return torch.promote_types(self.dtype, torch.float32)
 
     # --- schedules and checkpoints -----------------------------------------------------------
 
