@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_auxk.cli.compare import compare
-from sae_lens_auxk.result_files import read_results
+from sae_lens_auxk.compare.files import read_results
 
 COMMAND = (
     "--aux_variant none auxk --k 2 --seeds 0 1 2 --d_sae 24 --training_samples 1600 "

@@ -39,8 +39,8 @@ import torch
 from sae_lens import logger as sae_lens_logger
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from sae_lens_auxk.compare.plan import Comparison, Resolved
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison, Resolved
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.config import AuxConfig
 from tests.helpers import ARCHITECTURES, VARIANTS, build_config, build_trainer, kill_latents

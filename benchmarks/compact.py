@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
-from sae_lens_auxk.result_files import read_results, write_results
-from sae_lens_auxk.results import METRICS, PEEKING, Group, Metric, Numbers, Results, Run
+from sae_lens_auxk.compare.schema import METRICS, PEEKING, Group, Metric, Numbers, Results, Run
 
 POINTS = 50
 

@@ -20,13 +20,13 @@ from sae_lens.saes.sae import SAE
 from sae_lens.synthetic import SyntheticModel
 from sae_lens.util import cosine_similarities
 
-from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison, Resolved
+from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.reproducibility import alive_latents, best_cosines
-from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.compare.schema import FOUND_AGAIN, JUNK, Run
 from sae_lens_auxk.files import write_json
-from sae_lens_auxk.result_files import read_results
-from sae_lens_auxk.results import FOUND_AGAIN, JUNK, Run
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "hard": {"n_features": 512, "d_sae": 512, "training_samples": 160_000},

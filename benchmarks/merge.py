@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.run import groups_of
-from sae_lens_auxk.result_files import read_results, write_results
-from sae_lens_auxk.results import Results, Run
+from sae_lens_auxk.compare.schema import Results, Run
 
 MAY_DIFFER = (
     "architecture",

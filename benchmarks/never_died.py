@@ -24,11 +24,11 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
 from tables import architecture_of, markdown
 
+from sae_lens_auxk.compare.files import LIVES_FILENAME, read_results
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.reproducibility import best_cosines
+from sae_lens_auxk.compare.schema import FOUND_AGAIN, Metric, Run
 from sae_lens_auxk.files import write_json
-from sae_lens_auxk.result_files import LIVES_FILENAME, read_results
-from sae_lens_auxk.results import FOUND_AGAIN, Metric, Run
 
 Numbers = dict[str, float]
 HOLDERS = ("itself", "revived", "never died", "nobody")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from sae_lens_auxk.results import Metric
+from sae_lens_auxk.compare.schema import Metric
 
 MeanAndStd = dict[str, float | None]
 

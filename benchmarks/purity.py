@@ -21,13 +21,13 @@ from over_seeds import cells, over_seeds
 from sae_lens.util import cosine_similarities
 from tables import ARCHITECTURES, LOSSES, architecture_of, case_of, markdown
 
-from sae_lens_auxk.compare.plan import Comparison
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.reproducibility import Alive, alive_latents
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.schema import Metric
 from sae_lens_auxk.compare.sources import Synthetic
 from sae_lens_auxk.files import write_json
-from sae_lens_auxk.result_files import read_results
-from sae_lens_auxk.results import Metric
 
 MIXED = 0.3
 """A latent whose second best cosine is above this holds a part of a second feature."""

@@ -40,8 +40,8 @@ from typing import Any
 import torch
 
 from sae_lens_auxk import AuxLossInputs, register_aux_loss
-from sae_lens_auxk.compare.plan import Comparison
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
 from sae_lens_auxk.compare.run import run_comparison
 
 

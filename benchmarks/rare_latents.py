@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from sae_lens_auxk.result_files import read_results
+from sae_lens_auxk.compare.files import read_results
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sae_lens_auxk.compare.plan import Comparison
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.run import run_comparison
-from sae_lens_auxk.result_files import read_results
 from sae_lens_auxk.step.sparse import SparseTopK
 
 SHOWN = ("dead_fraction", "explained_variance", "f1", "mcc", "uniqueness")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_lens_auxk.compare.report.vocabulary import found_again_by_age, number
-from sae_lens_auxk.result_files import read_results
-from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Results, Run
+from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.report.groups import found_again_by_age, number
+from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING, Group, Results, Run
 
 DOCS = Path(__file__).parent.parent / "docs"
 LOSSES = {

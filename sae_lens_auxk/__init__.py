@@ -32,6 +32,7 @@ from sae_lens_auxk.saelens.patches import patch_saelens
 from sae_lens_auxk.saelens.pretrained import load_pretrained
 from sae_lens_auxk.saelens.runner_config import runner_config
 from sae_lens_auxk.step.resampling import resample_with
+from sae_lens_auxk.step.run import fit_to_run
 
 __version__ = version("sae-lens-auxk")
 
@@ -59,4 +60,4 @@ __all__ = [
 ]
 
 register_architectures()
-patch_saelens()
+patch_saelens(AuxConfig, fit_to_run)

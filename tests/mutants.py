@@ -74,30 +74,30 @@ class Mutant:
 # The fastest first, and those that are most likely to fail.
 AREA_TESTS: dict[str, tuple[str, ...]] = {
     "losses": (
-        "tests/test_aux_losses.py",
-        "tests/test_gradient_isolation.py",
-        "tests/test_own_losses.py",
-        "tests/test_batch_fraction.py",
+        "tests/losses/test_aux_losses.py",
+        "tests/losses/test_gradient_isolation.py",
+        "tests/losses/test_own_losses.py",
+        "tests/step/test_batch_fraction.py",
         "-k",
         "not entry_point and not imports_modules and not mean_over_the_samples",
     ),
     "step": (
-        "tests/test_dead_latents.py",
-        "tests/test_resampling.py",
-        "tests/test_aux_losses.py",
-        "tests/test_step_surroundings.py",
-        "tests/test_batch_fraction.py",
-        "tests/test_finite_rows.py",
+        "tests/step/test_dead_latents.py",
+        "tests/step/test_resampling.py",
+        "tests/losses/test_aux_losses.py",
+        "tests/step/test_step_surroundings.py",
+        "tests/step/test_batch_fraction.py",
+        "tests/step/test_finite_rows.py",
         "tests/test_architectures.py",
-        "tests/test_training_runs.py",
+        "tests/step/test_training_runs.py",
         "-k",
         "not mean_over_the_samples and not cannot_be_imported and not compiled",
     ),
     "ops": (
-        "tests/test_ops.py",
-        "tests/test_aux_losses.py",
-        "tests/test_step_surroundings.py",
-        "tests/test_gradient_isolation.py",
+        "tests/ops/test_ops.py",
+        "tests/losses/test_aux_losses.py",
+        "tests/step/test_step_surroundings.py",
+        "tests/losses/test_gradient_isolation.py",
         "tests/test_architectures.py",
         "-k",
         "not interpreter and not without_triton and not cannot_be_imported",
@@ -116,9 +116,9 @@ AREA_TESTS: dict[str, tuple[str, ...]] = {
         "tests/compare/test_peeking.py",
         "tests/compare/test_split.py",
         "tests/compare/test_reproducibility.py",
-        "tests/compare/test_plan.py",
+        "tests/compare/test_config.py",
         "tests/compare/test_train.py",
-        "tests/compare/test_results.py",
+        "tests/compare/test_files.py",
         "tests/compare/test_run.py",
         "-k",
         "not dead_process and not planted_correctors",
@@ -130,20 +130,20 @@ AREA_TESTS: dict[str, tuple[str, ...]] = {
         "not without_the_plugin and not large_file",
     ),
     "saelens": (
-        "tests/test_run_length.py",
-        "tests/test_aux_config.py",
-        "tests/test_runner.py",
-        "tests/test_saved_sae.py",
+        "tests/step/test_run.py",
+        "tests/test_config.py",
+        "tests/saelens/test_runner_config.py",
+        "tests/saelens/test_checkpoints.py",
         "tests/saelens/test_names.py",
-        "tests/test_fine_tuning.py",
-        "tests/test_training_runs.py",
+        "tests/saelens/test_pretrained.py",
+        "tests/step/test_training_runs.py",
         "-k",
         "not compiled",
     ),
 }
 
 RESAMPLING_WHERE_SHARED = ("tests/sharded/test_training.py", "-k", "200_steps and topk-2")
-RESAMPLING_RUNS = ("tests/test_resampling_runs.py", "-k", "not compiled")
+RESAMPLING_RUNS = ("tests/step/test_resampling_runs.py", "-k", "not compiled")
 HUB_CARD = ("tests/hub/test_model_card.py",)
 HUB_PRIVATE = ("tests/hub/test_private.py", "-k", "not real_report")
 SHARED_COMMAND = ("tests/sharded/test_command.py", "-k", "d_sae")
@@ -155,7 +155,7 @@ B_DEC = ("tests/step/test_bias.py",)
 OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
 SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
 OLD_CHECKPOINTS = ("tests/saelens/test_old_checkpoints.py",)
-DTYPE = ("tests/test_dtype.py",)
+DTYPE = ("tests/step/test_dtype.py",)
 GOLDEN = ("tests/test_golden.py", "-k", "batchtopk/pursuit/sparse")
 
 KNOWN_SURVIVORS: set[str] = {
@@ -897,8 +897,8 @@ MUTANTS = [
     Mutant(
         "saelens",
         "given_sae_ignored",
-        'if given.arguments.get("override_sae") is None:',
-        "if True:",
+        "if override_sae is None and path is not None and",
+        "if path is not None and",
     ),
     Mutant(
         "saelens",

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.peeking.trained import Comparison, measure_all
 from sae_lens_auxk.compare.peeking import nearest_in_rate
-from sae_lens_auxk.results import Run
+from sae_lens_auxk.compare.schema import Run
 
 MEASURES = ("firing_rate", "junk_share", "duplicate_share", "features_hurt", "direction_spread")
 WITHIN = 2**0.5

@@ -26,12 +26,12 @@ from safetensors.torch import load_file
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
 from benchmarks.peeking.planted import auc
+from sae_lens_auxk.compare.config import Resolved
+from sae_lens_auxk.compare.files import LIVES_FILENAME, read_results
 from sae_lens_auxk.compare.latents import count_firings, measure_latents
-from sae_lens_auxk.compare.plan import Resolved
+from sae_lens_auxk.compare.schema import Run
 from sae_lens_auxk.compare.sources import Pass, source_of
 from sae_lens_auxk.compare.split import split_gain
-from sae_lens_auxk.result_files import LIVES_FILENAME, read_results
-from sae_lens_auxk.results import Run
 
 MEASURES = ("firing_rate", "features_hurt", "direction_spread", "nearest_cosine", "split")
 

@@ -14,11 +14,11 @@ from simple_parsing import ArgumentParser
 from sae_lens_auxk import processes
 from sae_lens_auxk.checks import require_known
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
-from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison, Resolved
+from sae_lens_auxk.compare.files import RESULTS_FILENAME, read_results
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.resolve import resolve
 from sae_lens_auxk.compare.run import run_comparison
-from sae_lens_auxk.result_files import RESULTS_FILENAME, read_results
 from sae_lens_auxk.saelens.names import logger as sae_lens_logger
 from sae_lens_auxk_cli import refuse
 

@@ -21,6 +21,7 @@ from sae_lens import (
 
 from sae_lens_auxk.checks import nearest, require_choice, require_device
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
+from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.processes import n_processes, prefer_own_gpu, refuse_once
 from sae_lens_auxk.saelens.checkpoints import silent_latents
 from sae_lens_auxk.saelens.names import (
@@ -29,7 +30,7 @@ from sae_lens_auxk.saelens.names import (
     EvalConfig,
     _parse_cfg_args,
 )
-from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
+from sae_lens_auxk.saelens.pretrained import load_pretrained
 from sae_lens_auxk.saelens.runner_config import field_names
 from sae_lens_auxk_cli import refuse
 
@@ -49,8 +50,10 @@ def train(args: Sequence[str]) -> int:
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
+    path, trained = cfg.from_pretrained_path, None
     try:
-        trained = sae_to_go_on_from(cfg)
+        if path is not None and isinstance(cfg.sae, AuxConfig):
+            trained = load_pretrained(cfg.sae, path)
     except (ValueError, OSError) as error:
         return refuse(str(error))
     try:

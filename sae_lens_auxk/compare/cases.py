@@ -12,7 +12,7 @@ from sae_lens import TrainingSAEConfig
 
 from sae_lens_auxk.architectures import ARCHITECTURES
 from sae_lens_auxk.checks import reject, require_choice, require_known, require_number
-from sae_lens_auxk.compare.plan import Resolved
+from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.losses import BUILT_IN
 from sae_lens_auxk.losses.registry import AUX_LOSSES

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from sae_lens_auxk.compare.schema import JUNK
 from sae_lens_auxk.compare.split import split_gain
-from sae_lens_auxk.results import JUNK
 
 ROWS_PER_CHUNK = 2048
 TINY = 1e-12

@@ -1,4 +1,4 @@
-"""Measures a trained SAE. ``sae_lens_auxk.results`` defines the metrics."""
+"""Measures a trained SAE. ``sae_lens_auxk.compare.schema`` defines the metrics."""
 
 from statistics import median
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_auxk.compare.peeking import measure_peeking
+from sae_lens_auxk.compare.schema import DENSE, JUNK, Measured, Numbers, require_in_table
 from sae_lens_auxk.compare.sources import Pass
 from sae_lens_auxk.compare.train import TrainingLog
-from sae_lens_auxk.results import DENSE, JUNK, Measured, Numbers, require_in_table
 from sae_lens_auxk.saelens.names import (
     ExplainedVarianceCalculator,
     L0Calculator,

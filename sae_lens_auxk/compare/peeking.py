@@ -14,7 +14,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_auxk.compare.latents import count_firings, measure_latents
-from sae_lens_auxk.results import Numbers
+from sae_lens_auxk.compare.schema import Numbers
 
 MIN_LATENTS = 5
 """A group with fewer latents gets no numbers."""

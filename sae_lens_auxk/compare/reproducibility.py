@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc
 
+from sae_lens_auxk.compare.files import LIVES_FILENAME
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.peeking import MIN_LATENTS
-from sae_lens_auxk.result_files import LIVES_FILENAME
-from sae_lens_auxk.results import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
+from sae_lens_auxk.compare.schema import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 ROWS_PER_CHUNK = 1024

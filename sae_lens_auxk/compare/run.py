@@ -1,6 +1,6 @@
 """Runs a whole comparison: one pass per seed, and the results of all passes.
 
-A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.result_files`` describes
+A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.compare.files`` describes
 the files.
 """
 
@@ -23,20 +23,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
-from sae_lens_auxk.compare.claim import (
-    LOCK_FILENAME,
-    SECONDS_BETWEEN_TRIES,
-    claim,
-    claim_if_free,
-)
-from sae_lens_auxk.compare.measure import measure
-from sae_lens_auxk.compare.plan import Resolved
-from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.reproducibility import with_reproducibility
-from sae_lens_auxk.compare.sources import Pass, Source, source_of
-from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
-from sae_lens_auxk.files import partial_file
-from sae_lens_auxk.result_files import (
+from sae_lens_auxk.compare.config import Resolved
+from sae_lens_auxk.compare.files import (
     LIVES_FILENAME,
     PASS_FILENAME,
     RESULTS_FILENAME,
@@ -47,7 +35,19 @@ from sae_lens_auxk.result_files import (
     write_pass,
     write_results,
 )
-from sae_lens_auxk.results import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
+from sae_lens_auxk.compare.locks import (
+    LOCK_FILENAME,
+    SECONDS_BETWEEN_TRIES,
+    claim,
+    claim_if_free,
+)
+from sae_lens_auxk.compare.measure import measure
+from sae_lens_auxk.compare.report import write_report
+from sae_lens_auxk.compare.reproducibility import with_reproducibility
+from sae_lens_auxk.compare.schema import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
+from sae_lens_auxk.compare.sources import Pass, Source, source_of
+from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
+from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.saelens.names import SPARSITY_FILENAME
 
 EXTENDABLE = ("seeds",)

@@ -23,10 +23,9 @@ from sae_lens import (
 )
 
 from sae_lens_auxk.checks import nearest, reject
-from sae_lens_auxk.compare.float32_losses import Float32Losses
+from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.compare.peeking import MAX_LATENTS, NEIGHBOURS
-from sae_lens_auxk.compare.plan import Resolved
-from sae_lens_auxk.compare.same_data import SameFeatures, SamePrompts
+from sae_lens_auxk.compare.saelens_evals import Float32Losses, SameFeatures, SamePrompts
 from sae_lens_auxk.compare.split import SPLIT_TENSORS
 from sae_lens_auxk.saelens.names import (
     ActivationScaler,

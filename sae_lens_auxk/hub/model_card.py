@@ -17,11 +17,11 @@ import yaml
 from huggingface_hub import ModelCard
 from sae_lens import LanguageModelSAERunnerConfig
 
+from sae_lens_auxk.compare.schema import METRICS, Group, Numbers, Results
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.hub.sae_folder import read_json, sae_id_of
 from sae_lens_auxk.losses.registry import AUX_LOSSES
-from sae_lens_auxk.results import METRICS, Group, Numbers, Results
 from sae_lens_auxk.saelens.checkpoints import silent_latents
 from sae_lens_auxk.saelens.names import (
     RUNNER_CFG_FILENAME,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from sae_lens import SAE, TrainingSAE
 
+from sae_lens_auxk.compare.files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
+from sae_lens_auxk.compare.schema import Results, Run
 from sae_lens_auxk.hub.errors import HubError
-from sae_lens_auxk.result_files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
-from sae_lens_auxk.results import Results, Run
 from sae_lens_auxk.saelens.checkpoints import fold_scaling_beside, silent_latents
 from sae_lens_auxk.saelens.names import (
     RUNNER_CFG_FILENAME,

@@ -15,6 +15,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from sae_lens_auxk.compare.files import RESULTS_FILENAME
 from sae_lens_auxk.hub.errors import HubError, explained, require_repo_id
 from sae_lens_auxk.hub.model_card import comparison_part, sae_part, with_part
 from sae_lens_auxk.hub.private import publishable_file, without_user_name
@@ -26,7 +27,6 @@ from sae_lens_auxk.hub.sae_folder import (
     inference_folder,
     samples_trained,
 )
-from sae_lens_auxk.result_files import RESULTS_FILENAME
 from sae_lens_auxk.saelens.names import SAE_CFG_FILENAME
 
 

@@ -11,26 +11,32 @@ from typing import Any
 
 from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 
-from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
-from sae_lens_auxk.saelens.trainer import fit_to_run
+from sae_lens_auxk.saelens.pretrained import load_pretrained
 
 
-def patch_saelens() -> None:
-    """Fit this package's SAEs to each new trainer; make runners use ``from_pretrained_path``."""
-    _wrap_once(SAETrainer, "__init__", _new_trainer)
-    _wrap_once(LanguageModelSAETrainingRunner, "__init__", _new_runner)
+def patch_saelens(ours: type[Any], fit_to_run: Callable[[Any], None]) -> None:
+    """Fit this package's SAEs to each new trainer; make runners use ``from_pretrained_path``.
 
+    Args:
+        ours: the class of this package's configs.
+        fit_to_run: is called with a new trainer of an SAE with such a config.
+    """
 
-def _new_trainer(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    init(self, *args, **kwargs)
-    fit_to_run(self)
+    def new_trainer(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if isinstance(self.sae.cfg, ours):
+            fit_to_run(self)
 
+    def new_runner(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(init).bind(self, *args, **kwargs)
+        cfg, override_sae = given.arguments["cfg"], given.arguments.get("override_sae")
+        path = cfg.from_pretrained_path
+        if override_sae is None and path is not None and isinstance(cfg.sae, ours):
+            given.arguments["override_sae"] = load_pretrained(cfg.sae, path)
+        init(*given.args, **given.kwargs)
 
-def _new_runner(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    given = inspect.signature(init).bind(self, *args, **kwargs)
-    if given.arguments.get("override_sae") is None:
-        given.arguments["override_sae"] = sae_to_go_on_from(given.arguments["cfg"])
-    init(*given.args, **given.kwargs)
+    _wrap_once(SAETrainer, "__init__", new_trainer)
+    _wrap_once(LanguageModelSAETrainingRunner, "__init__", new_runner)
 
 
 def _wrap_once(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:

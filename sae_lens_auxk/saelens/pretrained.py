@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
-from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.saelens.checkpoints import ESTIMATED_SCALING, fold_scaling_beside
 from sae_lens_auxk.saelens.names import handle_config_defaulting, sae_lens_disk_loader
 
@@ -132,15 +131,3 @@ def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
             "without it, or is folded, and its decoder rows do not have length 1. It must be False."
         )
     sae.cfg.rescale_acts_by_decoder_norm = wanted
-
-
-def sae_to_go_on_from(cfg: Any) -> Any:
-    """Load the SAE that a run's config names; None if there is nothing for this package to load.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`load_pretrained`.
-    """
-    path = cfg.from_pretrained_path
-    if path is None or not isinstance(cfg.sae, AuxConfig):
-        return None
-    return load_pretrained(cfg.sae, path)

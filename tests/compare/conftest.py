@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sae_lens_auxk.compare import report
-from sae_lens_auxk.compare.plan import Comparison, Resolved
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison, Resolved
 
 
 def tiny(**fields: Any) -> Resolved:

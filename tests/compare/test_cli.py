@@ -10,8 +10,8 @@ import pytest
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.cli import compare as command
-from sae_lens_auxk.compare.plan import Comparison
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
 from tests.compare.conftest import tiny
 
 

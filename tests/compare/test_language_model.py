@@ -10,12 +10,12 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_auxk.compare import run, sources
-from sae_lens_auxk.compare.plan import Comparison, Resolved
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison, Resolved
+from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.run import run_comparison
-from sae_lens_auxk.compare.same_data import SamePrompts
+from sae_lens_auxk.compare.saelens_evals import SamePrompts
 from sae_lens_auxk.compare.sources import LanguageModel
-from sae_lens_auxk.result_files import read_results
 from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
 
 

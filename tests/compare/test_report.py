@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from sae_lens_auxk.compare.report import figures, write_report
-from sae_lens_auxk.compare.report.answers import answer, footnote
 from sae_lens_auxk.compare.report.drawing import plotly_figure
 from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.groups import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.report.page import STYLE
+from sae_lens_auxk.compare.report.summary import answer, footnote
 from sae_lens_auxk.compare.report.tables import main_table
-from sae_lens_auxk.compare.report.vocabulary import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.run import groups_of
-from sae_lens_auxk.results import METRICS
-from sae_lens_auxk.results import PEEKING as MEASURES
+from sae_lens_auxk.compare.schema import METRICS
+from sae_lens_auxk.compare.schema import PEEKING as MEASURES
 from tests.compare.fake_results import PEEKING, failed, fake_results
 
 FIGURES = ["dead_latents", "density", "explained_variance", "found_again", "found_again_by_age",

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from sae_lens_auxk.compare import reproducibility as module
 from sae_lens_auxk.compare import run
+from sae_lens_auxk.compare.files import pass_folder, read_pass, read_results
 from sae_lens_auxk.compare.reproducibility import (
     Alive,
     best_cosines,
@@ -18,8 +19,7 @@ from sae_lens_auxk.compare.reproducibility import (
     with_reproducibility,
 )
 from sae_lens_auxk.compare.run import groups_of, run_comparison
-from sae_lens_auxk.result_files import pass_folder, read_pass, read_results
-from sae_lens_auxk.results import AGES, METRICS, PEEKING
+from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING
 from tests.compare.conftest import tiny
 
 ONE_MODEL: Any = {"synthetic_model": {"seed": 0}}

@@ -11,10 +11,10 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk.compare import run
-from sae_lens_auxk.compare.claim import claim_if_free
+from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
-from sae_lens_auxk.result_files import read_results
 from tests.compare.conftest import tiny
 
 RUN_KEYS = {
@@ -293,7 +293,7 @@ def test_who_waits_takes_over_what_a_dead_process_was_at_work_on(tmp_path: Path)
     hold = """
 import os, sys, time
 from pathlib import Path
-from sae_lens_auxk.compare.claim import claim_if_free
+from sae_lens_auxk.compare.locks import claim_if_free
 with claim_if_free(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(3)

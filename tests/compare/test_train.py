@@ -11,7 +11,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_auxk.compare import train
 from sae_lens_auxk.compare.cases import cases_of
-from sae_lens_auxk.compare.plan import Resolved
+from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.compare.sources import source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from tests.compare.conftest import tiny

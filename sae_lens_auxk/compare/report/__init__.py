@@ -1,20 +1,20 @@
 """The report of a comparison: report.html, report.md and figures/*.png.
 
-Everything comes from the content of results.json. ``answers``, ``tables`` and ``figures`` work out
-what to say and show, ``vocabulary`` has what they share, and ``markdown`` and ``page`` write it
+Everything comes from the content of results.json. ``summary``, ``tables`` and ``figures`` work out
+what to say and show, ``groups`` has what they share, and ``markdown`` and ``page`` write it
 down, with the figures that ``drawing`` draws.
 """
 
 from functools import partial
 from pathlib import Path
 
+from sae_lens_auxk.compare.files import FIGURES_FOLDER, MARKDOWN_FILENAME, PAGE_FILENAME
 from sae_lens_auxk.compare.report.drawing import png
 from sae_lens_auxk.compare.report.figures import FIGURES, figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
+from sae_lens_auxk.compare.schema import Results
 from sae_lens_auxk.files import replace_file
-from sae_lens_auxk.result_files import FIGURES_FOLDER, MARKDOWN_FILENAME, PAGE_FILENAME
-from sae_lens_auxk.results import Results
 
 
 def write_report(results: Results, folder: Path) -> Path:

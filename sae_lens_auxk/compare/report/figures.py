@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from sae_lens_auxk.compare.latents import has_signed_rows
-from sae_lens_auxk.compare.report.vocabulary import (
+from sae_lens_auxk.compare.report.groups import (
     ACROSS_SEEDS,
     colours,
     columns,
@@ -18,7 +18,7 @@ from sae_lens_auxk.compare.report.vocabulary import (
     one_of_several_k,
 )
 from sae_lens_auxk.compare.reproducibility import by_chance
-from sae_lens_auxk.results import AGES, METRICS, PEEKING, Group, Metric, Results
+from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING, Group, Metric, Results
 
 FIGURES = (
     "pareto",

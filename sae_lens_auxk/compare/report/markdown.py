@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
 from sae_lens_auxk.compare.report.figures import Figure
+from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
 from sae_lens_auxk.compare.report.tables import Cell, Table, main_table, peeking_table
-from sae_lens_auxk.results import Results
+from sae_lens_auxk.compare.schema import Results
 from sae_lens_auxk_cli import printable
 
 

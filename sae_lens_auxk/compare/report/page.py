@@ -6,11 +6,11 @@ from html import escape
 
 from plotly.offline import get_plotlyjs
 
-from sae_lens_auxk.compare.report.answers import answer, footnote, troubles
 from sae_lens_auxk.compare.report.drawing import plotly_figure
 from sae_lens_auxk.compare.report.figures import Figure
+from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
 from sae_lens_auxk.compare.report.tables import TEXT_COLUMNS, Table, main_table, peeking_table
-from sae_lens_auxk.results import Results
+from sae_lens_auxk.compare.schema import Results
 
 # Forbids the browser to load anything, because the page holds all that it needs.
 POLICY = (

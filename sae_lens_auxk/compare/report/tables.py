@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sae_lens_auxk.compare.report.vocabulary import (
+from sae_lens_auxk.compare.report.groups import (
     colours,
     columns,
     is_best,
@@ -12,7 +12,7 @@ from sae_lens_auxk.compare.report.vocabulary import (
     number,
     with_revived,
 )
-from sae_lens_auxk.results import PEEKING, Group, Metric, Results
+from sae_lens_auxk.compare.schema import PEEKING, Group, Metric, Results
 
 TEXT_COLUMNS = 2
 """Number of columns at the left that hold text; the others hold numbers."""

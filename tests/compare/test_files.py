@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from benchmarks.compact import compact
-from sae_lens_auxk.compare.report.figures import figures_of
-from sae_lens_auxk.compare.report.markdown import markdown_of
-from sae_lens_auxk.compare.report.page import page_of
-from sae_lens_auxk.compare.run import groups_of
-from sae_lens_auxk.files import replace_file, write_json
-from sae_lens_auxk.hub.model_card import comparison_part
-from sae_lens_auxk.result_files import (
+from sae_lens_auxk.compare.files import (
     PASS_FILENAME,
     read_pass,
     read_results,
     write_pass,
     write_results,
 )
-from sae_lens_auxk.results import METRICS, PEEKING, Metric, Run
+from sae_lens_auxk.compare.report.figures import figures_of
+from sae_lens_auxk.compare.report.markdown import markdown_of
+from sae_lens_auxk.compare.report.page import page_of
+from sae_lens_auxk.compare.run import groups_of
+from sae_lens_auxk.compare.schema import METRICS, PEEKING, Metric, Run
+from sae_lens_auxk.files import replace_file, write_json
+from sae_lens_auxk.hub.model_card import comparison_part
 from tests.compare.fake_results import fake_results
 from tests.helpers import build_sae
 

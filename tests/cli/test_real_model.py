@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "prepare_smollm2.py"))[
+    prepare = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "prepare_smollm2.py"))[
         "prepare"
     ]
     prepare(tmp_path)

@@ -22,7 +22,7 @@ from sae_lens_auxk.checks import (
     require_writable,
 )
 from sae_lens_auxk.compare.cases import PRESETS, cases_of
-from sae_lens_auxk.compare.plan import Comparison, Resolved
+from sae_lens_auxk.compare.config import Comparison, Resolved
 from sae_lens_auxk.config import DEFAULT_THRESHOLD
 from sae_lens_auxk.losses.registry import find_aux_loss
 from sae_lens_auxk.saelens.names import SyntheticModelConfig

@@ -11,21 +11,18 @@ from typing import Any
 
 from sae_lens import SAETrainer
 
-from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.saelens.names import SAETrainerConfig
 from sae_lens_auxk.step.resampling import resample_with
 from sae_lens_auxk.step.training import AUX_LOSS_KEY
 
 
 def fit_to_run(trainer: SAETrainer[Any, Any]) -> None:
-    """Adapt the SAE of a new trainer to its run; leave SAEs of other packages alone.
+    """Adapt this package's SAE of a new trainer to its run.
 
     The SAE gets a copy of its config with the fitted numbers, so that the user's own copy can start
     another run.
     """
     sae, run = trainer.sae, trainer.cfg
-    if not isinstance(sae.cfg, AuxConfig):
-        return
     if (own := sae.trainer_class) is not None:
         theirs = type(trainer)
         if theirs is not SAETrainer:  # a subclass of the user's

@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-PAGE = Path(__file__).parent.parent / "docs" / "getting-started.md"
+PAGE = Path(__file__).parents[2] / "docs" / "getting-started.md"
 NAMES = {
     "model.layers.6": "blocks.6.hook_out",
     "model.layers.6.mlp": "blocks.6.mlp.hook_out",
@@ -33,7 +33,7 @@ NAMES = {
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("smollm2")
-    example = Path(__file__).parent.parent / "examples" / "prepare_smollm2.py"
+    example = Path(__file__).parents[2] / "examples" / "prepare_smollm2.py"
     runpy.run_path(str(example))["prepare"](folder)
     return str(folder / "model")
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from sae_lens_auxk.compare.report.tables import main_table
-from sae_lens_auxk.compare.report.vocabulary import (
+from sae_lens_auxk.compare.report.groups import (
     are_level,
     columns,
     compared,
@@ -11,7 +10,8 @@ from sae_lens_auxk.compare.report.vocabulary import (
     number,
     one_of_several_k,
 )
-from sae_lens_auxk.results import PEEKING, Group, Metric, Results
+from sae_lens_auxk.compare.report.tables import main_table
+from sae_lens_auxk.compare.schema import PEEKING, Group, Metric, Results
 
 QUESTIONS = {
     "found_again": "Most latents found again by other seeds",

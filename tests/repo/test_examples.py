@@ -11,7 +11,7 @@ from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests import tiny_model
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sae_lens_auxk import AuxConfig
 from sae_lens_auxk.losses import BUILT_IN
 from tests.saelens.test_swapped_class import SAELENS_LOSS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 MAX_WORDS = {
     "choosing.md": 2688,

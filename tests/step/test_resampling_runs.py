@@ -25,7 +25,7 @@ from tests.helpers import (
     forward,
     kill_latents,
 )
-from tests.test_resampling import sae_with_dead
+from tests.step.test_resampling import sae_with_dead
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def _pytest(*arguments: str, first: str = "", **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, **environment},
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -239,9 +239,9 @@ def _pytest(*arguments: str, first: str = "", **environment: str) -> str:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs tests/kernels itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs tests/ops/kernels itself")
 def test_the_kernels_by_the_interpreter() -> None:
-    assert "skipped" not in _pytest("tests/kernels", TRITON_INTERPRET="1")
+    assert "skipped" not in _pytest("tests/ops/kernels", TRITON_INTERPRET="1")
 
 
 def test_without_triton_all_tests_are_collected_and_a_sparse_step_runs() -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_auxk.compare.claim import claim, claim_if_free
+from sae_lens_auxk.compare.locks import claim, claim_if_free
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is claimed on Windows")
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sae_lens_auxk.compare.claim import claim_if_free
+from sae_lens_auxk.compare.locks import claim_if_free
 with claim_if_free(Path(sys.argv[1])) as is_own:
     print(is_own, flush=True)
     time.sleep(600)

@@ -14,7 +14,7 @@ import pytest
 import sae_lens_auxk.cli  # noqa: F401
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
     path.relative_to(ROOT)
     for folder in ("benchmarks", "examples")

@@ -9,8 +9,8 @@ import pytest
 from sae_lens.synthetic import SyntheticModelConfig
 
 from sae_lens_auxk.compare.cases import cases_of, folders_of
-from sae_lens_auxk.compare.plan import Comparison
-from sae_lens_auxk.compare.resolve import resolve
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
 from tests.compare.conftest import tiny
 from tests.helpers import ARCHITECTURES, STOCK, VARIANTS
 

@@ -276,7 +276,7 @@ def require_in_table(metrics: Iterable[str], peeking: Iterable[str] = ()) -> Non
             if key not in table:
                 raise ValueError(
                     f"metric {key!r} is not in the table: add a row to {name} in "
-                    "sae_lens_auxk/results.py."
+                    "sae_lens_auxk/compare/schema.py."
                 )
 
 

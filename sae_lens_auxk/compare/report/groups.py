@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median_low, stdev
 
-from sae_lens_auxk.results import AGES, METRICS, Group, Metric, Results, Run
+from sae_lens_auxk.compare.schema import AGES, METRICS, Group, Metric, Results, Run
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#8c6d1f")
 """Okabe and Ito's colours, which colour-blind people tell apart, with grey and brown for their

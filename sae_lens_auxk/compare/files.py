@@ -11,15 +11,14 @@ A comparison's folder:
     runs/seed-0.lock           the process that is working on the pass
     .lock                      the process that is writing the results
 
-:mod:`sae_lens_auxk.results` has the format of the results.
+:mod:`sae_lens_auxk.compare.schema` has the format of the results.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens_auxk.files import read_json, write_json
-from sae_lens_auxk.results import (
+from sae_lens_auxk.compare.schema import (
     METRICS,
     PEEKING,
     VERSION,
@@ -29,6 +28,7 @@ from sae_lens_auxk.results import (
     Run,
     require_in_table,
 )
+from sae_lens_auxk.files import read_json, write_json
 
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
