@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sae_lens.saes.sae import SAE
 
-from benchmarks.attack_shared import MESSAGE, newest, ranks, start
 from sae_lens_auxk import processes
+from tests.fuzz.test_shared import MESSAGE, newest, ranks, start
 from tests.sharded import tiny_files
 from tests.sharded.processes import NCCL, in_processes
 

@@ -1,32 +1,26 @@
-"""Sends malicious folders to upload, and counts.
-
-    python -m benchmarks.attack_hub [N] [SEED]
+"""Send malicious folders to upload, and count.
 
 They have links to private files, runs outside, tokens, pickles for weights, damaged and lying
 configs, and terminal escapes. Everything goes through the command and the real client to a small
 Hub on localhost (tests/hub/server.py). An attack gets through if a private text goes out, a pickle
 is loaded, a control character is printed, or the command ends in a traceback.
-
-With the defaults (CPU, 25 seconds) it printed:
-
-    100 attacks, 0 through; {'done': 25, 'refused': 75}
 """
 
 import contextlib
 import io
 import json
-import os
 import pickle
 import random
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.hub import endpoints  # noqa: F401  (registers what the Hub answers)
-from tests.hub.server import WRITE_TOKEN, Hub
+from sae_lens_auxk import cli
+from tests.fuzz import LENGTH, some_random
+from tests.hub.conftest import client, hub  # noqa: F401  (fixtures)
+from tests.hub.saes import comparison
+from tests.hub.server import Hub
 
 REPO = "me/saes"
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
@@ -44,7 +38,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def command(cli: Any, *args: str) -> tuple[str, str]:
+def command(*args: str) -> tuple[str, str]:
     """Its result, and what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -74,7 +68,7 @@ def damaged(rng: random.Random, good: dict[str, bytes], marker: Path) -> dict[st
     return files
 
 
-def attack(rng: random.Random, cli: Any, hub: Hub, good: Path, root: Path) -> str:
+def attack(rng: random.Random, server: Hub, good: Path, root: Path) -> str:
     marker, made = root / "pickle-was-loaded", root / "made"
     private = root / "private"
     shutil.copytree(good, made)
@@ -104,9 +98,9 @@ def attack(rng: random.Random, cli: Any, hub: Hub, good: Path, root: Path) -> st
         results["name"] = results["runs"][0]["name"] = "\x1b[2J\u202e<script>"
         (made / "figures" / "\x1b[2J.png").write_bytes(b"x")
     (made / "results.json").write_text(json.dumps(results))
-    hub.repos.clear()
-    result, printed = command(cli, "upload", str(made), REPO, *rng.choice(([], ["--dry_run"])))
-    sent = b"".join([*hub.files(REPO).values(), *hub.objects.values()])
+    server.repos.clear()
+    result, printed = command("upload", str(made), REPO, *rng.choice(([], ["--dry_run"])))
+    sent = b"".join([*server.files(REPO).values(), *server.objects.values()])
     return judged(result, printed, marker, b"PRIVATE" in sent or SECRET.encode() in sent)
 
 
@@ -118,22 +112,9 @@ def judged(result: str, printed: str, marker: Path, harm: bool) -> str:
     return result
 
 
-def main(n: int, seed: int) -> None:
-    with Hub() as hub, TemporaryDirectory() as folder:
-        root = Path(folder)
-        # Read when huggingface_hub is imported.
-        os.environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "hf"), "HF_TOKEN": WRITE_TOKEN}
-        os.environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        from sae_lens_auxk import cli
-        from tests.hub.saes import comparison
-
-        good = comparison(root / "good", n_seeds=1)
-        rng = random.Random(seed)
-        counts = Counter(attack(rng, cli, hub, good, root / str(i)) for i in range(n))
-        bad = sum(count for result, count in counts.items() if result not in ("done", "refused"))
-        print(f"{n} attacks, {bad} through; {dict(counts)}")
-
-
-if __name__ == "__main__":
-    main(*(int(given) for given in (*sys.argv[1:], *("100", "0")[len(sys.argv) - 1 :])))
+def test_no_attack_gets_through(client: Hub, tmp_path: Path) -> None:  # noqa: F811
+    good = comparison(tmp_path / "good", n_seeds=1)
+    rng = some_random()
+    counts = Counter(attack(rng, client, good, tmp_path / str(i)) for i in range(5 * LENGTH))
+    print(f"\n{counts.total()} attacks; {dict(counts)}")
+    assert {*counts} <= {"done", "refused"}

@@ -1,7 +1,5 @@
 """Kill training runs at random times, and corrupt batches in the middle of them.
 
-    python -m benchmarks.attack_training --kills 60 --faults 960
-
 A kill: a small training with checkpoints, by SAELens's runner, gets SIGKILL at a random time, and
 once or twice more after it has resumed from its newest whole checkpoint. In the end its weights,
 counters, firing rates and config must be those of an undisturbed training, bit for bit. SAELens
@@ -11,33 +9,30 @@ A fault: a random architecture, variant, precision and normalisation is trained 
 in three of them the batch has bad rows, or none. A training is lost unless all weights are finite
 in the end and the last step has changed them. SAELens's own architecture gets the same batches;
 "does not train" are those that fail without a fault, for its auxiliary loss refuses a run-time
-normalisation. Those are printed only: exit status 1 means that a training of the package was
-lost, or was not equal after a kill.
+normalisation. Those are printed only.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import random
 import sys
-import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sae_lens import LanguageModelSAETrainingRunner
-from sae_lens import logger as sae_lens_logger
 from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file
 
 from sae_lens_auxk import runner_config
 from tests import tiny_model
+from tests.fuzz import LENGTH, some_random
 from tests.helpers import PAIRS, STOCK, build_config, build_trainer, kill_latents
 
 FORK = multiprocessing.get_context("fork")  # imports take longer than a training
@@ -132,47 +127,47 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def attack_with_kills(rng: random.Random, n_kills: int) -> int:
-    """Print what became of the trainings; how many were not as an undisturbed one."""
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    rng = some_random()
     what = ("kills", "resumed", "begun again", "half-written checkpoints", "trainings", "equal")
     counts = dict.fromkeys(what, 0)
     used: set[tuple[str, str]] = set()
-    with tempfile.TemporaryDirectory() as workspace:
-        while counts["kills"] < n_kills:
-            architecture, fields = some_training(rng)
-            used.add((architecture, fields["aux_variant"]))
-            folder = Path(workspace, str(counts["trainings"]))
-            folder.mkdir()
-            whole = Training(architecture, fields, folder / "whole")
-            begin = time.perf_counter()
-            undisturbed = whole.start()
-            undisturbed.join()
-            seconds = time.perf_counter() - begin
-            assert undisturbed.exitcode == 0, (whole.folder / "said.txt").read_text()
-            killed = Training(architecture, fields, folder / "killed")
-            for _ in range(rng.choice((1, 2, 3))):
-                victim = killed.start()
-                victim.join(rng.uniform(0, 1) * seconds)
-                victim.kill()
-                victim.join()
-                if victim.exitcode == 0:
-                    break
-                assert victim.exitcode == -9, (killed.folder / "said.txt").read_text()
-                counts["kills"] += 1
-                counts["half-written checkpoints"] += sum(
-                    not is_whole(path) for path in killed.checkpoints()
-                )
-                counts["resumed" if killed.newest() else "begun again"] += 1
-            last = killed.start()
-            last.join()
-            assert last.exitcode == 0, (killed.folder / "said.txt").read_text()
-            counts["trainings"] += 1
-            differing = differences(whole.end(), killed.end())
-            counts["equal"] += not differing
-            if differing:
-                print(f"not equal: {architecture} {fields}: {differing}", file=sys.stderr)
-    print(", ".join(f"{n} {name}" for name, n in counts.items()), f"({len(used)} pairs)")
-    return counts["trainings"] - counts["equal"]
+    while counts["kills"] < 3 * LENGTH:
+        architecture, fields = some_training(rng)
+        used.add((architecture, fields["aux_variant"]))
+        folder = Path(tmp_path, str(counts["trainings"]))
+        folder.mkdir()
+        whole = Training(architecture, fields, folder / "whole")
+        begin = time.perf_counter()
+        undisturbed = whole.start()
+        undisturbed.join()
+        seconds = time.perf_counter() - begin
+        assert undisturbed.exitcode == 0, (whole.folder / "said.txt").read_text()
+        killed = Training(architecture, fields, folder / "killed")
+        for _ in range(rng.choice((1, 2, 3))):
+            victim = killed.start()
+            victim.join(rng.uniform(0, 1) * seconds)
+            victim.kill()
+            victim.join()
+            if victim.exitcode == 0:
+                break
+            assert victim.exitcode == -9, (killed.folder / "said.txt").read_text()
+            counts["kills"] += 1
+            counts["half-written checkpoints"] += sum(
+                not is_whole(path) for path in killed.checkpoints()
+            )
+            counts["resumed" if killed.newest() else "begun again"] += 1
+        last = killed.start()
+        last.join()
+        assert last.exitcode == 0, (killed.folder / "said.txt").read_text()
+        counts["trainings"] += 1
+        differing = differences(whole.end(), killed.end())
+        counts["equal"] += not differing
+        if differing:
+            print(f"not equal: {architecture} {fields}: {differing}", file=sys.stderr)
+    print("\n" + ", ".join(f"{n} {name}" for name, n in counts.items()), f"({len(used)} pairs)")
+    assert counts["equal"] == counts["trainings"]
 
 
 def differences(a: tuple[Any, Any], b: tuple[Any, Any]) -> list[str]:
@@ -228,7 +223,7 @@ def survives(cfg: Any, spoil: Callable[[torch.Tensor], torch.Tensor], steps: set
     """What becomes of a training: "kept", "refused" (and went on) or "lost"."""
     torch.manual_seed(0)
     sae = TrainingSAE.from_dict(cfg.to_dict())
-    kill_latents(sae, 8) if hasattr(sae, "by_magnitude") else None
+    kill_latents(sae, 8) if hasattr(sae, "tokens_since_fired") else None
     trainer = build_trainer(sae, dead_feature_window=2, train_batch_size_samples=BATCH)
     result = "kept"
     before: list[torch.Tensor] = []
@@ -248,12 +243,13 @@ def survives(cfg: Any, spoil: Callable[[torch.Tensor], torch.Tensor], steps: set
     return result if finite and moved else "lost"
 
 
-def attack_with_faults(rng: random.Random, n_faults: int) -> int:
-    """Print a table of faults; how many trainings of the package were lost."""
+@pytest.mark.filterwarnings("ignore")
+def test_no_fault_loses_a_training() -> None:
+    rng = some_random()
     ours: dict[str, Counter[str]] = {name: Counter() for name in FAULTS}
     stock: dict[str, Counter[str]] = {name: Counter() for name in FAULTS}
     works: dict[tuple[str, ...], bool] = {}
-    for i in range(n_faults):
+    for i in range(48 * LENGTH):
         fault = [*FAULTS][i % len(FAULTS)]
         architecture, variant = rng.choice(PAIRS)
         modes = ("none", "layer_norm", "constant_norm_rescale")
@@ -286,7 +282,7 @@ def attack_with_faults(rng: random.Random, n_faults: int) -> int:
         stock[fault][result] += 1
     outcomes = ("kept", "refused", "lost")
     titles = ("fault", "trainings", *outcomes, "SAELens: kept", *outcomes[1:], "does not train")
-    print("|", " | ".join(titles), "|")
+    print("\n|", " | ".join(titles), "|")
     print("|---" * len(titles) + "|")
     both = {name: (ours[name], stock[name]) for name in FAULTS}
     both["all"] = sum(ours.values(), Counter()), sum(stock.values(), Counter())
@@ -294,23 +290,4 @@ def attack_with_faults(rng: random.Random, n_faults: int) -> int:
         cells = [counter[what] for counter in counters for what in outcomes]
         cells.append(counters[1]["does not train"])
         print(f"| {name} |", counters[0].total(), "|", " | ".join(map(str, cells)), "|")
-    return both["all"][0]["lost"]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--faults", type=int, default=960)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # threads do not survive a fork
-    warnings.simplefilter("ignore")
-    sae_lens_logger.setLevel("CRITICAL")
-    rng = random.Random(args.seed)
-    n_bad = attack_with_faults(rng, args.faults) if args.faults else 0
-    n_bad += attack_with_kills(rng, args.kills) if args.kills else 0
-    return int(n_bad > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    assert not both["all"][0]["lost"]

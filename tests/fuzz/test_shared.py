@@ -1,26 +1,27 @@
 """Kill processes of a torchrun training run at random times.
 
-    python -m benchmarks.attack_shared --kills 30
+Starting the processes takes most of half a minute, so that this runs where FUZZ is set only.
 
 A small training in 2 or 3 processes, with checkpoints, by ``sae-lens-auxk train`` under torchrun.
 One process, of a random rank, gets SIGKILL at a random time. The others must end by themselves,
 rank 0 (unless it was the victim) with one message, and the training is started again from the
 checkpoint that the message names, or from the newest whole one, until it is through. Its files must
-be those of an undisturbed training, bit for bit. Exit status 1 means that one was not.
+be those of an undisturbed training, bit for bit.
 """
 
-import argparse
 import json
 import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.fuzz import LENGTH, some_random
 from tests.sharded import tiny_files
 
 N_STEPS = 600
@@ -113,23 +114,14 @@ def attack(folder: Path, n: int, n_kills: int, rng: random.Random, counts: Count
     return not differing
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    counts: Counter[str] = Counter()
+@pytest.mark.skipif("FUZZ" not in os.environ, reason="takes minutes")
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+    rng, counts, n_kills = some_random(), Counter[str](), (3 * LENGTH) // 2
     equal = True
-    with tempfile.TemporaryDirectory() as workspace:
-        while counts["kills"] < args.kills:
-            folder = Path(workspace, str(counts["trainings"]))
-            folder.mkdir()
-            left = args.kills - counts["kills"]
-            equal &= attack(folder, rng.choice((2, 3)), min(left, 10), rng, counts)
-            print(", ".join(f"{n} {name}" for name, n in counts.items()), flush=True)
-    return int(not equal)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    while counts["kills"] < n_kills:
+        folder = tmp_path / str(counts["trainings"])
+        folder.mkdir()
+        left = n_kills - counts["kills"]
+        equal &= attack(folder, rng.choice((2, 3)), min(left, 10), rng, counts)
+        print(", ".join(f"{n} {name}" for name, n in counts.items()), flush=True)
+    assert equal
