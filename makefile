@@ -42,4 +42,4 @@ ci:
 	.ci/run
 
 clean:
-	rm -rf dist site .venv-ci .venv-ci-oldest .venv-ci-wheel .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist site .venv-ci .venv-ci-wheel .pytest_cache .ruff_cache .hypothesis
