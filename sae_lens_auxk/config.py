@@ -223,10 +223,9 @@ def _validate(cfg: Any) -> None:
         allowed = "float32, bfloat16 or float64, as float16 overflows (bfloat16 autocast may be on)"
         raise reject("dtype", cfg.dtype, allowed)
     if cfg.aux_loss_coefficient is not None:
-        allowed = "None or a finite number >= 0"
-        require_number(
-            "aux_loss_coefficient", cfg.aux_loss_coefficient, allowed, lambda alpha: alpha >= 0
-        )
+        # A loss or gradient times a larger one may be infinite, and then the weights are NaN.
+        allowed, given = "None or a number from 0 to 1e10", cfg.aux_loss_coefficient
+        require_number("aux_loss_coefficient", given, allowed, lambda alpha: 0 <= alpha <= 1e10)
     require_int("k_aux", cfg.k_aux, minimum=1, optional=True)
     require_choice("aux_bias", cfg.aux_bias, get_args(AuxBias))
     require_bool("aux_relu", cfg.aux_relu)
