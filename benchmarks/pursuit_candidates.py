@@ -58,7 +58,7 @@ def nudge(
     acts = inputs.nearest_dead(cfg.resolved_k_aux)
     residual = inputs.residual
     if joint:
-        residual = residual - acts.relu().decode().detach()
+        residual = residual - acts.map(torch.relu).decode().detach()
     h = acts.h
     threshold = inputs.firing_threshold().clamp(min=0).reshape(-1, 1).expand(len(h), 1).to(h.dtype)
     pull = all_pull = 2 * acts.project(residual).to(inputs.x.dtype)

@@ -38,7 +38,6 @@ from typing_extensions import override
 
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.losses.record import AuxLossInputs
-from sae_lens_auxk.ops.encoder import smallest_active
 from sae_lens_auxk.saelens.names import SAE_TRAINING_CLASS_REGISTRY, AbsTopK, TrainStepOutput
 from sae_lens_auxk.step.inputs import StepInput
 from sae_lens_auxk.step.sparse import (
@@ -71,11 +70,6 @@ class AuxKTopKTrainingSAEConfig(AuxConfig, TopKTrainingSAEConfig):  # type: igno
 @with_sparse_step
 class AuxKTopKTrainingSAE(SparseTopK, TopKTrainingSAE):  # type: ignore[misc]
     """TopK (Gao et al. 2024); saved for inference as SAELens's ``topk``."""
-
-    @override
-    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """(B, 1): the smallest active ``h`` of each row, 0 where nothing fired."""
-        return smallest_active(feature_acts, self.n_selected)
 
 
 @dataclass
@@ -175,13 +169,9 @@ class AuxKAbsTopKTrainingSAE(SparseTopK, AbsTopKTrainingSAE):  # type: ignore[mi
     this architecture, which takes the dead latents with the largest ``|h|`` and keeps their signs.
     """
 
-    by_magnitude: ClassVar[bool] = True
     activation_class: ClassVar[type[torch.nn.Module]] = AbsTopK
-
-    @override
-    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """(B, 1): the smallest ``|a|`` of the active latents of each row, 0 where nothing fired."""
-        return smallest_active(feature_acts, self.n_selected, by_magnitude=True)
+    nearness = staticmethod(torch.abs)
+    fire = staticmethod(torch.positive)
 
 
 @dataclass

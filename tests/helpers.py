@@ -111,7 +111,7 @@ def kill_latents(sae: Any, n: int) -> None:
     """Keep the first ``n`` latents from firing."""
     bias = sae.b_gate if hasattr(sae, "b_gate") else sae.b_enc
     with torch.no_grad():
-        if sae.by_magnitude:
+        if sae.cfg.architecture() == "auxk-abstopk":
             sae.W_enc[:, :n] *= 1e-3
             bias[:n] *= 1e-3
             return

@@ -213,7 +213,7 @@ MUTANTS = [
         "inputs.total(missing).mean()",
         "inputs.total(missing).sum()",
     ),
-    Mutant("losses", "pursuit_pulls_negative_matches", "product.clamp(min=0)", "product"),
+    Mutant("losses", "pursuit_pulls_negative_matches", "inputs.fire(product)", "product"),
     Mutant(
         "losses",
         "pursuit_fires_at_projection",
@@ -382,7 +382,7 @@ MUTANTS = [
     Mutant(
         "step",
         "resamples_latents_that_fired",
-        "dead & ~fired_in_batch(output.feature_acts, self.by_magnitude)",
+        "dead & ~fired_in_batch(output.feature_acts)",
         "dead",
     ),
     # --- what evaluation leaves alone, whose methods are called, what is fitted ---------------
@@ -610,6 +610,12 @@ MUTANTS = [
     ),
     Mutant(
         "ops",
+        "sums_linear_in_magnitudes",
+        "if self.nearness(encoder.x) is not encoder.x:",
+        "if False:",
+    ),
+    Mutant(
+        "ops",
         "smallest_active_of_all",
         "acts.masked_fill(acts <= 0, torch.inf)",
         "acts.masked_fill(acts < 0, torch.inf)",
@@ -621,7 +627,7 @@ MUTANTS = [
         "rows / rows.norm(dim=-1, keepdim=True) if rescaled else rows",
         "rows",
     ),
-    Mutant("ops", "dense_largest_by_sign", "_largest(self._nearness(h), k)", "_largest(h, k)"),
+    Mutant("ops", "dense_largest_by_sign", "_largest(self.nearness(h), k)", "_largest(h, k)"),
     # --- sharded -----------------------------------------------------------------------------
     Mutant(
         "sharded",

@@ -6,6 +6,7 @@ tensors and serves every architecture; ``SparseAccess`` in :mod:`sae_lens_auxk.s
 makes the dense gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,6 +14,9 @@ import torch
 
 from sae_lens_auxk.ops.matrices import row_norms
 from sae_lens_auxk.ops.selection import beyond, indices_of, top_k
+
+Pointwise = Callable[[torch.Tensor], torch.Tensor]
+"""Takes and returns a tensor (...)."""
 
 
 class Activations(Protocol):
@@ -24,8 +28,8 @@ class Activations(Protocol):
     @property
     def h(self) -> torch.Tensor: ...
 
-    def relu(self) -> "Activations":
-        """The same with negative values set to 0."""
+    def map(self, function: Pointwise) -> "Activations":
+        """The same with ``function(h)``, where ``function(s h) = s function(h)`` for ``s > 0``."""
         ...
 
     def decode(self) -> torch.Tensor:
@@ -78,19 +82,16 @@ class Columns:
 class LatentAccess(Protocol):
     """One step's ``h`` (B, d_sae) and ``W_i``, both with their graphs.
 
-    If ``by_magnitude``, latents fire in both directions (AbsTopK): ``|h|`` measures how near a
-    latent is to firing, and ``|W_i . x_b|`` how well it matches. Decoded values keep their sign.
+    ``nearness`` is the SAE's: how near a latent is to firing at ``h``, and how well it matches at
+    ``W_i . x_b``. Decoded values keep their sign.
     """
-
-    @property
-    def by_magnitude(self) -> bool: ...
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         """(B, n): the columns of ``h`` at ``latents`` (n,), each once, or all of them."""
         ...
 
     def sums(self) -> torch.Tensor:
-        """(d_sae,): the sum of each column of ``h``; of ``|h|`` where ``by_magnitude``."""
+        """(d_sae,): the sum of each column of ``nearness(h)``."""
         ...
 
     def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
@@ -103,7 +104,7 @@ class LatentAccess(Protocol):
         ...
 
     def largest(self, k: int, among: torch.Tensor | None, bound: int) -> Activations:
-        """The ``k`` largest ``h`` of each row; where ``by_magnitude``, those of largest ``|h|``.
+        """The ``k`` entries of each row with the largest ``nearness(h)``.
 
         Args:
             k: how many; if fewer can be chosen, all of them.
@@ -113,9 +114,7 @@ class LatentAccess(Protocol):
         ...
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
-        """The latent of each row with the largest ``W_i . x_b / |W_i|``, if it is in ``among``.
-
-        The largest ``|W_i . x_b| / |W_i|`` where ``by_magnitude``.
+        """Each row's latent of largest ``nearness(W_i . x_b / |W_i|)``, if it is in ``among``.
 
         Args:
             x: (B, d_in).
@@ -137,19 +136,19 @@ class DenseAccess:
         h: (B, d_sae), with its graph.
         W_dec: (d_sae, d_in).
         rescaled: whether ``W_i`` is a row of W_dec divided by its norm.
-        by_magnitude: see :class:`LatentAccess`.
+        nearness: the SAE's.
     """
 
     h: torch.Tensor
     W_dec: torch.Tensor
     rescaled: bool
-    by_magnitude: bool
+    nearness: Pointwise
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.h if latents is None else self.h.index_select(1, latents)
 
     def sums(self) -> torch.Tensor:
-        h = self._nearness(self.h)
+        h = self.nearness(self.h)
         return h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
 
     def columns_among(self, among: torch.Tensor, bound: int) -> Columns:
@@ -164,21 +163,18 @@ class DenseAccess:
         else:
             latents = among.nonzero().squeeze(1)
             h, rows = self.columns(latents), self.W_dec.index_select(0, latents)
-        return DenseActivations.of(h, _largest(self._nearness(h), k), rows, self.rescaled)
+        return DenseActivations.of(h, _largest(self.nearness(h), k), rows, self.rescaled)
 
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         with torch.no_grad():
             rows = self.W_dec[level] / row_norms(self.W_dec[level]).unsqueeze(1)
-            products = self._nearness(x.to(rows.dtype) @ rows.T)
+            products = self.nearness(x.to(rows.dtype) @ rows.T)
             best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
             chosen = torch.zeros_like(self.h, dtype=torch.bool).scatter_(-1, best, among[best])
         return DenseActivations.of(self.h, chosen, self.W_dec, self.rescaled)
 
     def at_rows(self, rows: torch.Tensor) -> "DenseAccess":
         return replace(self, h=self.h.index_select(0, rows))
-
-    def _nearness(self, h: torch.Tensor) -> torch.Tensor:
-        return h.abs() if self.by_magnitude else h
 
 
 @dataclass(frozen=True)
@@ -204,8 +200,8 @@ class DenseActivations:
         """From ``h`` with all its entries."""
         return DenseActivations(h.where(chosen, 0), chosen, rows, rescaled)
 
-    def relu(self) -> "DenseActivations":
-        return replace(self, h=self.h.relu())
+    def map(self, function: Pointwise) -> "DenseActivations":
+        return replace(self, h=function(self.h))
 
     def decode(self) -> torch.Tensor:
         return self.h @ _normalized(self.rows, self.rescaled)

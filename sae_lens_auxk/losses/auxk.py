@@ -37,7 +37,7 @@ def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """
     acts = inputs.nearest_dead(cfg.resolved_k_aux)
     if cfg.aux_relu:
-        acts = acts.relu()
+        acts = acts.map(torch.relu)
     reconstruction = acts.decode().to(inputs.x.dtype)
     target = inputs.residual
     if cfg.aux_bias != "none":

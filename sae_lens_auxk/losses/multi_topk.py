@@ -21,8 +21,6 @@ def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     their TopK (section 2.3). AbsTopK, which has no ReLU: the ``4k`` largest ``|h|``, as they are.
     """
     acts = inputs.largest(max(1, int(4 * cfg.k)))
-    if not inputs.by_magnitude:
-        acts = acts.relu()
-    reconstruction = acts.decode().to(inputs.x.dtype)
+    reconstruction = acts.map(inputs.fire).decode().to(inputs.x.dtype)
     error = inputs.x - inputs.to_output_units(reconstruction + inputs.b_dec)
     return error.square().sum(dim=-1).mean()

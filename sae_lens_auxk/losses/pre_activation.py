@@ -25,6 +25,5 @@ def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: AR
     threshold = inputs.firing_threshold().to(dead.h.dtype)
     if threshold.ndim > 0 and threshold.shape[-1] > 1:
         threshold = threshold.index_select(-1, dead.latents)
-    h = dead.h.abs() if inputs.by_magnitude else dead.h
-    missing = (threshold - h).relu().where(dead.real, 0)
+    missing = (threshold - inputs.nearness(dead.h)).relu().where(dead.real, 0)
     return inputs.total(missing).mean()

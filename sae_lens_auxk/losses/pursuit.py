@@ -52,8 +52,7 @@ def _up(inputs: AuxLossInputs) -> torch.Tensor:
     # Under a run-time normalisation with factor s, firing at a = r . W / s |W|^2 adds s a W. The
     # products s a are all that is needed, and finite where s is 0.
     product, norm = best.project(residual).to(inputs.x.dtype), best.norm()
-    if not inputs.by_magnitude:
-        product = product.clamp(min=0)
+    product = inputs.fire(product)
     fired = best.decode_as(product / norm / norm).to(inputs.x.dtype)
     pull = inputs.to_output_units(product)
     return 2 * (inputs.total(pull * best.h) + (residual * fired).sum(dim=-1))
@@ -62,9 +61,7 @@ def _up(inputs: AuxLossInputs) -> torch.Tensor:
 def _down(inputs: AuxLossInputs, k: int) -> torch.Tensor:
     """(B,): what the k dead latents nearest to firing lose, each if it fired alone."""
     nearest = inputs.nearest_dead(k)
-    acts = nearest.h.detach().to(inputs.x.dtype)
-    if not inputs.by_magnitude:
-        acts = acts.relu()
+    acts = inputs.fire(nearest.h.detach().to(inputs.x.dtype))
     norm = nearest.norm()
     missing = nearest.project(inputs.residual) - inputs.to_output_units(acts * norm * norm)
     # Against the activation's sign, that is, where the main loss would make it smaller.

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from sae_lens_auxk.losses.access import Activations, Columns, LatentAccess
+from sae_lens_auxk.losses.access import Activations, Columns, LatentAccess, Pointwise
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class AuxLossInputs:
         b_dec: (d_in,) decoder bias.
         output_scale: (B, 1) factor from the decoder's output to the units of ``x``, or None. Only
             the two run-time modes of ``normalize_activations`` have one.
-        firing_threshold: returns the value that ``h`` must exceed for a latent to fire,
+        firing_threshold: returns what ``nearness(h)`` must exceed for a latent to fire,
             broadcastable to (B, d_sae). It is a function because TopK must search for the value.
+        nearness: the SAE's function of any ``h``: how near to firing it is. ``h`` itself;
+            ``|h|`` for AbsTopK, whose latents fire in both directions.
+        fire: the SAE's function of any ``h``: its activation if it is selected. ``relu(h)``;
+            ``h`` itself for AbsTopK.
         level: which latents compete: all, or those of one Matryoshka level.
     """
 
@@ -50,21 +54,14 @@ class AuxLossInputs:
     b_dec: torch.Tensor
     output_scale: torch.Tensor | None
     firing_threshold: Callable[[], torch.Tensor]
+    nearness: Pointwise
+    fire: Pointwise
     level: slice
 
     @property
     def d_sae(self) -> int:
         """The number of latents of the whole SAE, even for one Matryoshka level."""
         return self.dead.numel()
-
-    @property
-    def by_magnitude(self) -> bool:
-        """Whether latents fire in both directions, as AbsTopK's do, and have no ReLU.
-
-        If so, ``|h|`` measures nearness to firing, and the methods below that compare, sum or
-        threshold ``h`` use ``|h|``.
-        """
-        return self.access.by_magnitude
 
     @property
     def hidden_pre(self) -> torch.Tensor:
@@ -103,10 +100,9 @@ class AuxLossInputs:
         return self.access.columns_among(self.dead, self.dead_bound)
 
     def dead_threshold(self) -> torch.Tensor:
-        """What ``h`` of the dead latents must exceed to fire, broadcastable to (B, n_dead).
+        """What the dead latents must exceed to fire, broadcastable to (B, n_dead).
 
-        What ``|h|`` must exceed where ``by_magnitude``. It goes with :meth:`dead_hidden_pre`, not
-        with :meth:`dead_columns`, which may be more.
+        It goes with :meth:`dead_hidden_pre`, not with :meth:`dead_columns`, which may be more.
         """
         threshold = self.firing_threshold()
         if threshold.ndim == 0 or threshold.shape[-1] == 1:
@@ -114,20 +110,15 @@ class AuxLossInputs:
         return threshold.index_select(-1, self.dead_latents)
 
     def hidden_pre_sums(self) -> torch.Tensor:
-        """(d_sae,): ``h`` summed over the batch, with its graph; ``|h|`` where ``by_magnitude``."""
+        """(d_sae,): ``nearness(h)`` summed over the batch, with its graph."""
         return self.access.sums()
 
     def nearest_dead(self, k: int) -> Activations:
-        """The ``min(k, n_dead)`` dead latents with the largest ``h`` in each row: ``T_b``.
-
-        Those with the largest ``|h|`` where ``by_magnitude``; their ``h`` keeps its sign.
-        """
+        """The ``min(k, n_dead)`` dead latents of largest ``nearness(h)`` in each row: ``T_b``."""
         return self.access.largest(k, self.dead, self.dead_bound)
 
     def best_dead_match(self, x: torch.Tensor) -> Activations:
-        """Each row's latent with the largest ``W_i . x_b / |W_i|``, if that latent is dead.
-
-        It is the one with the largest ``|W_i . x_b| / |W_i|`` if ``by_magnitude``.
+        """Each row's latent of largest ``nearness(W_i . x_b / |W_i|)``, if that latent is dead.
 
         Args:
             x: (B, d_in).
@@ -138,7 +129,7 @@ class AuxLossInputs:
         return self.access.best_match(x, self.dead, self.level)
 
     def largest(self, k: int) -> Activations:
-        """The ``k`` latents, dead or alive, with the largest ``h`` in each row, or ``|h|``."""
+        """The ``k`` latents, dead or alive, of largest ``nearness(h)`` in each row."""
         return self.access.largest(min(k, self.d_sae), None, self.d_sae)
 
     def total(self, x: torch.Tensor) -> torch.Tensor:

@@ -314,20 +314,17 @@ def _at_pairs(x: torch.Tensor, selected: Pairs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def smallest_active(feature_acts: torch.Tensor, k: int, by_magnitude: bool = False) -> torch.Tensor:
-    """(B, 1): the smallest activation above 0 of each row, or 0 if there is none.
+def smallest_active(feature_acts: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, 1): the smallest absolute activation other than 0 of each row, or 0 if there is none.
 
     Args:
         feature_acts: (B, d_sae), dense or sparse COO.
         k: the most entries that a row has; a :class:`SelectedActivations` has them all.
-        by_magnitude: whether activations may be negative; then it is the smallest absolute one.
     """
     if isinstance(feature_acts, SelectedActivations):
-        acts = feature_acts.detach()._values().unflatten(0, (-1, k))
-        acts = acts.abs() if by_magnitude else acts
+        acts = feature_acts.detach()._values().abs().unflatten(0, (-1, k))
     else:
-        acts = feature_acts.to_dense()
-        acts = (acts.abs() if by_magnitude else acts).topk(k, sorted=False).values
+        acts = feature_acts.to_dense().abs().topk(k, sorted=False).values
     smallest = acts.masked_fill(acts <= 0, torch.inf).amin(dim=-1, keepdim=True)
     return smallest.masked_fill(smallest.isinf(), 0.0)
 

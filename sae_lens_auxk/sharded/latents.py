@@ -204,7 +204,8 @@ class ShardedAccess(SparseAccess):
             among = self.shard.local(among)
             bound = self.shard.bound(among, bound)
         h, selected = super()._nearest(k, among, bound)
-        return self.shard.keep_largest(h, self._nearness(h), k), selected
+        nearness = self.nearness(h).where(h > -torch.inf, -torch.inf)
+        return self.shard.keep_largest(h, nearness, k), selected
 
     @override
     @torch.no_grad()
@@ -219,10 +220,6 @@ class ShardedAccess(SparseAccess):
         else:
             h, product, best = super()._best(x, among, level)
         return self.shard.keep_largest(h, product, 1), product, best
-
-    def _nearness(self, h: torch.Tensor) -> torch.Tensor:
-        """What entries are compared by; -inf stays the least."""
-        return h.abs().where(h.isfinite(), -torch.inf) if self.by_magnitude else h
 
 
 class ShardedInputs(AuxLossInputs):

@@ -157,18 +157,17 @@ class Sharded(_Base):
 
     @override
     def _access(self, encoder: Encoder) -> ShardedAccess:
-        return ShardedAccess(encoder, self.by_magnitude, self.shard)
+        return ShardedAccess(encoder, self.nearness, self.shard)
 
     @override
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         h, selected = super()._select(hidden_pre)
-        by = h.abs() if self.by_magnitude else h
-        return self.shard.choose(h, by, selected, int(self.cfg.k * len(hidden_pre)))
+        return self.shard.choose(h, self.nearness(h), selected, int(self.cfg.k * len(hidden_pre)))
 
     @override
-    def _fire(self, h: torch.Tensor) -> torch.Tensor:
-        # A candidate that was not chosen is -inf, which a ReLU makes 0 by itself.
-        return h.where(h.isfinite(), 0) if self.by_magnitude else super()._fire(h)
+    def fire(self, h: torch.Tensor) -> torch.Tensor:
+        # A candidate that was not chosen is -inf.
+        return super().fire(h.where(h != -torch.inf, 0))
 
     @override
     def _activations(
@@ -176,7 +175,7 @@ class Sharded(_Base):
     ) -> torch.Tensor:
         assert isinstance(selected, OwnPairs)
         fired = selected.fired
-        acts = self._fire(fired.h.to(self.W_enc.dtype))
+        acts = self.fire(fired.h.to(self.W_enc.dtype))
         shape = torch.Size((len(encoder.hidden_pre), self.cfg.d_sae))
         return SelectedActivations.of(fired.rows, fired.latents, acts, shape)
 

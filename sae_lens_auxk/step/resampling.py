@@ -79,9 +79,6 @@ class Resampling(_Base):
 
     tokens_since_fired: torch.Tensor
 
-    by_magnitude: ClassVar[bool] = False
-    """Whether latents fire in both directions: those with the largest ``|h|``, without a ReLU."""
-
     resampled_length: ClassVar[float] = 0.2
     """Length of a resampled latent's encoder vector, relative to the mean of the living latents."""
 
@@ -102,7 +99,7 @@ class Resampling(_Base):
             dead = batch.dead_neuron_mask  # from before this step
             if dead is None:
                 return
-            dead = dead & ~fired_in_batch(output.feature_acts, self.by_magnitude)
+            dead = dead & ~fired_in_batch(output.feature_acts)
         else:  # "batch", too: of the latents that are silent in one batch most are alive
             dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
         mode, dtype = self.cfg.normalize_activations, precise(self.dtype)

@@ -18,9 +18,9 @@ import torch
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from sae_lens_auxk.losses.access import Columns, decoder_rows
+from sae_lens_auxk.losses.access import Columns, Pointwise, decoder_rows
 from sae_lens_auxk.ops import choice
-from sae_lens_auxk.ops.encoder import Encoder, activations
+from sae_lens_auxk.ops.encoder import Encoder, activations, smallest_active
 from sae_lens_auxk.ops.matrices import Decoder
 from sae_lens_auxk.ops.selection import (
     Pairs,
@@ -97,8 +97,8 @@ class SparseActivations:
     def h(self) -> torch.Tensor:
         return self.decoder.times_norm(self.pre, self.selected)
 
-    def relu(self) -> "SparseActivations":
-        return replace(self, pre=self.pre.relu())
+    def map(self, function: Pointwise) -> "SparseActivations":
+        return replace(self, pre=function(self.pre))
 
     def decode(self) -> torch.Tensor:
         return self.decoder.weighted_sums(self.pre, self.selected)
@@ -122,7 +122,7 @@ class SparseAccess:
     """See :class:`~sae_lens_auxk.losses.access.LatentAccess`."""
 
     encoder: Encoder
-    by_magnitude: bool
+    nearness: Pointwise
 
     def columns(self, latents: torch.Tensor | None = None) -> torch.Tensor:
         return self.encoder.columns(latents)
@@ -138,10 +138,10 @@ class SparseAccess:
         )
 
     def sums(self) -> torch.Tensor:
-        if self.by_magnitude:  # not linear in x
-            h = self.encoder.columns().abs()
-            return h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
         encoder = self.encoder
+        if self.nearness(encoder.x) is not encoder.x:  # not linear in x
+            h = self.nearness(encoder.columns())
+            return h.sum(dim=0, dtype=torch.promote_types(h.dtype, torch.float32))
         with torch.autocast(encoder.x.device.type, enabled=False):
             x, n = encoder.x.sum(dim=0), len(encoder.x)
             if encoder.b_dec is not None:  # encoder.x has no graph
@@ -162,13 +162,14 @@ class SparseAccess:
     def _nearest(
         self, k: int, among: torch.Tensor | None, bound: int
     ) -> tuple[torch.Tensor, Selected]:
-        """(B, m) the ``k`` largest ``h``, -inf for surplus ones, and where they are."""
+        """(B, m) the ``k`` ``h`` nearest to firing, -inf for surplus ones, and where they are."""
         hidden_pre = self.encoder.hidden_pre
-        if not self.by_magnitude:
-            return largest_among(hidden_pre, k, among, bound)
-        size, selected = largest_among(hidden_pre.abs(), k, among, bound)
-        latents = selected.latents.view(-1, size.shape[1]).expand_as(size)
-        return hidden_pre.gather(1, latents).where(size.isfinite(), -torch.inf), selected
+        nearness = self.nearness(hidden_pre)
+        h, selected = largest_among(nearness, k, among, bound)
+        if nearness is not hidden_pre:
+            latents = selected.latents.view(-1, h.shape[1]).expand_as(h)
+            h = hidden_pre.gather(1, latents).where(h.isfinite(), -torch.inf)
+        return h, selected
 
     @torch.no_grad()
     def _best(
@@ -176,9 +177,7 @@ class SparseAccess:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, 1) each: ``h`` of the latent of best match or -inf, how well it matches, which."""
         products = self.encoder.decoder.all_dots(x, level)
-        if self.by_magnitude:
-            products = products.abs_()
-        product, best = top_k(products, 1)
+        product, best = top_k(self.nearness(products), 1)
         best += level.start or 0
         h = self.encoder.hidden_pre.gather(1, best)
         return h.where(among[best], -torch.inf), product, best
@@ -279,8 +278,8 @@ class SparseTopK(_Base):
         h, selected = self._select(encoder.hidden_pre)
         h = h.to(self.W_enc.dtype)
         # After the graph begins: a latent that did not fire has no gradient.
-        values = self._fire(encoder.before_norm(h, selected))
-        acts = self._activations(values, self._fire(h), selected, encoder)
+        values = self.fire(encoder.before_norm(h, selected))
+        acts = self._activations(values, self.fire(h), selected, encoder)
         levels = {
             width: self.run_time_activation_norm_fn_out(decoded)
             for width, decoded in self._decode_levels(encoder.decoder, values, selected).items()
@@ -306,7 +305,7 @@ class SparseTopK(_Base):
         return Decoder(self.W_dec, self.cfg.rescale_acts_by_decoder_norm, autocast)
 
     def _access(self, encoder: Encoder) -> SparseAccess:
-        return SparseAccess(encoder, self.by_magnitude)
+        return SparseAccess(encoder, self.nearness)
 
     def _activations(
         self, values: torch.Tensor, h: torch.Tensor, selected: Pairs, encoder: Encoder
@@ -337,18 +336,16 @@ class SparseTopK(_Base):
         return self.reshape_fn_out(sae_out_pre, self.d_head)
 
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
-        """(N,) the k largest pre-activations of each row, and where they are."""
+        """(N,) the k pre-activations nearest to firing of each row, and where they are."""
         k = min(int(self.cfg.k), hidden_pre.shape[1])
-        if self.by_magnitude:
-            latents = top_k(hidden_pre.abs(), k)[1]
-            h = hidden_pre.gather(1, latents)
-        else:
-            h, latents = top_k(hidden_pre, k)
-        return h.flatten(), Pairs.per_row(latents, hidden_pre.shape[1])
+        latents = top_k(self.nearness(hidden_pre), k)[1]
+        h = hidden_pre.gather(1, latents).flatten()
+        return h, Pairs.per_row(latents, hidden_pre.shape[1])
 
-    def _fire(self, h: torch.Tensor) -> torch.Tensor:
-        """The activations of selected pre-activations."""
-        return h if self.by_magnitude else h.relu()
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(B, 1): the nearness of each row's last active latent, 0 where nothing fired."""
+        return smallest_active(feature_acts, self.n_selected)
 
 
 def _is_changed(module: torch.nn.Module | None) -> bool:

@@ -32,13 +32,7 @@ from sae_lens_auxk.step.dead import (
     count_tokens,
     fired_in_batch,
 )
-from sae_lens_auxk.step.inputs import (
-    BadRowWatch,
-    SparseForward,
-    StepInput,
-    precise,
-    targets_of,
-)
+from sae_lens_auxk.step.inputs import BadRowWatch, SparseForward, StepInput, precise, targets_of
 from sae_lens_auxk.step.resampling import Resampling
 
 if TYPE_CHECKING:
@@ -217,7 +211,7 @@ class AuxTraining(Resampling, _Base):
                 "super().training_forward_pass(step_input)"
             )
         rescaled = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
-        access = DenseAccess(hidden_pre, self.W_dec, rescaled, self.by_magnitude)
+        access = DenseAccess(hidden_pre, self.W_dec, rescaled, self.nearness)
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(step_input, feature_acts, access, sae_out)
         step_input.metrics.update(metrics)
         return losses
@@ -237,8 +231,15 @@ class AuxTraining(Resampling, _Base):
 
     # --- what an architecture says about itself ----------------------------------------------
 
+    # torch's own functions, so that nothing on a step's way calls back into this file.
+    nearness = staticmethod(torch.positive)
+    """How near to firing pre-activations (...) are: ``h`` itself, as the same object."""
+
+    fire = staticmethod(torch.relu)
+    """The activations of selected pre-activations (...)."""
+
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """What ``h``, or ``|h|``, must exceed to fire, broadcastable to (B, d_sae)."""
+        """What the nearness must exceed for a latent to fire, broadcastable to (B, d_sae)."""
         return torch.zeros((), device=self.W_dec.device)
 
     def _levels(
@@ -277,9 +278,7 @@ class AuxTraining(Resampling, _Base):
         coefficient = batch.coefficients.get(AUX_LOSS_KEY, alpha)
         coefficient = coefficient * self.cfg.aux_decay_at(batch.step)
         criterion = self.cfg.resolved_dead_criterion
-        threshold = 1
-        if criterion == "tokens":
-            threshold = self.cfg.resolved_dead_threshold_tokens
+        threshold = self.cfg.resolved_dead_threshold_tokens if criterion == "tokens" else 1
         dead, revived = self._count(batch, feature_acts, criterion, threshold)
         n_dead = dead.sum()
         metrics = {
@@ -329,7 +328,7 @@ class AuxTraining(Resampling, _Base):
         self, batch: StepInput, feature_acts: torch.Tensor, criterion: str, threshold: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; return the dead latents (d_sae,) and how many were revived."""
-        fired = fired_in_batch(feature_acts, self.by_magnitude) & batch.usable.some
+        fired = fired_in_batch(feature_acts) & batch.usable.some
         was_dead = self.tokens_since_fired >= threshold
         if batch.counts:
             count_tokens(self.tokens_since_fired, fired, batch.usable.n)
@@ -380,6 +379,8 @@ class AuxTraining(Resampling, _Base):
             b_dec=self.b_dec,
             output_scale=target.scale,
             firing_threshold=lambda: self.firing_threshold(feature_acts),
+            nearness=self.nearness,
+            fire=self.fire,
             level=slice(None),
         )
 

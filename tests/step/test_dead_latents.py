@@ -121,8 +121,8 @@ def test_a_negative_activation_is_one_too() -> None:
     acts = torch.zeros(4, 5)
     acts[0, 1], acts[1, 1], acts[2, 2] = 1.5, -1.5, -0.5  # the first two would cancel in a sum
     expected = [False, True, True, False, False]
-    assert fired_in_batch(acts, by_magnitude=True).tolist() == expected
-    assert fired_in_batch(acts.to_sparse(), by_magnitude=True).tolist() == expected
+    assert fired_in_batch(acts).tolist() == expected
+    assert fired_in_batch(acts.to_sparse()).tolist() == expected
 
 
 def test_sparse_activations_count_like_dense_ones() -> None:
