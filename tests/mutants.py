@@ -280,10 +280,10 @@ MUTANTS = [
     Mutant(
         "step",
         "bad_rows_count_as_tokens",
-        "fired, batch.usable.n)",
-        "fired, batch.usable.mask.numel())",
+        "fired, batch.n_tokens)",
+        "fired, len(batch.sae_in))",
     ),
-    Mutant("step", "loss_of_no_usable_row", "output.loss * batch.usable.some", "output.loss"),
+    Mutant("step", "loss_of_no_usable_row", "output.loss * (batch.n_tokens > 0)", "output.loss"),
     Mutant(
         "step",
         "aux_loss_without_coefficient",
@@ -334,8 +334,8 @@ MUTANTS = [
     Mutant(
         "step",
         "bad_row_replaced_by_bad_row",
-        "usable.mask.int().argmax(dim=0",
-        "usable.mask.int().argmin(dim=0",
+        "usable.int().argmax(dim=0",
+        "usable.int().argmin(dim=0",
     ),
     Mutant(
         "step",
@@ -396,8 +396,8 @@ MUTANTS = [
     Mutant(
         "step",
         "evaluation_moves_threshold",
-        "batch.usable.some & batch.counts",
-        "batch.usable.some",
+        "(batch.n_tokens > 0) & batch.counts",
+        "(batch.n_tokens > 0)",
         EVALUATION,
     ),
     Mutant(

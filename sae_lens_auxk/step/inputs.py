@@ -13,28 +13,9 @@ from sae_lens_auxk.saelens.names import TrainStepInput, TrainStepOutput
 STEPS_BETWEEN_REPORTS = 100
 
 
-class UsableRows(NamedTuple):
-    """Which rows of a batch can be trained on.
-
-    Attributes:
-        mask: (B,) bool.
-        n: () int64, their number.
-        some: () bool, whether there is at least one.
-    """
-
-    mask: torch.Tensor
-    n: torch.Tensor
-    some: torch.Tensor
-
-    @property
-    def n_bad(self) -> torch.Tensor:
-        """() int64, how many rows cannot be trained on."""
-        return self.mask.numel() - self.n
-
-
 @torch.no_grad()
-def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype) -> UsableRows:
-    """The rows of ``x`` (B, ...) that can be trained on.
+def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype) -> torch.Tensor:
+    """(B,) bool: the rows of ``x`` (B, ...) that can be trained on.
 
     A row's norm must be finite and at most :func:`largest_norm`. Under ``constant_norm_rescale``,
     which divides by it, it must not be 0 either.
@@ -48,11 +29,8 @@ def usable_rows(x: torch.Tensor, normalize_activations: str, dtype: torch.dtype)
     if x.dtype == torch.float64:  # torch's norm cannot take a narrower dtype than its input
         x = x.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    mask = norm <= largest_norm(dtype)
-    if normalize_activations == "constant_norm_rescale":
-        mask = mask & (norm > 0)
-    n = mask.sum()
-    return UsableRows(mask, n, n > 0)
+    usable = norm <= largest_norm(dtype)
+    return usable & (norm > 0) if normalize_activations == "constant_norm_rescale" else usable
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -69,33 +47,34 @@ def largest_norm(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max ** 0.25
 
 
-def replace_rows(x: torch.Tensor, usable: UsableRows) -> torch.Tensor:
-    """Put the first usable row of ``x`` (B, ...) in place of every row that is not usable.
+def replace_rows(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """Put the first usable row of ``x`` (B, ...) in place of every row not in ``usable`` (B,).
 
     A batch without a usable row becomes all ones. Repeating a row gives its token extra weight,
     once for each bad row. Dropping rows instead would change the shape and synchronise with the
     host. A usable row keeps its graph.
     """
-    first = usable.mask.int().argmax(dim=0, keepdim=True)
-    instead = x.detach().index_select(0, first).where(usable.some, 1.0)
-    return torch.where(usable.mask.view(-1, *[1] * (x.ndim - 1)), x, instead)
+    first = usable.int().argmax(dim=0, keepdim=True)
+    instead = x.detach().index_select(0, first).where(usable.any(), 1.0)
+    return torch.where(usable.view(-1, *[1] * (x.ndim - 1)), x, instead)
 
 
 class BadRowWatch:
-    """Counts the rows of a run that could not be trained on, and warns about them."""
+    """Counts the rows of a run that were replaced, and warns about them."""
 
     def __init__(self) -> None:
         self._n_rows: torch.Tensor | int = 0
         self._next_report = 0
 
-    def count(self, usable: UsableRows, step: int, normalize_activations: str) -> None:
+    def count(self, batch: "StepInput", normalize_activations: str) -> None:
         """Count a step's bad rows; warn, at most once in 100 steps.
 
         Raises:
             ValueError: it is the first step of a run, and no row of its batch is usable.
         """
-        self._n_rows = self._n_rows + usable.n_bad
-        if step == 0 and not usable.some:
+        step = batch.n_training_steps
+        self._n_rows = self._n_rows + batch.n_replaced
+        if step == 0 and not batch.n_tokens:
             raise ValueError(
                 "no row of the first training batch is finite and has a reasonable norm: the "
                 "activations hold NaN or infinity, or the statistics that SAELens estimated for "
@@ -104,7 +83,7 @@ class BadRowWatch:
         # Reading a tensor waits for the device, so on CUDA it is read only now and then.
         if step >= self._next_report or step == 0:
             reported = self.report()
-            if reported or usable.n.is_cuda:
+            if reported or batch.n_tokens.is_cuda:
                 self._next_report = step + STEPS_BETWEEN_REPORTS
 
     def report(self) -> bool:
@@ -127,18 +106,26 @@ class StepInput(TrainStepInput):
     SAELens passes a step's input on to ``calculate_aux_loss``, so it carries the data of one step.
 
     Attributes:
-        usable: the rows that can be trained on.
+        is_token: (B,) bool, the rows that count as tokens. The others replace rows that would have
+            ruined the step; they are usable, but repeat another row.
+        n_tokens: () int64, how many rows count.
         leading: the shape of the rows as they came; ``sae_in`` has one dimension instead.
         step: the training step, counted from 0, the same in a resumed run.
         counts: whether the step belongs to the training: a step in eval mode changes nothing.
         metrics: the auxiliary loss's metrics, for the output of SAELens's own step.
     """
 
-    usable: UsableRows
+    is_token: torch.Tensor
+    n_tokens: torch.Tensor
     leading: torch.Size
     step: int
     counts: bool
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def n_replaced(self) -> torch.Tensor:
+        """() int64, how many rows do not count."""
+        return len(self.is_token) - self.n_tokens
 
     @staticmethod
     def of(
@@ -172,7 +159,8 @@ class StepInput(TrainStepInput):
         finite: dict[str, Any] = {**vars(given), "sae_in": replace_rows(flat, usable)}
         return StepInput(
             **finite,
-            usable=usable,
+            is_token=usable,
+            n_tokens=usable.sum(),
             leading=sae_in.shape[:n_leading],
             step=step,
             counts=counts,

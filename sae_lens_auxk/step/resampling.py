@@ -104,7 +104,8 @@ class Resampling(_Base):
             dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
         mode, dtype = self.cfg.normalize_activations, precise(self.dtype)
         residual = targets_of(batch.sae_in, output.sae_out, mode, dtype).residual
-        losses = residual.square().sum(dim=-1).where(batch.usable.mask, 0)
+        # Other rows repeat one of these, and latents drawn from equal rows would stay equal.
+        losses = residual.square().sum(dim=-1).where(batch.is_token, 0)
         lengths = self.mean_lengths(~dead)
         self.drawn = resampled(residual, losses, dead, lengths, self.resampled_length, batch.step)
 

@@ -131,7 +131,7 @@ class AuxTraining(Resampling, _Base):
         mode, dtype = self.cfg.normalize_activations, precise(self.dtype)
         batch = StepInput.of(step_input, n_row_dims, mode, dtype, step, counts=self.training)
         if batch.counts:
-            self._bad_rows.count(batch.usable, batch.n_training_steps, mode)
+            self._bad_rows.count(batch, mode)
         return batch
 
     @never_compiled
@@ -154,7 +154,7 @@ class AuxTraining(Resampling, _Base):
         sparse = self._sparse_forward(batch)
         output = self._dense_step(batch) if sparse is None else self._sparse_step(batch, sparse)
         for name, value in before.items():
-            moves = batch.usable.some & batch.counts
+            moves = (batch.n_tokens > 0) & batch.counts
             setattr(self, name, torch.where(moves, getattr(self, name), value))
             output.metrics[name] = getattr(self, name)
         return output
@@ -217,9 +217,9 @@ class AuxTraining(Resampling, _Base):
         return losses
 
     def _finish(self, batch: StepInput, output: TrainStepOutput) -> TrainStepOutput:
-        """The output in the shape that the input had, with loss 0 if no row was usable."""
-        output.loss = output.loss * batch.usable.some
-        output.metrics["nonfinite_rows"] = batch.usable.n_bad
+        """The output in the shape that the input had, with loss 0 if it had no token."""
+        output.loss = output.loss * (batch.n_tokens > 0)
+        output.metrics["nonfinite_rows"] = batch.n_replaced
         if isinstance(self, TopKTrainingSAE) and AUX_LOSS_KEY in output.losses:
             # For the log only, so that it overlays the curve of SAELens's own TopK family. The
             # total is already summed, so the loss is not counted twice.
@@ -328,10 +328,10 @@ class AuxTraining(Resampling, _Base):
         self, batch: StepInput, feature_acts: torch.Tensor, criterion: str, threshold: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; return the dead latents (d_sae,) and how many were revived."""
-        fired = fired_in_batch(feature_acts) & batch.usable.some
+        fired = fired_in_batch(feature_acts) & (batch.n_tokens > 0)
         was_dead = self.tokens_since_fired >= threshold
         if batch.counts:
-            count_tokens(self.tokens_since_fired, fired, batch.usable.n)
+            count_tokens(self.tokens_since_fired, fired, batch.n_tokens)
         match criterion:
             case "tokens":
                 dead = self.tokens_since_fired >= threshold
