@@ -24,7 +24,7 @@ docs:
 
 # The reports of the committed results, which git ignores; the site links to those that are there.
 reports:
-	find docs/results -name results.json -exec dirname {} \; | HF_HUB_OFFLINE=1 \
+	find studies -name results.json -exec dirname {} \; | HF_HUB_OFFLINE=1 \
 		xargs -n 1 -P 2 sae-lens-auxk compare --report_only
 
 serve:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
@@ -17,6 +18,14 @@ def on_config(config: Any) -> Any:
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
     fences["custom_fences"] = [{"name": "math", "class": "formula", "format": formula}]
     return config
+
+
+def on_files(files: Any, config: Any) -> None:
+    """Add the reports of studies/ that ``make reports`` has drawn, as if they lay in docs/."""
+    for folder in {path.parent for path in (ROOT / "studies").rglob("report.md")}:
+        for path in (*folder.glob("report.*"), *folder.glob("figures/*")):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
@@ -38,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if "source" in page.meta:
         origin = "."
         markdown = (ROOT / page.meta["source"]).read_text(encoding="utf-8")
-    if page.file.src_uri.startswith("results/"):
+    if page.file.src_uri.startswith("studies/"):
         page.meta["search"] = {"exclude": True}
 
     def mended(match: re.Match[str]) -> str:
@@ -47,7 +56,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         if not file.exists():
             return match.group(1)  # for MkDocs to complain about
         if file.name == "results.json" and file.with_name("report.md").is_file():
-            target = posixpath.join(posixpath.dirname(target), "report.md")
+            return posixpath.relpath(f"docs/{posixpath.dirname(target)}/report.md", folder)
         if target.startswith("docs/") and file.is_file():
             return posixpath.relpath(target, folder)
         return f"{config.repo_url}/{'tree' if file.is_dir() else 'blob'}/main/{target}"

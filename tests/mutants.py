@@ -1051,11 +1051,11 @@ def copy_tree(target: Path) -> None:
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout.decode()
     for name in listed.split("\0"):
         source = ROOT / name
-        if source.is_file() and not name.startswith("docs/results/") and source.suffix != ".png":
+        if source.is_file() and not name.startswith("studies/") and source.suffix != ".png":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name)
-    if (ROOT / "docs" / "results").is_dir():
-        (target / "docs" / "results").symlink_to(ROOT / "docs" / "results")
+    if (ROOT / "studies").is_dir():
+        (target / "studies").symlink_to(ROOT / "studies")
 
 
 def mutate(root: Path, mutant: Mutant) -> None:

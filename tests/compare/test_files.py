@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compact import compact
 from sae_lens_auxk.compare.files import (
     PASS_FILENAME,
     read_pass,
@@ -23,12 +22,13 @@ from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.compare.schema import METRICS, PEEKING, Metric, Run
 from sae_lens_auxk.files import replace_file, write_json
 from sae_lens_auxk.hub.model_card import comparison_part
+from studies.compact import compact
 from tests.compare.fake_results import fake_results
 from tests.helpers import build_sae
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = sorted(path.parent for path in (ROOT / "docs" / "results").rglob("results.json"))
-# If the report is to change: make reports; git ls-files docs/results | grep results.json |
+COMMITTED = sorted(path.parent for path in (ROOT / "studies").rglob("results.json"))
+# If the report is to change: make reports; git ls-files studies | grep results.json |
 # sed s/results.json/report.md/ | xargs sha256sum > tests/compare/reports.sha256
 REPORTS = Path(__file__).with_name("reports.sha256").read_text(encoding="utf-8").splitlines()
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
-from benchmarks.peeking.planted import World, auc, planted
 from sae_lens_auxk.compare import latents as module
 from sae_lens_auxk.compare.latents import count_firings, measure_latents
+from studies.peeking.planted import World, auc, planted
 from tests.helpers import ARCHITECTURES, build_sae
 
 SETTINGS = [(a, s) for a in ("jumprelu", "topk") for s in ("rotation", "shrinkage")]

@@ -37,7 +37,7 @@ def page(name: str) -> str:
 
 
 def test_tables_have_the_committed_numbers() -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    script = runpy.run_path(str(ROOT / "studies" / "tables.py"))
     for name, tables in script["TABLES"].items():
         assert script["with_tables"](page(name), tables) == page(name), name
 

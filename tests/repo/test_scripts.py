@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ and examples/ imports, and those with flags answer ``--help``.
+"""Every script outside the package imports, and those with flags answer ``--help``.
 
 In one process and not in one each: importing SAELens takes seconds, and there are two dozen.
 """
@@ -17,7 +17,7 @@ from sae_lens_auxk.losses.registry import AUX_LOSSES
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
     path.relative_to(ROOT)
-    for folder in ("benchmarks", "examples")
+    for folder in ("benchmarks", "studies", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
 
@@ -36,7 +36,7 @@ def module_of(script: Path) -> str | None:
 def fresh_python(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The import path of a new Python: the repository is on it for ``python -m`` only."""
     for name in list(sys.modules):
-        if name.split(".")[0] in ("benchmarks", "tests", "step", "parts"):
+        if name.split(".")[0] in ("benchmarks", "studies", "tests", "step", "parts"):
             monkeypatch.delitem(sys.modules, name)
     first = ROOT if module_of(script) else (ROOT / script).parent
     others = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
