@@ -2,12 +2,15 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.scale --device cuda --d_sae 131072 --out 2.json
     python -m benchmarks.scale --device cuda --d_sae 131072 --out 1.json
+    torchrun --nproc-per-node 2 -m benchmarks.scale --device cuda \\
+        --whole_run --saes "auxk-topk, auxk"
     python -m benchmarks.scale --model docs/scale
 
 The first two measure steps of SAELens's trainer on random data, with half of the latents dead as
 in benchmarks/step.py: milliseconds, GiB on each GPU, and how many milliseconds NCCL's kernels run.
-Without torchrun the step is the ordinary one; ``--shared`` sends it through a group of one.
-The third prints the tables of docs/scale.md and draws its figure. Times in it are computed: bytes
+Without torchrun the step is the ordinary one; ``--shared`` sends it through a group of one. The
+third measures whole runs of this package's architectures, with flags of ``benchmarks.whole_run``.
+The last prints the tables of docs/scale.md and draws its figure. Times in it are computed: bytes
 over bandwidth, a latency for each collective, and a line through measured steps of one H100.
 """
 
@@ -34,7 +37,14 @@ RESULTS = Path(__file__).parent.parent / "docs" / "performance" / "several-gpus.
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Figures of this process's steps, one entry for each d_sae and variant."""
+    """Figures of this process's steps, one entry for each d_sae and variant; or of its runs."""
+    if args.whole_run is not None:
+        from benchmarks import whole_run
+        from sae_lens_auxk.sharded.runner import ShardedTrainingRunner
+
+        flags = whole_run.parser_of_flags().parse_args(["--device", args.device, *args.whole_run])
+        flags.runner = ShardedTrainingRunner
+        return [*whole_run.measure(flags)]
     from benchmarks.step import Case, saelens_step
 
     results: list[dict[str, Any]] = []
@@ -119,7 +129,7 @@ def measure_all(args: argparse.Namespace) -> None:
         **made_by(args.device),
         "shared": shared,
         "arguments": {name: str(value) for name, value in vars(args).items()},
-        "ranks": results,
+        **({"ranks": results} if args.whole_run is None else {"runs": own}),
     }
     for of_rank0 in results[0]:
         print(json.dumps(of_rank0))
@@ -305,6 +315,7 @@ def main() -> None:
     parser.add_argument("--aux_batch_fraction", type=float, default=1.0)
     parser.add_argument("--shared", action="store_true", help="a process group even with one")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--whole_run", nargs=argparse.REMAINDER, help="the flags of whole runs")
     parser.add_argument("--model", type=Path, metavar="FIGURE", help="print and draw the model")
     args = parser.parse_args()
     if args.model is not None:

@@ -53,7 +53,7 @@ def jobs(n_gpus: int) -> Iterator[Job]:
     for n in counts[1:]:
         yield Job(f"steps, {n}", "scale", n, sizes(n))
         yield Job(f"largest, {n}", "scale", n, largest(n))
-        yield Job(f"run, {n}", "whole_run", n, whole)
+        yield Job(f"run, {n}", "scale", n, ["--whole_run", *whole])
         yield Job(f"losses, {n}", "shared_losses", n, [])
 
 
@@ -75,7 +75,7 @@ def run(job: Job, gpus: list[int]) -> dict[str, Any]:
         command += ["-m"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        command += [f"benchmarks.{job.module}", "--device", "cuda", *job.flags, "--out", str(out)]
+        command += [f"benchmarks.{job.module}", "--device", "cuda", "--out", str(out), *job.flags]
         where = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "TQDM_DISABLE": "1"}
         log = Path(folder, "log.txt")
         with log.open("w") as file:

@@ -10,8 +10,7 @@ on random tokens: the time does not depend on which they are. Without ``--model_
 GPT-2 small with random weights. A run is made twice. The first gives tokens a second; the second
 waits for the device around each part and gives the parts. ``cached`` reads activations that
 SAELens's ``CacheActivationsRunner`` wrote to disk. Steps before ``--warm_up`` fill the buffer and
-are not counted. Under torchrun the processes share the latents, and each makes its part of the
-activations; only this package's architectures can be shared.
+are not counted. A run that processes share is measured by ``benchmarks.scale --whole_run``.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,9 +38,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from benchmarks.made_by import made_by
-from sae_lens_auxk import processes, runner_config
+from sae_lens_auxk import runner_config
 from sae_lens_auxk.files import write_json
-from sae_lens_auxk.sharded.runner import ShardedTrainingRunner
 
 SAES: dict[str, dict[str, Any]] = {
     "SAELens topk": {"architecture": "topk"},
@@ -135,9 +133,7 @@ def run(
     """Milliseconds a step: ``all``, and with ``wait`` of each part."""
     n_steps = args.warm_up + args.steps
     cfg = runner_config(**{**fields_of_run(args, n_steps), **fields})
-    shared = processes.n_processes() > 1
-    of_run = ShardedTrainingRunner if shared else LanguageModelSAETrainingRunner
-    runner = of_run(cfg, tokens, model)
+    runner = args.runner(cfg, tokens, model)
     clock = Clock(args.device, args.warm_up, wait)
     timed = {
         "model": (ActivationsStore, "get_activations"),
@@ -222,7 +218,7 @@ def print_table(results: dict[str, Any]) -> None:
         print(f"| {run_['store']} | {run_['sae']} | {run_['tokens_per_second']:,.0f} | {ms} |")
 
 
-def main() -> None:
+def parser_of_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -243,30 +239,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
     parser.add_argument("--saes", nargs="+", choices=SAES, default=list(SAES))
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser_of_flags().parse_args()
     if args.table is not None:
         print_table(json.loads(args.table.read_text()))
         return
     warnings.simplefilter("ignore")
     settings = {key: str(value) for key, value in vars(args).items()}
-    n = processes.n_processes()
-    if n > 1:
-        args.device = processes.own_device(args.device)
-    about = {**made_by(args.device), "settings": settings}
     results: list[dict[str, Any]] = []
-    with processes.process_group(args.device) if n > 1 else nullcontext():
-        for result in measure(args):
-            results.append(result)
-            if processes.rank() > 0:
-                continue
-            parts = ", ".join(f"{name} {value:.1f}" for name, value in result["ms"].items())
-            print(
-                f"{result['store']}; {result['sae']}: {result['tokens_per_second']:,.0f} tokens a "
-                f"second; ms a step: {parts}",
-                flush=True,
-            )
-            if args.out is not None:
-                write_json(args.out, {**about, "runs": results})
+    args.runner = LanguageModelSAETrainingRunner
+    for result in measure(args):
+        results.append(result)
+        print(json.dumps(result), flush=True)
+        if args.out is not None:
+            write_json(args.out, {**made_by(args.device), "settings": settings, "runs": results})
 
 
 if __name__ == "__main__":
