@@ -12,11 +12,8 @@ from pathlib import Path
 
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
-from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.step.sparse import SparseTopK
-
-SHOWN = ("dead_fraction", "explained_variance", "f1", "mcc", "uniqueness")
 
 
 def main() -> None:
@@ -33,14 +30,7 @@ def main() -> None:
         SparseTopK.resampled_length = length
         folder = args.output / f"{length:g}"
         folder.mkdir(parents=True, exist_ok=True)
-        run_comparison(resolve(replace(comparison, cases=cases, seeds=args.seeds)), folder)
-        for group in read_results(folder)["groups"]:
-            mean, std = group["mean"], group["std"]
-            figures = (
-                f"{mean[name]:.3f}" + ("" if std[name] is None else f" ± {std[name]:.3f}")
-                for name in SHOWN
-            )
-            print(f"| {group['architecture']}, length {length:g} | {' | '.join(figures)} |")
+        print(run_comparison(resolve(replace(comparison, cases=cases, seeds=args.seeds)), folder))
 
 
 if __name__ == "__main__":
