@@ -1,21 +1,115 @@
-"""Figures drawn: by plotly for the page, by matplotlib, which needs no browser, for the images."""
+"""Figures drawn by matplotlib: as PNG, and as SVG that stands in a page."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Image
-from plotly.colors import hex_to_rgb
-from plotly.subplots import make_subplots
 
 from sae_lens_auxk.compare.report.figures import Figure, Series
 
-DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))
-MARKERS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("x", "X"))
-"""Plotly's name and matplotlib's; an architecture has one of each."""
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^X"
+"""An architecture has one of each."""
 LEGEND_CHARACTERS = 34
+LINES = "#808080"
+"""Seen on a light page and on a dark one. Black text is left to the page, which colours it."""
+LOOK: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LINES,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 120,
+    "font.sans-serif": ["DejaVu Sans"],
+    "grid.alpha": 0.3,
+    "grid.color": LINES,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # the name of a case may have dollars
+    "xtick.color": LINES,
+    "xtick.labelcolor": "black",
+    "ytick.color": LINES,
+    "ytick.labelcolor": "black",
+}
+
+
+def png(figure: Figure, path: Path) -> None:
+    with rc_context(LOOK):
+        image = drawn(figure)
+        image.suptitle(figure.title, x=0.01, ha="left", fontsize=11, weight="bold")
+        image.savefig(path, format="png")
+
+
+def svg(figure: Figure) -> str:
+    """An element for a page that has this figure once, and shows its title."""
+    file = StringIO()
+    with rc_context({**LOOK, "svg.hashsalt": figure.name}):
+        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        drawn(figure).savefig(file, format="svg", transparent=True, metadata=none)
+    attributes, _, content = file.getvalue().partition("<svg ")[2].partition(">")
+    title, description = f"{figure.name}-title", f"{figure.name}-description"
+    return (
+        f'<svg role="img" aria-labelledby="{title} {description}" {attributes}>'
+        f'<title id="{title}">{escape(figure.title)}</title>'
+        f'<desc id="{description}">{escape(figure.caption)}</desc>'
+        # matplotlib numbers its groups from 1 in each figure. Nothing refers to them.
+        + re.sub(r'<g id="[^"]+">', "<g>", content)
+    )
+
+
+def drawn(figure: Figure) -> Image:
+    image = Image(figsize=(11, figure.height))
+    grid = image.subplots(figure.n_rows, figure.n_columns, squeeze=False, sharey=True)
+    for axes, panel in zip(grid.flat, figure.panels, strict=False):
+        lines = {series.label: _draw(axes, series) for series in panel.series}
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.x_title)
+        axes.set_ylabel(panel.y_title)
+        if names := [_short(name) for name in panel.categories]:
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            # An axis that leaves out 0 makes results of small differences.
+            axes.axvline(0, color=LINES, linewidth=1)
+        else:
+            labels = [_short(label) for label in lines]
+            image.legend([*lines.values()], labels, loc="outside right upper")
+    for axes in grid.flat[len(figure.panels) :]:
+        axes.set_visible(False)
+    return image
+
+
+def _draw(axes: Axes, series: Series) -> Any:
+    if series.band:
+        axes.fill_between(*series.band, color=series.colour, alpha=0.15, linewidth=0)
+    line, *_ = axes.errorbar(
+        _numbers(series.x),
+        _numbers(series.y),
+        xerr=_numbers(series.x_error) if any(series.x_error) else None,
+        yerr=_numbers(series.y_error) if any(series.y_error) else None,
+        color=series.colour,
+        linestyle=DASHES[series.style % len(DASHES)],
+        marker=MARKERS[series.style % len(MARKERS)] if series.points else None,
+        markerfacecolor=series.colour if series.filled else "none",
+        drawstyle="steps-post" if series.steps else "default",
+        elinewidth=1,
+    )
+    return line
+
+
+def _numbers(values: Sequence[float | None]) -> Any:
+    """NaN for None. It is not drawn."""
+    return np.asarray(values, float)
 
 
 def _short(text: str) -> str:
@@ -24,177 +118,3 @@ def _short(text: str) -> str:
         return text
     half = LEGEND_CHARACTERS // 2
     return f"{text[:half].rstrip()}…{text[-half + 1 :].lstrip()}"
-
-
-def plotly_figure(figure: Figure) -> go.Figure:
-    fig = make_subplots(
-        rows=figure.n_rows,
-        cols=figure.n_columns,
-        shared_yaxes=True,
-        subplot_titles=[panel.title for panel in figure.panels],
-        horizontal_spacing=0.03,
-        vertical_spacing=min(0.5, 80 / figure.height) if figure.n_rows > 1 else 0,
-    )
-    for index, panel in enumerate(figure.panels):
-        row, column = divmod(index, figure.n_columns)
-        at: Any = {"row": row + 1, "col": column + 1}
-        for series in panel.series:
-            for trace in _traces(series):
-                fig.add_trace(trace, **at)
-        fig.update_xaxes(title_text=panel.x_title, **at)
-        fig.update_yaxes(title_text=panel.y_title if column == 0 else None, **at)
-        if panel.categories:
-            fig.update_yaxes(
-                tickvals=list(range(len(panel.categories))),
-                ticktext=[_svg_text(_short(name)) for name in panel.categories],
-                range=[len(panel.categories) - 0.4, -0.6],
-                automargin=True,
-                **at,
-            )
-            # An axis that starts elsewhere makes results of small differences.
-            fig.update_xaxes(rangemode="tozero", **at)
-    fig.update_layout(
-        template="plotly_white",
-        height=figure.height,
-        margin={"l": 70, "r": 20, "t": 40, "b": 60},
-        legend={
-            "x": 1.01,
-            "y": 1,
-            "xanchor": "left",
-            "yanchor": "top",
-            "font_size": 12,
-            # Plotly's gap between groups makes long legends scroll.
-            "tracegroupgap": 0,
-        },
-        font_family="system-ui, sans-serif",
-        hoverlabel_namelength=-1,
-    )
-    return fig
-
-
-def _traces(series: Series) -> Iterator[go.Scatter]:
-    label = _svg_text(series.label)
-    shared = {"legendgroup": label, "showlegend": False}
-    if series.band:
-        x, low, high = series.band
-        yield go.Scatter(
-            x=[*x, *x[::-1]],
-            y=[*low, *high[::-1]],
-            fill="toself",
-            mode="none",
-            fillcolor=f"rgba({','.join(map(str, hex_to_rgb(series.colour)))},0.15)",
-            hoverinfo="skip",
-            **shared,
-        )
-    symbol = MARKERS[series.style % len(MARKERS)][0]
-    yield go.Scatter(
-        x=list(series.x),
-        y=list(series.y),
-        mode=series.mode,
-        line={
-            "color": series.colour,
-            "dash": DASHES[series.style % len(DASHES)][0],
-            "shape": "hv" if series.steps else "linear",
-            "width": 2,
-        },
-        marker={
-            "symbol": symbol if series.filled else f"{symbol}-open",
-            "color": series.colour,
-            "size": 9,
-            "line_width": 2 if not series.filled else 0,
-        },
-        error_x=_error(series.x_error),
-        error_y=_error(series.y_error),
-        name=_svg_text(_short(series.label)),
-        text=[_svg_text(text) for text in series.hover] or label,
-        hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-        **{**shared, "showlegend": series.in_legend},
-    )
-
-
-def _error(values: Sequence[float | None]) -> dict[str, Any] | None:
-    if not any(values):
-        return None
-    return {"array": [value or 0 for value in values], "thickness": 1, "width": 3}
-
-
-def png(figure: Figure, path: Path) -> None:
-    image = Image(figsize=(11, figure.height / 100), dpi=120, layout="constrained")
-    image.suptitle(_no_math(figure.title), x=0.01, ha="left", fontsize=11, weight="bold")
-    grid = image.subplots(figure.n_rows, figure.n_columns, squeeze=False, sharey=True)
-    handles: dict[str, Any] = {}
-    for axes, panel in zip(grid.flat, figure.panels, strict=False):
-        for series in panel.series:
-            handle = _draw(axes, series)
-            if series.in_legend:
-                handles[series.label] = handle
-        axes.set_title(_no_math(panel.title), fontsize=10)
-        axes.set_xlabel(panel.x_title)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if panel.categories:
-            axes.set_yticks(
-                range(len(panel.categories)),
-                [_no_math(_short(name)) for name in panel.categories],
-            )
-            axes.set_ylim(len(panel.categories) - 0.4, -0.6)
-            axes.set_xlim(left=min(0, axes.get_xlim()[0]))
-    for axes in grid[:, 0]:
-        axes.set_ylabel(figure.panels[0].y_title)
-    for axes in list(grid.flat)[len(figure.panels) :]:
-        axes.set_visible(False)
-    if handles:
-        image.legend(
-            handles.values(),
-            [_no_math(_short(label)) for label in handles],
-            loc="outside right upper",
-            fontsize=8,
-            frameon=False,
-        )
-    image.savefig(path, format="png")
-
-
-def _draw(axes: Any, series: Series) -> Any:
-    marker = MARKERS[series.style % len(MARKERS)][1]
-    if series.band:
-        axes.fill_between(*series.band, color=series.colour, alpha=0.15, linewidth=0)
-    # The legend's handle and the line; the points follow with their errors.
-    handle = axes.plot(
-        _or_nan(series.x),
-        _or_nan(series.y),
-        color=series.colour,
-        linestyle=DASHES[series.style % len(DASHES)][1] if "lines" in series.mode else "none",
-        marker=marker if "markers" in series.mode else None,
-        markerfacecolor=series.colour if series.filled else "none",
-        drawstyle="steps-post" if series.steps else "default",
-        linewidth=1.6,
-        markersize=6,
-    )[0]
-    if "markers" in series.mode:
-        axes.errorbar(
-            _or_nan(series.x),
-            _or_nan(series.y),
-            xerr=_or_nan(series.x_error) if series.x_error else None,
-            yerr=_or_nan(series.y_error) if series.y_error else None,
-            fmt=marker,
-            color=series.colour,
-            markerfacecolor=series.colour if series.filled else "white",
-            markersize=6,
-            elinewidth=1,
-        )
-    return handle
-
-
-def _or_nan(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
-
-
-def _svg_text(text: str) -> str:
-    """plotly takes some tags for markup, and what stands between two dollars for a formula."""
-    return escape(text).replace("$", "&#36;")
-
-
-def _no_math(text: str) -> str:
-    """matplotlib takes what stands between two dollars for a formula."""
-    return text.replace("$", r"\$")

@@ -38,26 +38,27 @@ NO_PANEL = ("n_alive", "n_firing", "n_latents", "firing_rate", "age", *ACROSS_SE
 
 @dataclass(frozen=True)
 class Series:
-    """One line or set of points. ``style`` numbers dash and marker, ``band`` is (x, low, high)."""
+    """One line. ``style`` numbers dash and marker, ``band`` is (x, low, high)."""
 
     label: str
     colour: str
     x: Sequence[float | None]
     y: Sequence[float | None]
     style: int = 0
-    mode: str = "lines"
+    points: bool = False
     steps: bool = False
     filled: bool = True
-    in_legend: bool = True
     x_error: Sequence[float | None] = ()
     y_error: Sequence[float | None] = ()
     band: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None
-    hover: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; with ``categories`` y counts these from the top down and x starts at 0."""
+    """One pair of axes, with a legend or with ``categories``.
+
+    y counts the categories from the top down, and x then has a line at 0.
+    """
 
     series: Sequence[Series]
     x_title: str = ""
@@ -84,11 +85,11 @@ class Figure:
         return -(-len(self.panels) // MAX_COLUMNS)
 
     @property
-    def height(self) -> int:
-        """Height in pixels, with room for the names beside the axes or in the legend."""
+    def height(self) -> float:
+        """Height in inches, with room for the names beside the axes or in the legend."""
         if names := self.panels[0].categories:
-            return self.n_rows * (90 + 22 * max(len(names), 3))
-        return max(400, 130 + 24 * len(self.panels[0].series))
+            return self.n_rows * (0.9 + 0.22 * max(len(names), 3))
+        return max(4.0, 1.3 + 0.24 * len(self.panels[0].series))
 
 
 def figures_of(results: Results) -> list[Figure]:
@@ -182,16 +183,7 @@ def _pareto(results: Results) -> Iterator[Series]:
         groups.sort(key=lambda group: group["mean"]["l0"] or 0.0)
         x, x_error = zip(*(number(group, "l0") for group in groups), strict=True)
         y, y_error = zip(*(number(group, "explained_variance") for group in groups), strict=True)
-        yield _line(
-            groups[0],
-            results,
-            x,
-            y,
-            mode="lines+markers",
-            x_error=x_error,
-            y_error=y_error,
-            hover=[label(group, results, with_k=True) for group in groups],
-        )
+        yield _line(groups[0], results, x, y, points=True, x_error=x_error, y_error=y_error)
 
 
 def _dead(results: Results) -> Iterator[Series]:
@@ -222,10 +214,7 @@ def _density(results: Results) -> Iterator[Series]:
         counts = [
             mean(column) for column in zip(*(run["density"]["counts"] for run in runs), strict=True)
         ]
-        silent = mean(run["silent_latents"] for run in runs)
-        hover = [f"{label(group, results)}: {silent:.0f} silent"] * len(edges)
-        y = [*counts, counts[-1]]
-        yield _line(group, results, edges, y, steps=True, hover=hover)
+        yield _line(group, results, edges, [*counts, counts[-1]], steps=True)
 
 
 def _by_age(results: Results) -> Iterator[Series]:
@@ -239,8 +228,7 @@ def _by_age(results: Results) -> Iterator[Series]:
                 y.append(share)
                 spread.append(std or 0.0)
         if x:
-            band = _band(x, y, spread)
-            yield _line(group, results, x, y, mode="lines+markers", band=band)
+            yield _line(group, results, x, y, points=True, band=_band(x, y, spread))
 
 
 def _band(
@@ -289,13 +277,12 @@ def _of_cases(
     factor, unit = (100, ", %") if metric.percent else (1, "")
     series = [
         Series(
-            f"{name}, {which.replace('_', ' ')}" if which else name,
+            name,
             colour[group["case"]],
             [None if value is None else factor * value],
             [row],
-            mode="markers",
+            points=True,
             filled=which != "never_died",
-            in_legend=False,
             x_error=[None if spread is None else factor * spread],
         )
         for row, (name, group) in enumerate(zip(names, groups, strict=True))

@@ -4,18 +4,14 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from plotly.offline import get_plotlyjs
-
-from sae_lens_auxk.compare.report.drawing import plotly_figure
+from sae_lens_auxk.compare.report.drawing import svg
 from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
 from sae_lens_auxk.compare.report.tables import TEXT_COLUMNS, Table, main_table, peeking_table
 from sae_lens_auxk.compare.schema import Results
 
 # Forbids the browser to load anything, because the page holds all that it needs.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-)
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --faint: #595959; --paper: #fff;
@@ -24,7 +20,7 @@ STYLE = """
   :root { --ink: #e3e5e8; --faint: #a9afb6; --paper: #16191d;
           --panel: #20262e; --warning: #35281a; --line: #3a4048; }
   /* The darkest colours of cases are hard to see on black. */
-  .key, .scatterlayer, .legend .layers { filter: brightness(1.35); }
+  .key, .plot svg { filter: brightness(1.35); }
 }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 1400px; margin: 0 auto; padding: 14px 20px 60px; }
@@ -47,12 +43,8 @@ small { display: block; font-size: 10px; line-height: 1; color: var(--faint); }
 th, td { padding: 3px 7px; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--paper); vertical-align: bottom; padding: 3px 0; }
-.plot { overflow-x: auto; } .plot > div { min-width: 720px; }
-/* plotly writes its colours into the elements, and does not know the page's. */
-.main-svg { background: none !important; }
-.main-svg .bg { fill: none !important; }
-.main-svg text:not(.hoverlayer *) { fill: var(--ink) !important; }
-.gridlayer path, .zerolinelayer path { stroke: var(--line) !important; }
+.plot { overflow-x: auto; }
+.plot svg { width: 100%; height: auto; min-width: 720px; fill: var(--ink); }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 th:first-child { z-index: 1; }
 th.text, td.text { text-align: left; }
@@ -103,15 +95,9 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
     if main.rows:
         sections.append(f"<h2>All numbers</h2>{_table(main)}")
     for figure in drawn:
-        plot = plotly_figure(figure).to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=figure.name,
-            config={"responsive": True, "displayModeBar": False},
-        )
         sections.append(
             f"<h2>{escape(figure.title)}</h2><p class=note>{escape(figure.caption)}</p>"
-            f'<div class="plot" tabindex="0">{plot}</div>'
+            f'<div class="plot" tabindex="0">{svg(figure)}</div>'
         )
         if figure.name == "peeking":
             sections.append(_table(peeking))
@@ -119,8 +105,7 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}</style>
-<script>{get_plotlyjs()}</script></head><body><main>
+<title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>
 <h1>{name}</h1>
 <p class="note">{escape(results["data"].get("description", ""))}</p>
 <dl>{lines}</dl>
