@@ -58,6 +58,11 @@ tbody tr:hover, tbody tr:hover td { background: var(--panel); }
 .key { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
 pre { font-size: 12px; background: var(--panel); padding: 8px; overflow-x: auto; }
 details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+@page { size: landscape; }
+@media print {
+  .wide { overflow: visible; max-height: none; zoom: 0.7; } .plot svg { min-width: 0; }
+  h2, .note { break-after: avoid; } tr, .plot { break-inside: avoid; }
+}
 """
 
 # Sorts by data-value. Empty cells stay at the end in both directions.
