@@ -193,7 +193,6 @@ def test_an_sae_with_a_link_out_of_its_folder(client: Hub, tmp_path: Path) -> No
 
 
 def test_a_real_report_may_go(tmp_path: Path) -> None:
-    """It holds plotly.js, in which words stand that a secret's name has."""
     write_report(fake_results(), tmp_path)
     assert publishable_file(tmp_path / "report.html", tmp_path) == tmp_path / "report.html"
     page = (tmp_path / "report.html").read_text()
