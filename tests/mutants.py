@@ -654,6 +654,7 @@ MUTANTS = [
         "dist.all_reduce(total, group=ctx.group)",
         "pass",
     ),
+    Mutant("sharded", "unchosen_latents_fire", "h.where(h != -torch.inf, 0)", "h"),
     Mutant("sharded", "clipped_by_own_norm", "sum_over(square, sae.shard.group)", "square"),
     Mutant(
         "sharded",
