@@ -86,11 +86,6 @@ class AuxKBatchTopKTrainingSAEConfig(AuxConfig, BatchTopKTrainingSAEConfig):  # 
 class AuxKBatchTopKTrainingSAE(SparseBatchTopK, BatchTopKTrainingSAE):  # type: ignore[misc]
     """BatchTopK (Bussmann et al. 2024); saved for inference as SAELens's ``jumprelu``."""
 
-    @override
-    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """(): ``topk_threshold``, the moving average that inference will use."""
-        return self.topk_threshold
-
 
 @dataclass
 class AuxKMatryoshkaBatchTopKTrainingSAEConfig(AuxConfig, MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]

@@ -46,7 +46,7 @@ class AuxConfig:
         aux_variant (str): The auxiliary loss: the name of a file in sae_lens_auxk/losses
             ("auxk", "pursuit", "none", ...), which gives its formula, or a name given to
             register_aux_loss.
-        aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha. None: the
+        aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha, at most 1e10. None: the
             variant's default, which is its source's value or was chosen by measurement. SAELens's
             own TopK loss, which this replaces, uses 1. SAELens's trainer takes it when it is made.
         k_aux (int | None): How many dead latents auxk, straight_through and pursuit use in each
@@ -223,7 +223,7 @@ def _validate(cfg: Any) -> None:
         allowed = "float32, bfloat16 or float64, as float16 overflows (bfloat16 autocast may be on)"
         raise reject("dtype", cfg.dtype, allowed)
     if cfg.aux_loss_coefficient is not None:
-        # A loss or gradient times a larger one may be infinite, and then the weights are NaN.
+        # Times a larger one a loss or gradient can overflow, and then the weights become NaN.
         allowed, given = "None or a number from 0 to 1e10", cfg.aux_loss_coefficient
         require_number("aux_loss_coefficient", given, allowed, lambda alpha: 0 <= alpha <= 1e10)
     require_int("k_aux", cfg.k_aux, minimum=1, optional=True)

@@ -1,6 +1,6 @@
 """What SAELens's evaluators are given: the same data for each SAE, and losses in float32.
 
-Its own sources would move on to new data for each SAE.
+SAELens's own sources would move on to new data for each SAE.
 """
 
 import itertools

@@ -88,7 +88,8 @@ def register_aux_loss(name: str, function: AuxLossFn | None = None, **properties
     Example:
         >>> @register_aux_loss("firing_margin", default_coefficient=1e-3)
         ... def firing_margin(inputs, cfg):
-        ...     missing = inputs.dead_threshold() - inputs.dead_hidden_pre()
+        ...     h = inputs.dead_hidden_pre()
+        ...     missing = inputs.dead_threshold() - inputs.nearness(h)
         ...     return missing.relu().square().sum(dim=-1).mean()
     """
     if function is None:

@@ -19,7 +19,7 @@ def patch_saelens(ours: type[Any], fit_to_run: Callable[[Any], None]) -> None:
 
     Args:
         ours: the class of this package's configs.
-        fit_to_run: is called with a new trainer of an SAE with such a config.
+        fit_to_run: called with each new trainer whose SAE has such a config.
     """
 
     def new_trainer(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

@@ -107,7 +107,7 @@ class StepInput(TrainStepInput):
 
     Attributes:
         is_token: (B,) bool, the rows that count as tokens. The others replace rows that would have
-            ruined the step; they are usable, but repeat another row.
+            ruined the step: they repeat another row, or are all ones where no row is usable.
         n_tokens: () int64, how many rows count.
         leading: the shape of the rows as they came; ``sae_in`` has one dimension instead.
         step: the training step, counted from 0, the same in a resumed run.

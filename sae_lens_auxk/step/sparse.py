@@ -344,7 +344,7 @@ class SparseTopK(_Base):
 
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """(B, 1): the nearness of each row's last active latent, 0 where nothing fired."""
+        """(B, 1): the nearness of each row's least active latent, 0 where nothing fired."""
         return smallest_active(feature_acts, self.n_selected)
 
 
@@ -376,6 +376,11 @@ class SparseBatchTopK(SparseTopK):
     @override
     def _after_sparse_step(self, output: TrainStepOutput) -> None:
         self.update_topk_threshold(output.feature_acts)
+
+    @override
+    def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """(): ``topk_threshold``, the moving average that inference will use."""
+        return self.topk_threshold
 
     @override
     @torch.no_grad()

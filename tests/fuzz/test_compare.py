@@ -72,6 +72,7 @@ def test_a_killed_comparison_is_finished_by_the_same_command(tmp_path: Path) -> 
         victim.join()
         if victim.exitcode == 0:  # it was faster
             continue
+        assert victim.exitcode == -9
         counts["killed"] += 1
         counts["with a pass done"] += any(folder.glob("out/runs/*[0-9]/pass.json"))
         both = [start(folder), start(folder)]
@@ -84,3 +85,4 @@ def test_a_killed_comparison_is_finished_by_the_same_command(tmp_path: Path) -> 
             break
     print("\n" + ", ".join(f"{n} {what}" for what, n in counts.items()))
     assert counts["equal"] == counts["killed"]
+    assert counts["with a pass done"]

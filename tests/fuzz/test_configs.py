@@ -282,6 +282,7 @@ def attack() -> None:
         print(f"| {whose} |", " | ".join(str(counted[name]) for name in OUTCOMES), "|")
     for (whose, result, _), (given, error) in bad.items():
         print(f"{whose}, {result}: {str(given)[:300]} {error}", file=sys.stderr)
+    assert all(counts["package"][outcome] > 0 for outcome in ("works", "refused by name"))
     sys.exit(int(any(whose != "SAELens" for whose, *_ in bad)))
 
 

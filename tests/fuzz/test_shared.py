@@ -1,6 +1,6 @@
 """Kill processes of a torchrun training run at random times.
 
-Starting the processes takes most of half a minute, so that this runs where FUZZ is set only.
+Starting the processes takes half a minute, so this runs only where FUZZ is set.
 
 A small training in 2 or 3 processes, with checkpoints, by ``sae-lens-auxk train`` under torchrun.
 One process, of a random rank, gets SIGKILL at a random time. The others must end by themselves,

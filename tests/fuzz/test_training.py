@@ -168,6 +168,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
             print(f"not equal: {architecture} {fields}: {differing}", file=sys.stderr)
     print("\n" + ", ".join(f"{n} {name}" for name, n in counts.items()), f"({len(used)} pairs)")
     assert counts["equal"] == counts["trainings"]
+    assert counts["resumed"]
 
 
 def differences(a: tuple[Any, Any], b: tuple[Any, Any]) -> list[str]:
