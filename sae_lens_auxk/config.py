@@ -46,9 +46,10 @@ class AuxConfig:
         aux_variant (str): The auxiliary loss: the name of a file in sae_lens_auxk/losses
             ("auxk", "pursuit", "none", ...), which gives its formula, or a name given to
             register_aux_loss.
-        aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha, at most 1e10. None: the
-            variant's default, which is its source's value or was chosen by measurement. SAELens's
-            own TopK loss, which this replaces, uses 1. SAELens's trainer takes it when it is made.
+        aux_loss_coefficient (float | None): The factor of the auxiliary loss, alpha, at most 1e10.
+            None: the variant's default, which is its source's value or was chosen by measurement.
+            SAELens's own TopK loss, which this replaces, uses 1. SAELens's trainer takes it when it
+            is made.
         k_aux (int | None): How many dead latents auxk, straight_through and pursuit use in each
             row; they take those with the largest pre-activations. None (on the command line, the
             flag without a value): the power of two nearest to d_in / 2 (Gao et al. 2024, appendix
