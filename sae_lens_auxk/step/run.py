@@ -9,9 +9,11 @@ import warnings
 from math import ceil
 from typing import Any
 
+import torch
 from sae_lens import SAETrainer
 
 from sae_lens_auxk.saelens.names import SAETrainerConfig
+from sae_lens_auxk.step.adam import fuse
 from sae_lens_auxk.step.resampling import resample_with
 from sae_lens_auxk.step.training import AUX_LOSS_KEY
 
@@ -36,6 +38,8 @@ def fit_to_run(trainer: SAETrainer[Any, Any]) -> None:
         cfg = sae.cfg.fitted_to_run(**numbers)
         resample_with(sae, trainer.optimizer)
     sae.cfg = cfg
+    if torch.device(run.device).type == "cuda":
+        fuse(trainer.optimizer)
     _resume_warm_up(trainer)
 
 
