@@ -39,7 +39,7 @@ from typing_extensions import override
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.losses.record import AuxLossInputs
 from sae_lens_auxk.saelens.names import SAE_TRAINING_CLASS_REGISTRY, AbsTopK, TrainStepOutput
-from sae_lens_auxk.step.inputs import StepInput
+from sae_lens_auxk.step.inputs import UsableInput
 from sae_lens_auxk.step.sparse import (
     SparseBatchTopK,
     SparseMatryoshka,
@@ -196,7 +196,7 @@ class AuxKJumpReLUTrainingSAE(AuxTraining, JumpReLUTrainingSAE):
         return {"b_enc": 0.0, "threshold": self.cfg.jumprelu_init_threshold}
 
     @override
-    def _dense_step(self, batch: StepInput) -> TrainStepOutput:
+    def _dense_step(self, batch: UsableInput) -> TrainStepOutput:
         before = None if batch.counts else self.threshold.detach().clone()
         output = super()._dense_step(batch)
         if before is not None:  # SAELens's step raises negative thresholds to 0

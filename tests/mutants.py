@@ -152,6 +152,12 @@ COMPARE_REPORT = ("tests/compare/test_report.py",)
 EVALUATION = ("tests/step/test_evaluation.py",)
 OWN_METHODS = ("tests/step/test_own_methods.py",)
 B_DEC = ("tests/step/test_bias.py",)
+FUNCTION_OF_TENSORS = (
+    "tests/step/test_function_of_tensors.py",
+    "-k",
+    "matryoshka and auxk-fields0",
+)
+ADAM = ("tests/step/test_adam.py",)
 OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
 SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
 OLD_CHECKPOINTS = ("tests/saelens/test_old_checkpoints.py",)
@@ -283,12 +289,46 @@ MUTANTS = [
         "fired, batch.n_tokens)",
         "fired, len(batch.sae_in))",
     ),
-    Mutant("step", "loss_of_no_usable_row", "output.loss * (batch.n_tokens > 0)", "output.loss"),
+    Mutant("step", "loss_of_no_usable_row", "output.loss * some", "output.loss"),
     Mutant(
         "step",
         "aux_loss_without_coefficient",
-        "loss + coefficient * value",
+        "loss + batch.coefficient * value",
         "loss + value",
+    ),
+    Mutant(
+        "step",
+        "coefficient_read_from_the_device",
+        "loss + batch.coefficient * value",
+        "loss + float(batch.coefficient) * value",
+        FUNCTION_OF_TENSORS,
+    ),
+    Mutant(
+        "step",
+        "threshold_rebound",
+        "setattr(self, name, buffer.copy_(moved))",
+        "setattr(self, name, moved)",
+        FUNCTION_OF_TENSORS,
+    ),
+    Mutant(
+        "step",
+        "dead_soon_of_one_step",
+        "threshold - STEPS_AHEAD * n_tokens",
+        "threshold - n_tokens",
+    ),
+    Mutant(
+        "step",
+        "fused_in_the_checkpoint",
+        'group["fused"] = None',
+        'group["fused"] = True',
+        ADAM,
+    ),
+    Mutant(
+        "step",
+        "adams_steps_on_the_device_only",
+        'state["step"] = state["step"].to(parameter.device)',
+        'state["step"] = state["step"] + 1',
+        ADAM,
     ),
     Mutant(
         "step",
@@ -309,8 +349,8 @@ MUTANTS = [
     Mutant(
         "step",
         "matryoshka_level_off_by_one",
-        "selected.latents, right=True)",
-        "selected.latents, right=False)",
+        "(latents >= width).long()",
+        "(latents > width).long()",
     ),
     Mutant(
         "step",
@@ -396,8 +436,8 @@ MUTANTS = [
     Mutant(
         "step",
         "evaluation_moves_threshold",
-        "(batch.n_tokens > 0) & batch.counts",
-        "(batch.n_tokens > 0)",
+        "some & batch.counts",
+        "some",
         EVALUATION,
     ),
     Mutant(
@@ -487,8 +527,8 @@ MUTANTS = [
     Mutant(
         "step",
         "b_dec_in_a_run_that_goes_on",
-        '!= "zeros" and batch.n_training_steps == 0',
-        '!= "zeros"',
+        "if batch.n_training_steps == 0:\n            usable",
+        "if True:\n            usable",
         B_DEC,
     ),
     Mutant(

@@ -9,7 +9,12 @@ from sae_lens_auxk.losses.registry import register_aux_loss
 
 
 @register_aux_loss(
-    "auxk", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True, shardable=True
+    "auxk",
+    default_coefficient=1 / 32,
+    uses_k_aux=True,
+    sync_free=True,
+    capturable=True,
+    shardable=True,
 )
 def auxk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || sum_{i in T_b} h_bi W_i + bias - r_b ||^2``.

@@ -8,7 +8,9 @@ from sae_lens_auxk.losses.record import AuxLossInputs
 from sae_lens_auxk.losses.registry import register_aux_loss
 
 
-@register_aux_loss("ghost_gradients", default_coefficient=1.0, sync_free=True, shardable=True)
+@register_aux_loss(
+    "ghost_gradients", default_coefficient=1.0, sync_free=True, capturable=True, shardable=True
+)
 def ghost_gradients(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """The MSE between ``r`` and the ghost output, scaled so that its value is the main MSE.
 

@@ -9,7 +9,12 @@ from sae_lens_auxk.losses.registry import register_aux_loss
 
 
 @register_aux_loss(
-    "multi_topk", default_coefficient=1 / 8, uses_dead_latents=False, topk_only=True, shardable=True
+    "multi_topk",
+    default_coefficient=1 / 8,
+    uses_dead_latents=False,
+    topk_only=True,
+    capturable=True,
+    shardable=True,
 )
 def multi_topk(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``mean_b || x - decode(relu(top 4k of h)) ||^2``.

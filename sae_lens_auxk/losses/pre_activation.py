@@ -8,7 +8,9 @@ from sae_lens_auxk.losses.record import AuxLossInputs
 from sae_lens_auxk.losses.registry import register_aux_loss
 
 
-@register_aux_loss("pre_activation", default_coefficient=3e-6, sync_free=True, shardable=True)
+@register_aux_loss(
+    "pre_activation", default_coefficient=3e-6, sync_free=True, capturable=True, shardable=True
+)
 def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
     """``mean_b sum_{i in D} relu(threshold - h_bi)``.
 

@@ -9,7 +9,12 @@ from sae_lens_auxk.losses.registry import register_aux_loss
 
 
 @register_aux_loss(
-    "pursuit", default_coefficient=1 / 2, uses_k_aux=True, sync_free=True, shardable=True
+    "pursuit",
+    default_coefficient=1 / 2,
+    uses_k_aux=True,
+    sync_free=True,
+    capturable=True,
+    shardable=True,
 )
 def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """One more step of matching pursuit, and a push down where firing would be wrong. Value 0.

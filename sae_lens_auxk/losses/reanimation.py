@@ -13,6 +13,7 @@ from sae_lens_auxk.losses.registry import register_aux_loss
     default_coefficient=1e-3,
     default_dead_criterion="batch",
     sync_free=True,
+    capturable=True,
     shardable=True,
 )
 def reanimation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001

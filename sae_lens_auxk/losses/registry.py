@@ -42,6 +42,8 @@ class AuxLoss:
         sync_free: whether it avoids ``dead_latents`` and everything computed from them, so that no
             step waits for the device. Such a loss is also called when no latent is dead, and must
             not fail then; its value is not used.
+        capturable: whether a step with the loss may be captured as a CUDA graph: it never waits for
+            the device, and does nothing that only Python sees.
         shardable: whether the loss sums over latents by :meth:`AuxLossInputs.total` only, and
             compares them by :meth:`AuxLossInputs.largest_of` and the methods of the record, so that
             it is the same where latents are shared among processes. Otherwise it is refused there.
@@ -54,6 +56,7 @@ class AuxLoss:
     uses_k_aux: bool = False
     topk_only: bool = False
     sync_free: bool = False
+    capturable: bool = False
     shardable: bool = False
 
 

@@ -9,7 +9,12 @@ from sae_lens_auxk.losses.registry import register_aux_loss
 
 
 @register_aux_loss(
-    "straight_through", default_coefficient=1 / 32, uses_k_aux=True, sync_free=True, shardable=True
+    "straight_through",
+    default_coefficient=1 / 32,
+    uses_k_aux=True,
+    sync_free=True,
+    capturable=True,
+    shardable=True,
 )
 def straight_through(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """``-mean_b sum_{i in T_b} stopgrad(2 r_b . W_i) h_bi``, less its own value: exactly 0.

@@ -286,8 +286,9 @@ class _Activations(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(pre)
         ctx.selected, ctx.decoder = selected, decoder
-        acts = SelectedActivations.of(selected.rows, selected.latents, h, shape)
-        return acts.to_dense() if dense else acts
+        if dense:  # torch's to_dense() of a sparse tensor may wait for the device
+            return h.new_zeros(shape).index_put_((selected.rows, selected.latents), h)
+        return SelectedActivations.of(selected.rows, selected.latents, h, shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:

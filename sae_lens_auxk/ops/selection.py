@@ -29,6 +29,9 @@ MIN_PAIRS_FOR_KERNEL = 64
 # (False) and on an H200 (docs/performance.md).
 COLUMNS_WORTH_A_PAIR = {False: 6, True: 64}
 
+# Where allocating another W takes longer than all else of add_outer.
+SLOW_TO_ALLOCATE = ("cpu",)
+
 # ``torch.topk`` reads a row several times, so top_k has two levels. The k largest entries of a row
 # lie in the k groups with the largest maxima: where an entry is in none of them, there are k group
 # maxima, each an entry of its own, that are not smaller. So one pass finds the group maxima, and
@@ -290,9 +293,8 @@ class Pairs:
         if (k := KERNELS[x.device.type]) and like.dtype == torch.float32:
             return k.outer_sums(values, rows, latents, starts, x, into)
         bags, used = starts[:-1], None
-        if into is not None and x.device.type == "cpu":
-            # On a CPU allocating another W takes longer than all else here. (With CUDA this would
-            # wait for the device, to learn the number of latents.)
+        if into is not None and x.device.type in SLOW_TO_ALLOCATE:
+            # Only the latents that have any. (With CUDA this would wait for their number.)
             used = (bags < starts[1:]).nonzero().squeeze(1)
             bags = bags[used]
         sums = torch.nn.functional.embedding_bag(

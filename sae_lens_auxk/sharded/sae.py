@@ -29,7 +29,7 @@ from sae_lens_auxk.sharded.latents import (
     ShardedInputs,
 )
 from sae_lens_auxk.sharded.trainer import ShardedTrainer
-from sae_lens_auxk.step.inputs import StepInput
+from sae_lens_auxk.step.inputs import UsableInput
 from sae_lens_auxk.step.resampling import NewLatents
 from sae_lens_auxk.step.sparse import SparseForward, SparseTopK, with_sparse_step
 
@@ -134,7 +134,7 @@ class Sharded(_Base):
             torch.nn.init.kaiming_uniform_(torch.empty(rows, self.cfg.d_in, dtype=self.dtype))
 
     @override
-    def _sparse_forward(self, batch: StepInput) -> SparseForward:
+    def _sparse_forward(self, batch: UsableInput) -> SparseForward:
         forward = super()._sparse_forward(batch)
         if forward is None:
             raise RuntimeError(

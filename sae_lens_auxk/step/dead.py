@@ -5,7 +5,18 @@ trained on since each latent last fired. Counting tokens instead of steps makes 
 the same at every batch size (Gao et al. 2024 count 10 million tokens).
 """
 
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
 import torch
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from sae_lens import TrainingSAE
+
+    _Base = TrainingSAE[Any]
+else:
+    _Base = object
 
 
 def fired_in_batch(feature_acts: torch.Tensor) -> torch.Tensor:
@@ -30,40 +41,108 @@ def count_tokens(
     tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
 
 
+STEPS_AHEAD = 2
+"""A step may be a single launch (see :mod:`~sae_lens_auxk.step.captured`). What the step before has
+counted would reach the host at its end only, so that the device would be idle until the next one is
+launched."""
+
+BOUNDS = 8
+"""So many bounds, evenly spaced, are told apart: each is a shape, for which a step is captured."""
+
+
+def soon_dead(tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> torch.Tensor:
+    """() int64: after a batch of ``n_tokens``, how many latents may be dead two steps later."""
+    return (tokens_since_fired >= threshold - STEPS_AHEAD * n_tokens).sum()
+
+
 class DeadCountAhead:
-    """An upper bound on the number of dead latents at the next step, without a device wait.
+    """An upper bound on the number of dead latents at a step, without a device wait.
 
     The exact number is on the device, and reading it waits for the device. But a latent that is
-    dead after the next batch, if that is no larger, is at most this batch's tokens short of the
-    threshold now. The number of such latents has reached the host by the next step.
+    dead after the next two batches, if they are no larger than the last one, is at most so many
+    tokens short of the threshold now. The number of such latents has reached the host by then.
     """
 
     def __init__(self) -> None:
-        self._noted: tuple[torch.Tensor, torch.cuda.Event | None, int, int] | None = None
+        self._noted: deque[tuple[torch.Tensor, torch.cuda.Event | None, int, int]]
+        self._noted = deque(maxlen=STEPS_AHEAD)
 
-    @torch.no_grad()
-    def note(self, tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> None:
-        """After a step with ``n_tokens``, count the latents that may be dead after the next one."""
-        count = (tokens_since_fired >= threshold - n_tokens).sum()
-        arrived = torch.cuda.Event() if count.is_cuda else None
+    def note(self, soon_dead: torch.Tensor, threshold: int, n_tokens: int) -> None:
+        """After a step with ``n_tokens``, note its :func:`soon_dead`."""
+        arrived = torch.cuda.Event() if soon_dead.is_cuda else None
         # torch copies to pinned memory with non_blocking, so nothing waits here.
-        count = count.to("cpu", non_blocking=True)
+        count = soon_dead.to("cpu", non_blocking=True)
         if arrived is not None:
-            arrived.record(torch.cuda.current_stream(tokens_since_fired.device))
-        self._noted = count, arrived, threshold, n_tokens
+            arrived.record(torch.cuda.current_stream(soon_dead.device))
+        self._noted.append((count, arrived, threshold, n_tokens))
 
-    def bound(self, threshold: int, n_tokens: int) -> int | None:
-        """The bound for a step with ``n_tokens``; None if it is not known."""
-        if self._noted is None or threshold != self._noted[2] or n_tokens > self._noted[3]:
+    def bound(self, threshold: int, n_tokens: int, d_sae: int) -> int | None:
+        """The bound for a step with ``n_tokens``, a multiple of an eighth of ``d_sae``.
+
+        None if it is not known.
+        """
+        if len(self._noted) < STEPS_AHEAD:
             return None
-        count, arrived, *_ = self._noted
+        count, arrived, noted, largest = self._noted[0]
+        if threshold != noted or max(n_tokens, self._noted[-1][-1]) > largest:
+            return None
         if arrived is not None:
             arrived.synchronize()
-        return int(count)
+        return -(-int(count) * BOUNDS // d_sae) * d_sae // BOUNDS
 
     def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:
-        # A copied SAE, or one sent to another process, starts without the pending count.
+        # A copied SAE, or one sent to another process, starts without the pending counts.
         return DeadCountAhead, ()
+
+
+class Counts(_Base):
+    """The counts of a training SAE: in its checkpoints, not in the saved inference model.
+
+    Buffers, both int64:
+
+    - ``tokens_since_fired`` (d_sae,): tokens since each latent fired.
+    - ``training_steps`` (): training steps taken. After a resume SAELens's own counter is one
+      behind, and decay, resampling and the row sample need the true one.
+    """
+
+    tokens_since_fired: torch.Tensor
+    training_steps: torch.Tensor
+
+    _loaded: bool = False
+    """Whether the counts are from a checkpoint, and no step was taken since."""
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        for name, shape in (("tokens_since_fired", (cfg.d_sae,)), ("training_steps", ())):
+            count = torch.zeros(shape, dtype=torch.int64, device=self.W_dec.device)
+            self.register_buffer(name, count)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        for name in _COUNTS:
+            state_dict[name] = count_to_bytes(state_dict[name])
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        for name in _COUNTS:
+            del state_dict[name]
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        self._loaded = True
+        for name in _COUNTS:
+            if name in state_dict:
+                state_dict[name] = count_from_bytes(state_dict[name])
+            else:  # a checkpoint of SAELens's own architecture, to train further
+                fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
+                state_dict[name] = fresh
+                self._loaded = False
+
+
+_COUNTS = ("tokens_since_fired", "training_steps")
 
 
 def count_to_bytes(count: torch.Tensor) -> torch.Tensor:

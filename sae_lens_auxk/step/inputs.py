@@ -66,24 +66,13 @@ class BadRowWatch:
         self._n_rows: torch.Tensor | int = 0
         self._next_report = 0
 
-    def count(self, batch: "StepInput", normalize_activations: str) -> None:
-        """Count a step's bad rows; warn, at most once in 100 steps.
-
-        Raises:
-            ValueError: it is the first step of a run, and no row of its batch is usable.
-        """
-        step = batch.n_training_steps
-        self._n_rows = self._n_rows + batch.n_replaced
-        if step == 0 and not batch.n_tokens:
-            raise ValueError(
-                "no row of the first training batch is finite and has a reasonable norm: the "
-                "activations hold NaN or infinity, or the statistics that SAELens estimated for "
-                f"normalize_activations={normalize_activations!r} do"
-            )
+    def count(self, n_replaced: torch.Tensor, step: int) -> None:
+        """Count a step's bad rows; warn, at most once in 100 steps."""
+        self._n_rows = self._n_rows + n_replaced
         # Reading a tensor waits for the device, so on CUDA it is read only now and then.
         if step >= self._next_report or step == 0:
             reported = self.report()
-            if reported or batch.n_tokens.is_cuda:
+            if reported or n_replaced.is_cuda:
                 self._next_report = step + STEPS_BETWEEN_REPORTS
 
     def report(self) -> bool:
@@ -101,31 +90,38 @@ class BadRowWatch:
 
 @dataclass(kw_only=True)
 class StepInput(TrainStepInput):
-    """A step's input as the rest of the step sees it: flat, and without rows that would ruin it.
+    """A step's input, flat, with all that the host decides of the step.
 
     SAELens passes a step's input on to ``calculate_aux_loss``, so it carries the data of one step.
 
     Attributes:
-        is_token: (B,) bool, the rows that count as tokens. The others replace rows that would have
-            ruined the step: they repeat another row, or are all ones where no row is usable.
-        n_tokens: () int64, how many rows count.
+        mode: the SAE's ``normalize_activations``.
+        dtype: of the SAE's losses, float32 or float64.
         leading: the shape of the rows as they came; ``sae_in`` has one dimension instead.
         step: the training step, counted from 0, the same in a resumed run.
         counts: whether the step belongs to the training: a step in eval mode changes nothing.
+        coefficient: of the auxiliary loss at this step; () a tensor where the step is captured.
+        dead_bound: an upper bound on the number of dead latents; 0 if there is no auxiliary loss,
+            None if their number has to be read.
+        aux_rows: (m,) the rows that the auxiliary loss sees, or None for all.
         metrics: the auxiliary loss's metrics, for the output of SAELens's own step.
     """
 
-    is_token: torch.Tensor
-    n_tokens: torch.Tensor
+    mode: str
+    dtype: torch.dtype
     leading: torch.Size
     step: int
     counts: bool
+    coefficient: float | torch.Tensor = 0.0
+    dead_bound: int | None = None
+    aux_rows: torch.Tensor | None = None
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    @property
-    def n_replaced(self) -> torch.Tensor:
-        """() int64, how many rows do not count."""
-        return len(self.is_token) - self.n_tokens
+    def with_usable_rows(self) -> "UsableInput":
+        """The same with another row in place of each that would ruin the step."""
+        usable = usable_rows(self.sae_in, self.mode, self.dtype)
+        fields: dict[str, Any] = {**vars(self), "sae_in": replace_rows(self.sae_in, usable)}
+        return UsableInput(**fields, is_token=usable, n_tokens=usable.sum())
 
     @staticmethod
     def of(
@@ -155,16 +151,29 @@ class StepInput(TrainStepInput):
         # SAELens's Matryoshka and JumpReLU take 2-D input only, hence the flattening.
         n_leading = sae_in.ndim - n_row_dims
         flat = sae_in.reshape(-1, *sae_in.shape[n_leading:])
-        usable = usable_rows(flat, normalize_activations, dtype)
-        finite: dict[str, Any] = {**vars(given), "sae_in": replace_rows(flat, usable)}
+        fields: dict[str, Any] = {**vars(given), "sae_in": flat}
         return StepInput(
-            **finite,
-            is_token=usable,
-            n_tokens=usable.sum(),
+            **fields,
+            mode=normalize_activations,
+            dtype=dtype,
             leading=sae_in.shape[:n_leading],
             step=step,
             counts=counts,
         )
+
+
+@dataclass(kw_only=True)
+class UsableInput(StepInput):
+    """A step's input as the rest of the step sees it: without rows that would ruin it.
+
+    Attributes:
+        is_token: (B,) bool, the rows that count as tokens. The others replace rows that would have
+            ruined the step: they repeat another row, or are all ones where no row is usable.
+        n_tokens: () int64, how many rows count.
+    """
+
+    is_token: torch.Tensor
+    n_tokens: torch.Tensor
 
 
 class Targets(NamedTuple):

@@ -39,7 +39,7 @@ import torch
 from sae_lens_auxk.saelens.names import TrainStepOutput
 from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.dead import fired_in_batch
-from sae_lens_auxk.step.inputs import StepInput, precise, targets_of
+from sae_lens_auxk.step.inputs import StepInput, targets_of
 
 if TYPE_CHECKING:
     from sae_lens import TrainingSAE
@@ -102,10 +102,10 @@ class Resampling(_Base):
             dead = dead & ~fired_in_batch(output.feature_acts)
         else:  # "batch", too: of the latents that are silent in one batch most are alive
             dead = self.tokens_since_fired >= self.cfg.resolved_dead_threshold_tokens
-        mode, dtype = self.cfg.normalize_activations, precise(self.dtype)
-        residual = targets_of(batch.sae_in, output.sae_out, mode, dtype).residual
+        rows = batch.with_usable_rows()
+        residual = targets_of(rows.sae_in, output.sae_out, batch.mode, batch.dtype).residual
         # Other rows repeat one of these, and latents drawn from equal rows would stay equal.
-        losses = residual.square().sum(dim=-1).where(batch.is_token, 0)
+        losses = residual.square().sum(dim=-1).where(rows.is_token, 0)
         lengths = self.mean_lengths(~dead)
         self.drawn = resampled(residual, losses, dead, lengths, self.resampled_length, batch.step)
 

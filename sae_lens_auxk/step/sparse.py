@@ -39,7 +39,7 @@ from sae_lens_auxk.saelens.names import (
     act_times_W_dec,
 )
 from sae_lens_auxk.step import never_compiled
-from sae_lens_auxk.step.inputs import SparseForward, StepInput
+from sae_lens_auxk.step.inputs import SparseForward, UsableInput
 from sae_lens_auxk.step.training import AuxTraining
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ class SparseTopK(_Base):
         )
 
     @never_compiled
-    def _sparse_forward(self, batch: StepInput) -> SparseForward | None:
+    def _sparse_forward(self, batch: UsableInput) -> SparseForward | None:
         """Encode, select, fire, decode."""
         if not self._can_be_sparse(batch.sae_in):
             return None
@@ -385,14 +385,13 @@ class SparseBatchTopK(SparseTopK):
     @override
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
-        if not acts_topk.is_sparse:
-            super().update_topk_threshold(acts_topk)
-            return
-        values = acts_topk._values().to(self.topk_threshold.dtype)
+        # SAELens's asks the host whether anything fired, and rebinds the buffer.
+        values = acts_topk._values() if acts_topk.is_sparse else acts_topk
+        values = values.to(self.topk_threshold.dtype)
         smallest = torch.where(values > 0, values, torch.inf).min()
         lr = self.cfg.topk_threshold_lr
         moved = (1 - lr) * self.topk_threshold + lr * smallest
-        self.topk_threshold = torch.where(smallest.isinf(), self.topk_threshold, moved)
+        self.topk_threshold.copy_(torch.where(smallest.isinf(), self.topk_threshold, moved))
 
 
 class SparseMatryoshka(SparseBatchTopK):
@@ -404,12 +403,12 @@ class SparseMatryoshka(SparseBatchTopK):
     @override
     def _select(self, hidden_pre: torch.Tensor) -> tuple[torch.Tensor, Pairs]:
         h, selected = super()._select(hidden_pre)
-        # Made on the host first: torch.tensor(..., device=) waits for the device.
-        widths = torch.tensor(self.cfg.matryoshka_widths)
-        widths = widths.to(hidden_pre.device, non_blocking=True)
-        n_levels = len(self.cfg.matryoshka_widths)
-        # Pairs ascend within a row, so the levels do.
-        levels = torch.searchsorted(widths - self.first_latent, selected.latents, right=True)
+        *inner, _ = widths = self.cfg.matryoshka_widths
+        n_levels = len(widths)
+        # Pairs ascend within a row, so the levels do. A tensor of the widths would wait for the
+        # device at each step, and be lost where SAELens loads an SAE without initialising it.
+        latents = selected.latents + self.first_latent
+        levels = sum(((latents >= width).long() for width in inner), torch.zeros_like(latents))
         bags = selected.rows * n_levels + levels
         n_bags = hidden_pre.shape[0] * n_levels
         pairs = Pairs.from_bags(selected.rows, selected.latents, bags, n_bags, selected.d_sae)

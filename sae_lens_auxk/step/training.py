@@ -25,14 +25,16 @@ from sae_lens_auxk.ops.encoder import unflatten
 from sae_lens_auxk.saelens.names import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.bias import initial_b_dec
-from sae_lens_auxk.step.dead import (
-    DeadCountAhead,
-    count_from_bytes,
-    count_to_bytes,
-    count_tokens,
-    fired_in_batch,
+from sae_lens_auxk.step.captured import CapturedStep
+from sae_lens_auxk.step.dead import Counts, DeadCountAhead, count_tokens, fired_in_batch, soon_dead
+from sae_lens_auxk.step.inputs import (
+    BadRowWatch,
+    SparseForward,
+    StepInput,
+    UsableInput,
+    precise,
+    targets_of,
 )
-from sae_lens_auxk.step.inputs import BadRowWatch, SparseForward, StepInput, precise, targets_of
 from sae_lens_auxk.step.resampling import Resampling
 
 if TYPE_CHECKING:
@@ -44,16 +46,11 @@ else:
 
 AUX_LOSS_KEY = "aux_loss"
 SAELENS_AUX_LOSS_KEY = "auxiliary_reconstruction_loss"
+SOON_DEAD = "soon_dead"  # a metric of no one but the next steps
 
 
-class AuxTraining(Resampling, _Base):
+class AuxTraining(Resampling, Counts, _Base):
     """Mixin placed before a SAELens training SAE; see the module docstring.
-
-    Buffers, both int64, in training checkpoints and not in the saved inference model:
-
-    - ``tokens_since_fired`` (d_sae,): see :mod:`sae_lens_auxk.step.dead`.
-    - ``training_steps`` (): training steps taken. After a resume SAELens's own counter is one
-      behind, and decay, resampling and the row sample need the true one.
 
     ``training_forward_pass`` adds to the output ``losses["aux_loss"]``, with its coefficient (for
     the TopK family under SAELens's key ``"auxiliary_reconstruction_loss"`` too), and the metrics
@@ -62,9 +59,6 @@ class AuxTraining(Resampling, _Base):
     ``nonfinite_rows``. With resampling there is ``resampled_latents`` too, a function that SAELens
     calls when it logs: how many since it was called last.
     """
-
-    tokens_since_fired: torch.Tensor
-    training_steps: torch.Tensor
 
     moved_by_step: ClassVar[tuple[str, ...]] = ()
     """Buffers that SAELens's step rebinds, put back where a step must change nothing."""
@@ -76,15 +70,10 @@ class AuxTraining(Resampling, _Base):
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        device = self.W_dec.device
-        self.register_buffer(
-            "tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
-        )
-        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64, device=device))
         self._bad_rows = BadRowWatch()
         self._dead_count_ahead = DeadCountAhead()
+        self._captured = CapturedStep()
         self._steps_before_run = 0
-        self._loaded = False
         self._b_dec_is_set = False
         self.register_load_state_dict_post_hook(_forget)
 
@@ -106,14 +95,17 @@ class AuxTraining(Resampling, _Base):
         """
         batch = self._prepare(step_input)
         self._begin(batch)
-        output = self._step(batch)
+        output = self._replayed(batch) if batch.sae_in.is_cuda else None
+        if output is None:
+            output = self._step(batch)
+        self._note(batch, output)
         if self.cfg.resample_every_steps is not None:
             self.draw_new_latents(batch, output)
         return self._finish(batch, output)
 
     @never_compiled
     def _prepare(self, step_input: TrainStepInput) -> StepInput:
-        """The batch, flat and finite, with its step."""
+        """The batch, flat and finite, with all that the host decides of its step."""
         if self.W_dec.dtype == torch.float16:
             raise ValueError(
                 "dtype='float16' is not allowed: the squares of a step exceed its range. It must "
@@ -130,8 +122,11 @@ class AuxTraining(Resampling, _Base):
         n_row_dims = 2 if self.hook_z_reshaping_mode else 1
         mode, dtype = self.cfg.normalize_activations, precise(self.dtype)
         batch = StepInput.of(step_input, n_row_dims, mode, dtype, step, counts=self.training)
-        if batch.counts:
-            self._bad_rows.count(batch, mode)
+        # SAELens's scheduler warms it up; a loop without one passes none.
+        alpha = batch.coefficients.get(AUX_LOSS_KEY, self.cfg.resolved_aux_coefficient)
+        batch.coefficient = alpha * self.cfg.aux_decay_at(step)
+        batch.dead_bound = self._dead_bound(batch) if batch.coefficient else 0
+        batch.aux_rows = self._aux_rows(len(batch.sae_in), step)
         return batch
 
     @never_compiled
@@ -141,30 +136,51 @@ class AuxTraining(Resampling, _Base):
             return
         if self.drawn is not None:
             self.drop_drawn(batch.step)
-        if not self._b_dec_is_set:
-            self._b_dec_is_set = True
-            if self.cfg.b_dec_init != "zeros" and batch.n_training_steps == 0:
-                rows = batch.sae_in.flatten(1).to(self.dtype)
+        b_dec_is_set, self._b_dec_is_set = self._b_dec_is_set, True
+        if batch.n_training_steps == 0:
+            usable = batch.with_usable_rows()
+            if not usable.n_tokens:
+                raise ValueError(
+                    "no row of the first training batch is finite and has a reasonable norm: the "
+                    "activations hold NaN or infinity, or the statistics that SAELens estimated "
+                    f"for normalize_activations={batch.mode!r} do"
+                )
+            if self.cfg.b_dec_init != "zeros" and not b_dec_is_set:
+                rows = usable.sae_in.flatten(1).to(self.dtype)
                 rows = self.run_time_activation_norm_fn_in(rows)
                 self.b_dec.data.copy_(initial_b_dec(rows, self.cfg.b_dec_init))
 
-    def _step(self, batch: StepInput) -> TrainStepOutput:
-        """The sparse step where that is SAELens's, else SAELens's own."""
-        before = {name: getattr(self, name) for name in self.moved_by_step}
+    @never_compiled
+    def _replayed(self, batch: StepInput) -> TrainStepOutput | None:
+        """The step from a captured graph; None where there is none."""
+        return self._captured.step(self, batch)
+
+    def _step(self, given: StepInput) -> TrainStepOutput:
+        """The sparse step where that is SAELens's, else SAELens's own.
+
+        The sparse one is a function of tensors, so that it can be captured: no shape and no branch
+        depends on a value on the device, and buffers are written in place.
+        """
+        batch = given.with_usable_rows()
+        buffers = {name: getattr(self, name) for name in self.moved_by_step}
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
         sparse = self._sparse_forward(batch)
         output = self._dense_step(batch) if sparse is None else self._sparse_step(batch, sparse)
-        for name, value in before.items():
-            moves = (batch.n_tokens > 0) & batch.counts
-            setattr(self, name, torch.where(moves, getattr(self, name), value))
-            output.metrics[name] = getattr(self, name)
+        some = batch.n_tokens > 0
+        for name, buffer in buffers.items():
+            moved = torch.where(some & batch.counts, getattr(self, name), before[name])
+            setattr(self, name, buffer.copy_(moved))  # SAELens's step rebinds it
+            output.metrics[name] = moved
+        output.loss = output.loss * some
+        output.metrics["nonfinite_rows"] = len(batch.is_token) - batch.n_tokens
         return output
 
-    def _sparse_forward(self, batch: StepInput) -> SparseForward | None:  # noqa: ARG002
+    def _sparse_forward(self, batch: UsableInput) -> SparseForward | None:  # noqa: ARG002
         """What a sparse step computes before its losses; None if the step has to be dense."""
         return None
 
     @never_compiled
-    def _sparse_step(self, batch: StepInput, forward: SparseForward) -> TrainStepOutput:
+    def _sparse_step(self, batch: UsableInput, forward: SparseForward) -> TrainStepOutput:
         losses = {"mse_loss": forward.mse(forward.sae_out)}
         losses[AUX_LOSS_KEY], metrics = self._aux_loss(
             batch, forward.acts, forward.access, forward.sae_out, [*forward.inner.values()]
@@ -177,7 +193,7 @@ class AuxTraining(Resampling, _Base):
     def _after_sparse_step(self, output: TrainStepOutput) -> None:
         """What SAELens's step of the architecture does after its losses."""
 
-    def _dense_step(self, batch: StepInput) -> TrainStepOutput:
+    def _dense_step(self, batch: UsableInput) -> TrainStepOutput:
         """SAELens's own step, which calls ``calculate_aux_loss``."""
         output = super().training_forward_pass(batch)
         output.metrics.update(batch.metrics)
@@ -204,7 +220,7 @@ class AuxTraining(Resampling, _Base):
             assert isinstance(own, dict)
             losses.update(own)
 
-        if not isinstance(step_input, StepInput):
+        if not isinstance(step_input, UsableInput):
             raise TypeError(
                 "calculate_aux_loss needs the input that training_forward_pass of this package "
                 "prepares: an override of training_forward_pass must call "
@@ -217,9 +233,8 @@ class AuxTraining(Resampling, _Base):
         return losses
 
     def _finish(self, batch: StepInput, output: TrainStepOutput) -> TrainStepOutput:
-        """The output in the shape that the input had, with loss 0 if it had no token."""
-        output.loss = output.loss * (batch.n_tokens > 0)
-        output.metrics["nonfinite_rows"] = batch.n_replaced
+        """The output in the shape that the input had."""
+        output.metrics["aux_coefficient"] = batch.coefficient
         if isinstance(self, TopKTrainingSAE) and AUX_LOSS_KEY in output.losses:
             # For the log only, so that it overlays the curve of SAELens's own TopK family. The
             # total is already summed, so the loss is not counted twice.
@@ -258,7 +273,7 @@ class AuxTraining(Resampling, _Base):
     @never_compiled
     def _aux_loss(
         self,
-        batch: StepInput,
+        batch: UsableInput,
         feature_acts: torch.Tensor,
         access: LatentAccess,
         sae_out: torch.Tensor,
@@ -273,30 +288,23 @@ class AuxTraining(Resampling, _Base):
             sae_out: (B, d_in) the reconstruction.
             inner: (B, d_in) each, Matryoshka's inner reconstructions, if known.
         """
-        aux, alpha = self.cfg.aux_loss, self.cfg.resolved_aux_coefficient
-        # SAELens's scheduler warms it up; a loop without one passes none.
-        coefficient = batch.coefficients.get(AUX_LOSS_KEY, alpha)
-        coefficient = coefficient * self.cfg.aux_decay_at(batch.step)
-        criterion = self.cfg.resolved_dead_criterion
-        threshold = self.cfg.resolved_dead_threshold_tokens if criterion == "tokens" else 1
-        dead, revived = self._count(batch, feature_acts, criterion, threshold)
+        aux, rows = self.cfg.aux_loss, batch.aux_rows
+        dead, revived = self._count(batch, feature_acts)
         n_dead = dead.sum()
         metrics = {
             "dead_latents": n_dead,
             "dead_fraction": n_dead / dead.numel(),
-            "aux_coefficient": coefficient,
             "k_aux_used": 0,
             "revived_latents": revived,
         }
-        n_rows = feature_acts.shape[0]
-        bound = dead.numel()
-        if aux.uses_dead_latents:
-            bound = self._dead_bound(dead, n_rows, criterion, threshold, batch.counts)
+        if n_dead.is_cuda and batch.counts and self.cfg.resolved_dead_criterion == "tokens":
+            threshold = self.cfg.resolved_dead_threshold_tokens
+            metrics[SOON_DEAD] = soon_dead(self.tokens_since_fired, threshold, len(batch.sae_in))
+        bound = int(n_dead) if batch.dead_bound is None else batch.dead_bound
         loss = sae_out.new_zeros(())
-        if coefficient == 0 or bound == 0:
+        if bound == 0:
             return loss, metrics
         record = self._record(batch, feature_acts, access, sae_out, dead, bound)
-        rows = self._aux_rows(n_rows, batch.step)
         for level in self._levels(record, feature_acts, inner):
             seen = level if rows is None else level.at_rows(rows)
             if aux.uses_dead_latents and not aux.sync_free and not len(seen.dead_latents):
@@ -304,7 +312,7 @@ class AuxTraining(Resampling, _Base):
             value = aux.function(seen, self.cfg)
             if aux.uses_dead_latents:
                 value = value.where(seen.n_dead > 0, 0)
-            loss = loss + coefficient * value
+            loss = loss + batch.coefficient * value
             n_used = seen.n_dead
             if aux.uses_k_aux:
                 n_used = n_used.clamp(max=self.cfg.resolved_k_aux)
@@ -325,9 +333,11 @@ class AuxTraining(Resampling, _Base):
 
     @torch.no_grad()
     def _count(
-        self, batch: StepInput, feature_acts: torch.Tensor, criterion: str, threshold: int
+        self, batch: UsableInput, feature_acts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the batch; return the dead latents (d_sae,) and how many were revived."""
+        criterion = self.cfg.resolved_dead_criterion
+        threshold = self.cfg.resolved_dead_threshold_tokens if criterion == "tokens" else 1
         fired = fired_in_batch(feature_acts) & (batch.n_tokens > 0)
         was_dead = self.tokens_since_fired >= threshold
         if batch.counts:
@@ -342,33 +352,45 @@ class AuxTraining(Resampling, _Base):
                 dead = ~fired
         return dead, (was_dead & fired).sum()
 
-    def _dead_bound(
-        self, dead: torch.Tensor, n_rows: int, criterion: str, threshold: int, counts: bool
-    ) -> int:
-        """An upper bound on the number of dead latents. Call it at every step or never.
+    def _dead_bound(self, batch: StepInput) -> int | None:
+        """An upper bound on the number of dead latents that the step will see, known beforehand.
 
-        On CUDA, reading the exact number waits for the device. Only ``dead_criterion="steps"``,
-        which uses SAELens's mask, does so.
+        None: their number has to be read, which waits for the device. On CUDA only
+        ``dead_criterion="steps"``, which uses SAELens's mask, does so.
         """
-        if dead.is_cuda and counts and criterion == "tokens":
-            bound = self._dead_count_ahead.bound(threshold, n_rows)
-            self._dead_count_ahead.note(self.tokens_since_fired, threshold, n_rows)
-            return int(dead.sum()) if bound is None else bound
-        if dead.is_cuda and criterion == "batch":
-            return dead.numel()
-        return int(dead.sum())
+        if not self.cfg.aux_loss.uses_dead_latents:
+            return self.cfg.d_sae
+        criterion = self.cfg.resolved_dead_criterion
+        if batch.sae_in.is_cuda and criterion == "batch":
+            return self.cfg.d_sae
+        if batch.sae_in.is_cuda and criterion == "tokens" and batch.counts:
+            threshold, d_sae = self.cfg.resolved_dead_threshold_tokens, self.cfg.d_sae
+            return self._dead_count_ahead.bound(threshold, len(batch.sae_in), d_sae)
+        return None
+
+    @never_compiled
+    def _note(self, batch: StepInput, output: TrainStepOutput) -> None:
+        """Pass on what later steps and warnings ask of this one."""
+        metrics: dict[str, Any] = output.metrics
+        count = metrics.pop(SOON_DEAD, None)
+        if count is not None:
+            threshold = self.cfg.resolved_dead_threshold_tokens
+            self._dead_count_ahead.note(count, threshold, len(batch.sae_in))
+        if batch.sae_in.is_cuda:
+            self._captured.after_forward(batch.sae_in.device)
+        if batch.counts:
+            self._bad_rows.count(metrics["nonfinite_rows"], batch.n_training_steps)
 
     def _record(
         self,
-        batch: StepInput,
+        batch: UsableInput,
         feature_acts: torch.Tensor,
         access: LatentAccess,
         sae_out: torch.Tensor,
         dead: torch.Tensor,
         dead_bound: int,
     ) -> AuxLossInputs:
-        mode = self.cfg.normalize_activations
-        target = targets_of(batch.sae_in, sae_out, mode, precise(self.dtype))
+        target = targets_of(batch.sae_in, sae_out, batch.mode, batch.dtype)
         return self.record_class(
             x=target.x,
             residual=target.residual,
@@ -416,33 +438,11 @@ class AuxTraining(Resampling, _Base):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
         self._bad_rows.report()
-        for name in _COUNTS:
-            state_dict[name] = count_to_bytes(state_dict[name])
-
-    @override
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving_inference(state_dict)
-        for name in _COUNTS:
-            del state_dict[name]
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        self._loaded = True
-        for name in _COUNTS:
-            if name in state_dict:
-                state_dict[name] = count_from_bytes(state_dict[name])
-            else:  # a checkpoint of SAELens's own architecture, to train further
-                fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
-                state_dict[name] = fresh
-                self._loaded = False
 
 
 def _forget(sae: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
     """Forget what belongs to the weights before a load."""
     sae._b_dec_is_set = True
     sae._dead_count_ahead = DeadCountAhead()
+    sae._captured = CapturedStep()
     sae.drawn = None
-
-
-_COUNTS = ("tokens_since_fired", "training_steps")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_auxk.step.dead import DeadCountAhead, fired_in_batch
+from sae_lens_auxk.step.dead import DeadCountAhead, fired_in_batch, soon_dead
 from tests.helpers import ARCHITECTURES, build_sae, forward
 
 
@@ -147,19 +147,21 @@ def test_sparse_activations_count_like_dense_ones() -> None:
     noted=st.integers(1, 9),
     n_tokens=st.integers(1, 12),
 )
-def test_the_count_ahead_bounds_the_next_steps_dead_latents(
+def test_the_count_ahead_bounds_the_dead_latents_two_steps_later(
     counts: list[int], threshold: int, noted: int, n_tokens: int
 ) -> None:
-    ahead = DeadCountAhead()
-    assert ahead.bound(threshold, n_tokens) is None
-    ahead.note(torch.tensor(counts), threshold, noted)
+    ahead, d_sae = DeadCountAhead(), len(counts)
+    ahead.note(soon_dead(torch.tensor(counts), threshold, noted), threshold, noted)
+    assert ahead.bound(threshold, n_tokens, d_sae) is None, "of the step after the next one"
+    ahead.note(torch.tensor(0), threshold, n_tokens)
+    bound = ahead.bound(threshold, n_tokens, d_sae)
     if n_tokens > noted:
-        assert ahead.bound(threshold, n_tokens) is None
-    else:  # reached if nothing fires and the batch is as large as the one before
-        assert ahead.bound(threshold, n_tokens) == sum(
-            count + noted >= threshold for count in counts
-        )
-        assert ahead.bound(threshold + 1, n_tokens) is None, "another threshold"
-        assert ahead.bound(threshold, n_tokens) >= sum(
-            count + n_tokens >= threshold for count in counts
-        )
+        assert bound is None
+        return
+    assert bound is not None
+    assert ahead.bound(threshold + 1, n_tokens, d_sae) is None, "another threshold"
+    # Reached if nothing fires and both batches are as large as the one before.
+    most = sum(count + 2 * noted >= threshold for count in counts)
+    assert most <= bound <= d_sae
+    assert bound < most + d_sae / 8
+    assert (bound == 0) == (most == 0)
