@@ -11,11 +11,12 @@ from sae_lens.training.sae_trainer import SAETrainer
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
 from sae_lens_auxk.architectures import ARCHITECTURES as _ARCHITECTURES
 from sae_lens_auxk.losses.registry import AUX_LOSSES
+from sae_lens_auxk.saelens.pretrained import stock_architecture
 
 ARCHITECTURES = list(_ARCHITECTURES)
 TOPK_ARCHITECTURES = [name for name in ARCHITECTURES if "topk" in name]
 VARIANTS = list(AUX_LOSSES)
-STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITECTURES}
+STOCK = {name: stock_architecture(config) for name, (_, config) in _ARCHITECTURES.items()}
 PAIRS = [
     (architecture, variant)
     for architecture in ARCHITECTURES

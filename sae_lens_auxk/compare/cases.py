@@ -17,8 +17,9 @@ from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.losses import BUILT_IN
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from sae_lens_auxk.saelens.names import get_sae_training_class
+from sae_lens_auxk.saelens.pretrained import stock_architecture
 
-STOCK = {name: name.removeprefix("auxk-").replace("-", "_") for name in ARCHITECTURES}
+STOCK = {name: stock_architecture(config) for name, (_, config) in ARCHITECTURES.items()}
 """SAELens's own architecture that each of this package's extends."""
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {

@@ -1,6 +1,6 @@
 """The auxiliary losses, one file each. Importing one registers it.
 
-The order is that of error messages and of the docs.
+The order is that of error messages and of comparisons.
 """
 
 # pyright: reportUnusedImport=false

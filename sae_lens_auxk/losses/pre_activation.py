@@ -24,8 +24,6 @@ def pre_activation(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: AR
     ``|h_bi|`` is compared with the row's smallest active one, as in its selection.
     """
     dead = inputs.dead_columns()
-    threshold = inputs.firing_threshold().to(dead.h.dtype)
-    if threshold.ndim > 0 and threshold.shape[-1] > 1:
-        threshold = threshold.index_select(-1, dead.latents)
+    threshold = inputs.dead_threshold(dead).to(dead.h.dtype)
     missing = (threshold - inputs.nearness(dead.h)).relu().where(dead.real, 0)
     return inputs.total(missing).mean()

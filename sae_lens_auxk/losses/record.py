@@ -99,15 +99,18 @@ class AuxLossInputs:
         """
         return self.access.columns_among(self.dead, self.dead_bound)
 
-    def dead_threshold(self) -> torch.Tensor:
-        """What the dead latents must exceed to fire, broadcastable to (B, n_dead).
+    def dead_threshold(self, columns: Columns | None = None) -> torch.Tensor:
+        """What the dead latents must exceed to fire, broadcastable to their ``h``.
 
-        It goes with :meth:`dead_hidden_pre`, not with :meth:`dead_columns`, which may be more.
+        Args:
+            columns: where ``h`` is from :meth:`dead_columns`, these; None where it is from
+                :meth:`dead_hidden_pre`.
         """
         threshold = self.firing_threshold()
         if threshold.ndim == 0 or threshold.shape[-1] == 1:
             return threshold
-        return threshold.index_select(-1, self.dead_latents)
+        latents = self.dead_latents if columns is None else columns.latents
+        return threshold.index_select(-1, latents)
 
     def hidden_pre_sums(self) -> torch.Tensor:
         """(d_sae,): ``nearness(h)`` summed over the batch, with its graph."""

@@ -44,9 +44,10 @@ class AuxLoss:
             not fail then; its value is not used.
         capturable: whether a step with the loss may be captured as a CUDA graph: it never waits for
             the device, and does nothing that only Python sees.
-        shardable: whether the loss sums over latents by :meth:`AuxLossInputs.total` only, and
-            compares them by :meth:`AuxLossInputs.largest_of` and the methods of the record, so that
-            it is the same where latents are shared among processes. Otherwise it is refused there.
+        shardable: whether the loss is the same where latents are shared among processes: it is
+            ``sync_free``, sums over latents by :meth:`AuxLossInputs.total` only, and compares them
+            by :meth:`AuxLossInputs.largest_of` and the methods of the record. Otherwise it is
+            refused there.
     """
 
     function: AuxLossFn

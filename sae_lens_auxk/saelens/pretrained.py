@@ -74,9 +74,14 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
     return sae
 
 
+def stock_architecture(config_class: type[Any]) -> str:
+    """SAELens's own architecture that a config class of this package extends."""
+    theirs = (base for base in config_class.__mro__ if base.__module__.startswith("sae_lens."))
+    return next(theirs).architecture()
+
+
 def _require_architecture(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
-    ours = cfg.architecture()
-    stock = ours.removeprefix("auxk-").replace("-", "_")
+    ours, stock = cfg.architecture(), stock_architecture(type(cfg))
     inference = cfg.get_inference_config_class().architecture()
     fitting = dict.fromkeys((ours, stock, inference))
     if given["architecture"] not in fitting:

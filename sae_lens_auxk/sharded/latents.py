@@ -223,7 +223,17 @@ class ShardedAccess(SparseAccess):
 
 
 class ShardedInputs(AuxLossInputs):
-    """The record of a step whose latents are shared: sums and maxima go over all processes."""
+    """The record of a step whose latents are shared: sums and maxima go over all processes.
+
+    ``dead`` covers all latents, ``h`` those of this process, so what joins the two is refused.
+    """
+
+    @property
+    def dead_latents(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise RuntimeError(
+            "dead_latents, dead_hidden_pre() and dead_threshold() without columns are not there "
+            "where latents are shared among processes: use dead_columns(), and dead_threshold(them)"
+        )
 
     @override
     def total(self, x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,8 @@ MAX_WORDS = {
     "scale.md": 4055,
     "variants.md": 1032,
 }
-"""What a page may have. A page that is rewritten gets a smaller number, none gets a larger one."""
+"""What a page may have. A page that is rewritten gets a smaller number; only what is new in the
+package, as the section of a new variant, gives a page a larger one."""
 
 
 def page(name: str) -> str:

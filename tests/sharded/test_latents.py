@@ -1,8 +1,9 @@
 """Choosing among the latents of all processes, without processes."""
 
+import pytest
 import torch
 
-from sae_lens_auxk.sharded.latents import topk_mask
+from sae_lens_auxk.sharded.latents import ShardedInputs, topk_mask
 
 
 def plain_mask(row: list[float], k: int) -> list[bool]:
@@ -20,3 +21,8 @@ def test_the_largest_are_chosen_and_of_equal_ones_the_first() -> None:
         by[torch.rand(4, m, generator=generator) < 0.2] = -torch.inf
         mask = topk_mask(by, k)
         assert mask.tolist() == [plain_mask(row, k) for row in by.tolist()]
+
+
+def test_a_loss_cannot_join_all_latents_with_those_of_one_process() -> None:
+    with pytest.raises(RuntimeError, match=r"use dead_columns\(\)"):
+        _ = ShardedInputs.__new__(ShardedInputs).dead_latents
