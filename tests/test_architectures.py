@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, BatchTopKTrainingSAE
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     SAE_TRAINING_CLASS_REGISTRY,
@@ -237,15 +239,19 @@ def test_hook_z_reshaping(architecture: str) -> None:
     assert shaped.sae_out.shape == x.shape
 
 
+@pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("architecture", ["auxk-batchtopk", "auxk-matryoshka-batchtopk"])
-def test_the_threshold_of_sparse_activations_moves_as_saelens_does(architecture: str) -> None:
-    thresholds = []
-    for sparse in (True, False):
-        torch.manual_seed(0)
-        sae = build_sae(architecture, use_sparse_activations=sparse, topk_threshold_lr=0.1)
-        for step in range(5):
-            output = forward(sae, torch.randn(16, 8), step=step)
-        assert output.feature_acts.is_sparse == sparse
-        thresholds.append(sae.topk_threshold)
-    assert thresholds[0] != 0.7
-    torch.testing.assert_close(thresholds[0], thresholds[1])
+def test_the_threshold_of_sparse_activations_moves_as_saelens_does(
+    architecture: str, sparse: bool
+) -> None:
+    sae = build_sae(architecture, use_sparse_activations=sparse, topk_threshold_lr=0.1)
+    theirs: Any = SimpleNamespace(cfg=sae.cfg, topk_threshold=sae.topk_threshold.clone())
+    for step in range(5):
+        acts = forward(sae, torch.randn(16, 8), step=step).feature_acts
+        assert acts.is_sparse == sparse
+        BatchTopKTrainingSAE.update_topk_threshold(theirs, acts.to_dense())
+        torch.testing.assert_close(sae.topk_threshold, theirs.topk_threshold)
+    assert sae.topk_threshold != 0.7
+    before = sae.topk_threshold.clone()
+    sae.update_topk_threshold(acts * 0)  # nothing fired
+    assert sae.topk_threshold == before
