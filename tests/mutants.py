@@ -326,7 +326,7 @@ MUTANTS = [
     Mutant(
         "step",
         "adams_steps_on_the_device_only",
-        'state["step"] = state["step"].to(parameter.device)',
+        'state["step"] = state["step"].to(parameter.device, torch.float32)',
         'state["step"] = state["step"] + 1',
         ADAM,
     ),

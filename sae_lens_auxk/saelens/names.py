@@ -69,6 +69,9 @@ from sae_lens.synthetic import (
     ZipfianFiringProbabilityConfig,
     eval_sae_on_synthetic_data,
 )
+from sae_lens.training._interruption import (
+    InterruptedException,
+)
 from sae_lens.training.activation_scaler import (
     ActivationScaler,
 )

@@ -36,13 +36,16 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
                 ours.append(group)
                 for parameter in group["params"]:
                     if state := optimizer.state.get(parameter):
-                        state["step"] = state["step"].to(parameter.device)
+                        # The kernel reads float32, whatever the default was when it was made.
+                        state["step"] = state["step"].to(parameter.device, torch.float32)
 
-    def with_steps_on_the_host(_: Any, saved: dict[str, Any]) -> None:
+    def as_saelens_has_it(_: Any, saved: dict[str, Any]) -> None:
+        for group in saved["param_groups"] if ours else ():  # where a step was interrupted
+            group["fused"] = None
         for key, state in saved["state"].items():
             if "step" in state:
                 saved["state"][key] = {**state, "step": state["step"].cpu()}
 
     optimizer.register_step_pre_hook(set_fused)
     optimizer.register_step_post_hook(give_back)
-    optimizer.register_state_dict_post_hook(with_steps_on_the_host)
+    optimizer.register_state_dict_post_hook(as_saelens_has_it)

@@ -8,7 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ class Arena:
     Attributes:
         pool: torch's handle of the memory.
         stream: to capture on.
-        turn: how many forward and backward passes were replayed.
+        turn: how many forward and backward passes were run.
+        n_forwards: how many of them were forward.
     """
 
     def __init__(self, device: torch.device):
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.turn = 0
+        self.turn = self.n_forwards = 0
+        self._pending: weakref.ref[Any] | None = None
         self._inputs: dict[Any, torch.Tensor] = {}
         self._lent: list[tuple[weakref.ref[Any], weakref.ref[_Loan], int]] = []
 
@@ -45,8 +47,21 @@ class Arena:
         self._lent.append((weakref.ref(parameter), weakref.ref(loan), grad.data_ptr()))
         return grad
 
+    def forward_was_run(self, waits: Any) -> int:
+        """Note a forward pass, which ``waits`` for its backward pass while it lives: the turn."""
+        self.turn += 1
+        self.n_forwards += 1
+        self._pending = weakref.ref(waits)
+        return self.turn
+
+    def backward_was_run(self) -> None:
+        self.turn += 1
+        self._pending = None
+
     def take_back(self) -> bool:
-        """Make the memory free for the next graph; False if somebody else still holds some."""
+        """Make the memory free for the next graph; False if somebody still needs what is there."""
+        if self._pending is not None and self._pending() is not None:
+            return False
         for parameter, loan, address in self._lent:
             holder = parameter()
             if loan() is None or holder is None or holder.grad is None:
@@ -58,6 +73,12 @@ class Arena:
 
 
 _arenas = threading.local()
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+def forget_arenas() -> None:
+    """Let this thread's next graphs have new memory."""
+    vars(_arenas).pop("by_stream", None)
 
 
 def arena_of(device: torch.device) -> Arena:
@@ -106,9 +127,13 @@ def capture(graph: torch.cuda.CUDAGraph, arena: Arena) -> Generator[None]:
         mode = "thread_local"
         with torch.cuda.graph(graph, arena.pool, arena.stream, capture_error_mode=mode):
             yield
-    except BaseException:  # torch leaves its stream and a generator that refuses to draw
+    except BaseException:  # torch leaves its stream, a generator that refuses to draw, and the pool
         torch.cuda.set_stream(before)
         generator.graphsafe_set_state(state)
+        _FAILED.append(graph)  # the allocator may still point to it
+        forget_arenas()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), arena.pool)
         raise
     finally:  # cuBLAS would keep this stream's, in memory that other graphs use too
         torch._C._cuda_clearCublasWorkspaces()

@@ -7,11 +7,11 @@ step, which is a function of tensors, so there is no second version of anything.
 - A step is captured where the device has waited for Python several times in a row, so never where
   it is busy anyway. A new shape, setting or weight is another graph. So is another bound on the
   number of dead latents, unless the old one holds them with at most half of it to spare.
-- Graphs of one thread share their memory, so that they must not overlap: :class:`Arena` counts
-  turns, and a backward pass whose forward pass is not the last one raises an error. Gradients lie
-  in that memory too. What a parameter still holds at the next step is copied first; if somebody
-  else holds one, the step is ordinary. All else that a step returns is a copy (``hidden_pre``,
-  which is as large as all gradients, when it is read).
+- Graphs of one thread share their memory (:class:`~sae_lens_auxk.step.arena.Arena`), so that they
+  must not overlap: while the loss of another step waits for its backward pass, steps are ordinary.
+  Gradients lie in that memory too. What a parameter still holds at the next step is copied first;
+  if somebody else holds one, the step is ordinary. All else that a step returns is a copy
+  (``hidden_pre``, which is as large as all gradients, when it is read).
 - Where a capture fails, steps are ordinary from then on. It computes nothing, so nothing has to be
   restored.
 
@@ -21,9 +21,11 @@ The environment variable ``SAE_LENS_AUXK_GRAPH=0`` turns this off. It is read wh
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,12 +33,19 @@ from typing_extensions import override
 
 from sae_lens_auxk.ops.encoder import SelectedActivations
 from sae_lens_auxk.ops.matrices import refuse_second_derivative
-from sae_lens_auxk.saelens.names import TrainStepOutput, logger
+from sae_lens_auxk.saelens.names import InterruptedException, TrainStepOutput, logger
 from sae_lens_auxk.step.arena import Arena, Place, arena_of, capture, nothing_else_is_freed
 from sae_lens_auxk.step.inputs import StepInput
 
 IDLE_STEPS = 5
 """So many times in a row the device must have waited before a step is captured."""
+
+CALLED = (
+    *("_step", "_sparse_forward", "_sparse_step", "_after_sparse_step", "_aux_loss", "_count"),
+    *("_record", "_levels", "_encoder", "_decoder", "_access", "_select", "_activations"),
+    *("_decode_levels", "firing_threshold", "nearness", "fire", "update_topk_threshold"),
+)
+"""Methods that a sparse step calls: set on an SAE, one may decide something in Python."""
 
 _CAPTURES = threading.Lock()
 """One at a time: it begins by waiting for the device, which another capture forbids."""
@@ -56,8 +65,24 @@ class CapturedStep:
 
     def step(self, sae: Any, batch: StepInput) -> TrainStepOutput | None:
         """Take a step by a graph; None if it has to be an ordinary one."""
+        self._is_idle = False
+        if self._off:
+            return None
+        try:
+            graph = self._graph_for(sae, batch)
+        # Whatever it is, the run must go on, but for somebody who wants to end it.
+        except Exception as error:
+            if _is_interruption(error):
+                raise
+            self._off, self._graphs = True, {}
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            logger.warning(f"Training steps are not captured as CUDA graphs: {said[:300]}")
+            return None
+        return None if graph is None else graph.replay(batch)
+
+    def _graph_for(self, sae: Any, batch: StepInput) -> "Graph | None":
         bound, rows = batch.dead_bound, batch.aux_rows
-        if bound is None or self._off or not self._can_be_captured(sae, batch):
+        if bound is None or not self._can_be_captured(sae, batch):
             return None
         setting = _setting(sae)
         if setting != self._setting:
@@ -74,9 +99,9 @@ class CapturedStep:
                 return None
             self._graphs[shape] = graph
         if not graph.arena.take_back():
-            self._say_once("a gradient of an earlier step is still held")
+            self._say_once("a gradient, or an output without its backward pass, is still held")
             return None
-        return graph.replay(batch)
+        return graph
 
     def _can_be_captured(self, sae: Any, batch: StepInput) -> bool:
         return (
@@ -84,7 +109,13 @@ class CapturedStep:
             and len(batch.leading) == 1
             and torch.is_grad_enabled()
             and sae.cfg.aux_loss.capturable
+            and sae.cfg.resolved_dead_criterion != "steps"  # SAELens makes a new mask at each step
+            and _is_known(type(sae))
+            and not any(name in vars(sae) for name in CALLED)
+            and sae.mse_loss_fn.__module__.startswith("sae_lens.")
             and "parametrizations" not in sae._modules
+            and torch.cuda.get_allocator_backend() == "native"
+            and torch._C._len_torch_dispatch_stack() == 0
             and not torch.is_anomaly_enabled()
             and not torch.cuda.is_current_stream_capturing()
             and not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -103,16 +134,9 @@ class CapturedStep:
         if self._n_idle < IDLE_STEPS:
             self._is_idle = _is_idle(batch.sae_in.device)
             return None
-        try:
-            with _CAPTURES:
-                gc.collect()  # of the graphs of deleted SAEs, whose memory would go with them
-                return Graph(sae, batch, bound, arena_of(batch.sae_in.device))
-        # Whatever it is, the run must go on.
-        except Exception as error:
-            self._off = True
-            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            logger.warning(f"Training steps are not captured as CUDA graphs: {said[:300]}")
-            return None
+        with _CAPTURES:
+            gc.collect()  # of the graphs of deleted SAEs, whose memory would go with them
+            return Graph(sae, batch, bound, arena_of(batch.sae_in.device))
 
     def _say_once(self, why: str) -> None:
         if why not in self._said:
@@ -124,6 +148,22 @@ class CapturedStep:
         return CapturedStep, ()
 
 
+@cache
+def _is_known(cls: type[Any]) -> bool:
+    """Whether a class is the package's or SAELens's: one of your own may decide in Python."""
+    known = ("sae_lens", "sae_lens_auxk", "transformer_lens", "torch", "builtins", "abc", "typing")
+    return all(base.__module__.split(".")[0] in known for base in cls.__mro__)
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether an error, or one that it replaced, is Ctrl-C or SAELens's signal to end a run."""
+    while error is not None:
+        if isinstance(error, InterruptedException) or not isinstance(error, Exception):
+            return True
+        error = error.__context__
+    return False
+
+
 def _is_idle(device: torch.device) -> bool:
     # What Python has launched last takes the device a few microseconds.
     return torch.cuda.current_stream(device).query()
@@ -133,18 +173,26 @@ def _setting(sae: Any) -> tuple[Any, ...]:
     """All that a graph takes for granted, and that may change between two steps."""
     tensors = [*sae._parameters.values(), *sae._buffers.values()]  # parameters() is slow
     matmul = torch.backends.cuda.matmul
-    cfg = {**vars(sae.cfg)}
+    # Copies, as a list may be changed in place.
+    cfg = {name: [*x] if isinstance(x, list) else x for name, x in vars(sae.cfg).items()}
     metadata = cfg.pop("metadata", None)
     return (
         cfg,
+        sae.cfg.aux_loss,
         getattr(metadata, "fitted", None),
-        [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in tensors],
+        [
+            (id(x), x.data_ptr(), x.dtype, x.shape, x.stride(), x.requires_grad)
+            for x in tensors
+            if x is not None
+        ],
+        threading.get_ident(),
         sae.run_time_activation_norm_fn_in,
         sae.run_time_activation_norm_fn_out,
         sae.mse_loss_fn,
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
+        # The older question is an error where somebody has used the newer setting.
+        getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
@@ -166,7 +214,8 @@ class Graph:
         coefficient = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32))
         self.coefficient = arena.input_like("coefficient", coefficient.to(device))
         self.grad_loss = arena.input_like("grad_loss", self.coefficient)
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Whoever holds their memory holds these two, not the weights.
+        self.graphs = self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         inputs = replace(batch, **self.inputs, coefficient=self.coefficient)
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.cuda.device(device), nothing_else_is_freed(), _stand_ins(sae) as leaves:
@@ -177,6 +226,7 @@ class Graph:
             ):
                 output = sae._step(inputs)
                 self._keep(output)
+            _refuse_other_leaves(output.loss, leaves)
             # As where the ordinary step's backward pass runs.
             with capture(self.backward, arena), torch.autocast("cuda", enabled=False):
                 seed = self.grad_loss.to(output.loss.dtype)
@@ -226,7 +276,9 @@ class Graph:
             losses={name: x for (kind, name), x in values.items() if kind == "losses"},
             metrics={name: x for (kind, name), x in values.items() if kind == "metrics"},
         )
-        output.graph, output.turn = self, self.arena.turn
+        output.graph, output.n_forwards = self, self.arena.n_forwards
+        returned = (sae_in, sae_out, feature_acts, *output.losses.values())
+        loss.grad_fn.returned = [weakref.ref(x) for x in returned]
         return output
 
     def outputs(self) -> list[torch.Tensor]:
@@ -235,23 +287,23 @@ class Graph:
         if others:
             latents, values = others
             first = SelectedActivations.of(first, latents, values, self.acts_shape)
-        rows = [place.tensor(self)[0] for place in self.rows]
+        rows = [place.tensor(self.graphs)[0] for place in self.rows]
         return [x.clone() for x in (self.loss, *self.numbers, *rows)] + [first]
 
     def gradients(self) -> list[torch.Tensor | None]:
         """What the backward pass has computed, lent to whoever takes it."""
         return [
-            None if place is None else self.arena.lend(parameter, place, self)
+            None if place is None else self.arena.lend(parameter, place, self.graphs)
             for parameter, place in zip(self.parameters, self.grads, strict=True)
         ]
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: Graph, *_: torch.Tensor) -> Any:
+    def forward(ctx: Any, graph: Graph, *parameters: torch.Tensor) -> Any:
         graph.forward.replay()
-        graph.arena.turn += 1
-        ctx.graph, ctx.turn = graph, graph.arena.turn
+        ctx.graph, ctx.turn = graph, graph.arena.forward_was_run(ctx)
+        ctx.versions = [parameter._version for parameter in parameters]
         ctx.set_materialize_grads(False)
         loss, *others = graph.outputs()
         ctx.mark_non_differentiable(*[others[i] for i in graph.without_graph])
@@ -262,13 +314,18 @@ class _Replay(torch.autograd.Function):
         refuse_second_derivative()
         graph, arena = ctx.graph, ctx.graph.arena
         grad_loss, *others = grads
-        if grad_loss is None or any(grad is not None for grad in others):
+        alive = [x for reference in ctx.returned if (x := reference()) is not None]
+        if (
+            grad_loss is None
+            or any(grad is not None for grad in others)
+            or any(x._backward_hooks or x.retains_grad for x in alive)
+        ):
             raise _refusal("only the step's loss has a gradient, not what it was computed from")
         if arena.turn != ctx.turn:
-            raise _refusal(
-                "its backward pass must come once, before the next step of an SAE in this thread"
-            )
-        arena.turn += 1
+            raise _refusal("its backward pass must come once, before the next captured step")
+        if ctx.versions != [parameter._version for parameter in graph.parameters]:
+            raise _refusal("a weight was changed between its forward and its backward pass")
+        arena.backward_was_run()
         graph.grad_loss.copy_(grad_loss)
         graph.backward.replay()
         return None, *graph.gradients()
@@ -277,20 +334,24 @@ class _Replay(torch.autograd.Function):
 class _Output(TrainStepOutput):
     """A captured step's output. ``hidden_pre`` is copied when it is read."""
 
-    graph: Graph
-    turn: int
+    graph: Graph | None = None
+    n_forwards: int = 0
+    _given: torch.Tensor
+    __repr__ = object.__repr__  # which reads nothing
 
     @property
     def hidden_pre(self) -> torch.Tensor:
-        """(B, d_sae), readable until the next step of an SAE in this thread."""
-        if self.graph.arena.turn > self.turn + 1:  # its own backward pass is one
+        """(B, d_sae), readable until the next captured step in this thread."""
+        if self.graph is None:
+            return self._given
+        if self.graph.arena.n_forwards != self.n_forwards:
             raise _refusal("its hidden_pre can be read until the next step only")
-        copy = self.graph.hidden_pre.tensor(self.graph)[0].clone()
+        copy = self.graph.hidden_pre.tensor(self.graph.graphs)[0].clone()
         return _Refused.apply(copy, *self.graph.parameters)  # type: ignore[no-any-return]
 
     @hidden_pre.setter
     def hidden_pre(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        pass
+        self._given, self.graph = value, None
 
 
 class _Refused(torch.autograd.Function):
@@ -310,6 +371,20 @@ def _refusal(why: str) -> RuntimeError:
         f"this training step was captured as a CUDA graph, and {why}; set the environment variable "
         "SAE_LENS_AUXK_GRAPH=0 for ordinary steps"
     )
+
+
+def _refuse_other_leaves(loss: torch.Tensor, leaves: list[torch.nn.Parameter]) -> None:
+    """Raise an error if the loss has a gradient to something that is no parameter of the SAE."""
+    known, seen, waiting = {id(leaf) for leaf in leaves}, set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RuntimeError("the loss has a gradient to a tensor that the SAE does not have")
+        waiting += [following for following, _ in node.next_functions]
 
 
 @contextmanager

@@ -66,9 +66,11 @@ class DeadCountAhead:
     def __init__(self) -> None:
         self._noted: deque[tuple[torch.Tensor, torch.cuda.Event | None, int, int]]
         self._noted = deque(maxlen=STEPS_AHEAD)
+        self._is_open = False
 
     def note(self, soon_dead: torch.Tensor, threshold: int, n_tokens: int) -> None:
         """After a step with ``n_tokens``, note its :func:`soon_dead`."""
+        self._is_open = False
         arrived = torch.cuda.Event() if soon_dead.is_cuda else None
         # torch copies to pinned memory with non_blocking, so nothing waits here.
         count = soon_dead.to("cpu", non_blocking=True)
@@ -81,6 +83,9 @@ class DeadCountAhead:
 
         None if it is not known.
         """
+        if self._is_open:  # the last step counted and then failed
+            self._noted.clear()
+        self._is_open = True
         if len(self._noted) < STEPS_AHEAD:
             return None
         count, arrived, noted, largest = self._noted[0]

@@ -380,7 +380,7 @@ class SparseBatchTopK(SparseTopK):
     @override
     def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """(): ``topk_threshold``, the moving average that inference will use."""
-        return self.topk_threshold
+        return self.topk_threshold.clone()  # which moves before the backward pass
 
     @override
     @torch.no_grad()

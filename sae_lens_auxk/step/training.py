@@ -136,7 +136,6 @@ class AuxTraining(Resampling, Counts, _Base):
             return
         if self.drawn is not None:
             self.drop_drawn(batch.step)
-        b_dec_is_set, self._b_dec_is_set = self._b_dec_is_set, True
         if batch.n_training_steps == 0:
             usable = batch.with_usable_rows()
             if not usable.n_tokens:
@@ -145,10 +144,11 @@ class AuxTraining(Resampling, Counts, _Base):
                     "activations hold NaN or infinity, or the statistics that SAELens estimated "
                     f"for normalize_activations={batch.mode!r} do"
                 )
-            if self.cfg.b_dec_init != "zeros" and not b_dec_is_set:
+            if self.cfg.b_dec_init != "zeros" and not self._b_dec_is_set:
                 rows = usable.sae_in.flatten(1).to(self.dtype)
                 rows = self.run_time_activation_norm_fn_in(rows)
                 self.b_dec.data.copy_(initial_b_dec(rows, self.cfg.b_dec_init))
+        self._b_dec_is_set = True
 
     @never_compiled
     def _replayed(self, batch: StepInput) -> TrainStepOutput | None:
@@ -355,8 +355,9 @@ class AuxTraining(Resampling, Counts, _Base):
     def _dead_bound(self, batch: StepInput) -> int | None:
         """An upper bound on the number of dead latents that the step will see, known beforehand.
 
-        None: their number has to be read, which waits for the device. On CUDA only
-        ``dead_criterion="steps"``, which uses SAELens's mask, does so.
+        None: their number has to be read, which waits for the device. On CUDA the first two steps
+        do so, one with more rows than before, one in eval mode, and all steps with
+        ``dead_criterion="steps"``, which uses SAELens's mask.
         """
         if not self.cfg.aux_loss.uses_dead_latents:
             return self.cfg.d_sae

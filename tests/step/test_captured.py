@@ -17,6 +17,7 @@ import torch
 from sae_lens import TrainingSAE
 
 from sae_lens_auxk.losses.registry import AUX_LOSSES, register_aux_loss
+from sae_lens_auxk.saelens.names import InterruptedException
 from sae_lens_auxk.step import captured
 from tests.helpers import (
     TOPK_ARCHITECTURES,
@@ -357,12 +358,17 @@ def test_a_second_backward_and_a_second_derivative() -> None:
         forward(sae, xs[0], step=5).loss.backward(create_graph=True)
 
 
-def test_a_backward_after_another_step() -> None:
-    _, sae, xs, x = two_steps()
-    loss = forward(sae, x, step=4).loss
-    forward(sae, xs[0], step=5)
-    with pytest.raises(RuntimeError, match="before the next step"):
-        loss.backward()
+def test_two_forward_passes_before_a_backward_pass() -> None:
+    ordinary, sae, xs, x = two_steps()
+    for each in (ordinary, sae):
+        first, second = forward(each, x, step=4), forward(each, xs[0], step=5)
+        (first.loss + second.loss).backward()
+    assert type(first) is captured._Output
+    assert type(second) is not captured._Output
+    assert all(map(close, gradients(sae), gradients(ordinary)))
+    sae.zero_grad()
+    del first, second
+    assert type(forward(sae, x, step=6)) is captured._Output
 
 
 def test_gradients_are_not_copied() -> None:
@@ -449,8 +455,12 @@ def test_hooks_that_are_added_later_are_called() -> None:
         lambda sae: setattr(sae.W_enc, "data", sae.W_enc.data * 2),
         lambda sae: torch.set_float32_matmul_precision("high"),
         lambda sae: sae.load_state_dict(sae.state_dict()),
+        lambda sae: setattr(sae, "W_dec", torch.nn.Parameter(sae.W_dec.data)),
     ],
-    ids=["a field", "a frozen weight", "new weights", "precision", "a load"],
+    ids=[
+        *("a field", "a frozen weight", "new weights", "precision", "a load"),
+        "a new parameter on the same memory",
+    ],
 )
 def test_a_new_setting_is_another_graph(change: Callable[[Any], Any]) -> None:
     _, sae, _, x = two_steps()
@@ -483,6 +493,26 @@ def test_losses_of_your_own() -> None:
             assert sae._captured._off == (name == "a lie")
             assert weights(sae).isfinite().all()
     assert torch.rand(3, device="cuda").isfinite().all()  # the generator draws again
+
+
+def test_a_class_of_your_own_is_left_alone() -> None:
+    class Own(type(new_sae())):
+        def firing_threshold(self, feature_acts: torch.Tensor) -> torch.Tensor:
+            return super().firing_threshold(feature_acts) * 2
+
+    xs, sae = batches(8), Own(new_sae().cfg).to("cuda")
+    train(sae, xs)
+    assert n_graphs(sae) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InterruptedException])
+def test_who_wants_to_end_the_run_may(error: type[BaseException]) -> None:
+    xs, sae = batches(8), new_sae()
+    with patch.object(captured.Graph, "_keep", side_effect=error), pytest.raises(error):
+        train(sae, xs)
+    other = new_sae()
+    train(other, xs)
+    assert n_graphs(other) == 1
 
 
 def test_a_capture_without_memory_goes_on_ordinary(caplog: pytest.LogCaptureFixture) -> None:
