@@ -319,8 +319,8 @@ MUTANTS = [
     Mutant(
         "step",
         "fused_in_the_checkpoint",
-        'group["fused"] = None',
-        'group["fused"] = True',
+        'for group in ours:\n            group["fused"] = None',
+        'for group in ours:\n            group["fused"] = True',
         ADAM,
     ),
     Mutant(
