@@ -944,8 +944,8 @@ MUTANTS = [
     Mutant(
         "saelens",
         "given_sae_ignored",
-        "if override_sae is None and path is not None and",
-        "if path is not None and",
+        'if given.arguments.get("override_sae") is None:',
+        "if True:",
     ),
     Mutant(
         "saelens",

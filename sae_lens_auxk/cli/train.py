@@ -30,7 +30,7 @@ from sae_lens_auxk.saelens.names import (
     EvalConfig,
     _parse_cfg_args,
 )
-from sae_lens_auxk.saelens.pretrained import load_pretrained
+from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
 from sae_lens_auxk.saelens.runner_config import field_names
 from sae_lens_auxk_cli import refuse
 
@@ -50,10 +50,8 @@ def train(args: Sequence[str]) -> int:
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
-    path, trained = cfg.from_pretrained_path, None
     try:
-        if path is not None and isinstance(cfg.sae, AuxConfig):
-            trained = load_pretrained(cfg.sae, path)
+        trained = sae_to_go_on_from(cfg, AuxConfig)
     except (ValueError, OSError) as error:
         return refuse(str(error))
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 
-from sae_lens_auxk.saelens.pretrained import load_pretrained
+from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
 
 
 def patch_saelens(ours: type[Any], fit_to_run: Callable[[Any], None]) -> None:
@@ -29,10 +29,8 @@ def patch_saelens(ours: type[Any], fit_to_run: Callable[[Any], None]) -> None:
 
     def new_runner(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(init).bind(self, *args, **kwargs)
-        cfg, override_sae = given.arguments["cfg"], given.arguments.get("override_sae")
-        path = cfg.from_pretrained_path
-        if override_sae is None and path is not None and isinstance(cfg.sae, ours):
-            given.arguments["override_sae"] = load_pretrained(cfg.sae, path)
+        if given.arguments.get("override_sae") is None:
+            given.arguments["override_sae"] = sae_to_go_on_from(given.arguments["cfg"], ours)
         init(*given.args, **given.kwargs)
 
     _wrap_once(SAETrainer, "__init__", new_trainer)

@@ -136,3 +136,19 @@ def _rescale_as(sae: Any, cfg: Any, path: str | Path) -> None:
             "without it, or is folded, and its decoder rows do not have length 1. It must be False."
         )
     sae.cfg.rescale_acts_by_decoder_norm = wanted
+
+
+def sae_to_go_on_from(cfg: Any, ours: type[Any]) -> Any:
+    """Load the SAE that a run's config names; None if there is nothing for this package to load.
+
+    Args:
+        cfg: the run's config.
+        ours: the class of this package's SAE configs.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_pretrained`.
+    """
+    path = cfg.from_pretrained_path
+    if path is None or not isinstance(cfg.sae, ours):
+        return None
+    return load_pretrained(cfg.sae, path)

@@ -1,14 +1,14 @@
 """Connects a SAELens training SAE with an auxiliary loss.
 
 SAELens's trainer calls ``training_forward_pass`` once a step. :class:`AuxTraining` stands in front
-of it: it makes the batch flat and finite, and passes it on to the sparse step where that is
-SAELens's, else to SAELens's own. Then ``_aux_loss`` counts dead latents, builds the record that a
-loss may see, calls the loss by its name and multiplies it by the scheduled coefficient.
+of it: it makes the batch flat and finite, and takes the sparse step where that is SAELens's (on a
+GPU maybe as a graph), else SAELens's own. In it ``_aux_loss`` counts dead latents, builds the
+record that a loss may see, calls the loss by its name and multiplies it by the coefficient.
 
 The data of one step travels in arguments: in :class:`~sae_lens_auxk.step.inputs.StepInput`. What
 outlives a step are buffers, a few attributes that ``__init__`` sets (where in a run the SAE is, bad
-rows, a bound on the dead), and what :mod:`~sae_lens_auxk.step.resampling` has drawn, which waits
-for the optimizer's step.
+rows, a bound on the dead, graphs), and what :mod:`~sae_lens_auxk.step.resampling` has drawn, which
+waits for the optimizer's step.
 """
 
 import warnings
@@ -105,7 +105,7 @@ class AuxTraining(Resampling, Counts, _Base):
 
     @never_compiled
     def _prepare(self, step_input: TrainStepInput) -> StepInput:
-        """The batch, flat and finite, with all that the host decides of its step."""
+        """The batch, flat, with all that the host decides of its step."""
         if self.W_dec.dtype == torch.float16:
             raise ValueError(
                 "dtype='float16' is not allowed: the squares of a step exceed its range. It must "
