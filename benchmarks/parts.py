@@ -1,6 +1,6 @@
 """Time each part of a sparse training step, and the alternatives that were tried.
 
-Run by ``benchmarks/performance.py --sections parts``.
+Run by ``python -m benchmarks.performance --sections parts``.
 """
 
 from collections.abc import Callable

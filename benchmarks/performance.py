@@ -1,12 +1,12 @@
 """Measure and write everything in docs/performance.md with one command.
 
-    python benchmarks/performance.py --device cuda      # one H100: about 6 minutes
-    python benchmarks/performance.py --device cpu       # 2 cores: about 10 minutes
-    python benchmarks/performance.py --render           # tables and plots again, nothing measured
+    python -m benchmarks.performance --device cuda    # one H200: about 5 minutes
+    python -m benchmarks.performance --device cpu     # 2 cores: about 2 minutes
+    python -m benchmarks.performance --render         # tables and plots again, nothing measured
 
-Results go to docs/performance/<device>.json, with the machine, versions and date; tables go
-between the markers in docs/performance.md, plots beside the results. ``--sections`` measures some
-and keeps the others.
+Results go to docs/performance/<device>.json, with the machine, versions, date and commit; tables go
+between the markers in docs/performance.md, the plot beside the results. ``--sections`` measures
+some and keeps the others.
 """
 
 import argparse
@@ -21,100 +21,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import measure_parts
-from step import Case, measure, ratio
 
+from benchmarks.made_by import commit
+from benchmarks.parts import measure_parts
+from benchmarks.step import Case, device_milliseconds, measure
 from sae_lens_auxk.compare.cases import PRESETS, STOCK
+from sae_lens_auxk.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
-ARCHITECTURES = ("auxk-topk", "auxk-batchtopk", "auxk-matryoshka-batchtopk")
-VARIANTS = tuple(case["aux_variant"] for case in PRESETS["variants"])
-FRACTIONS = (1.0, 1 / 16)
-SECTIONS = ("step", "host", "variants", "growth", "parts")
+SECTIONS = ("peers", "growth", "variants", "parts")
+OURS = ("none", "auxk", "pursuit")
+CPU = Case("auxk-topk", 12_288, batch=1024)
+ON_GPU = {"captured": True, "fused": True}
 
 
-def ours(variant: str, **fields: Any) -> dict[str, Any]:
-    return {"aux_variant": variant, "aux_bias": "none", "k_aux": 512, **fields}
+def peers(case: Case) -> dict[str, Case]:
+    """A step of each package, for the size and architecture of ``case``."""
+    stock = replace(case, architecture=STOCK[case.architecture])
+    no_loss = replace(stock, fields={"aux_loss_coefficient": 0.0})
+    cases = {"SAELens": stock, "SAELens, coefficient 0": no_loss}
+    cases |= {f"{name}, fused Adam": replace(each, fused=True) for name, each in cases.items()}
+    if case.architecture == "auxk-topk":
+        cases["sparsify"] = replace(case, architecture="sparsify")
+        cases["sparsify, no loss"] = replace(cases["sparsify"], fields={"aux": False})
+    for variant in OURS:
+        ours = replace(case, fields={"aux_variant": variant})
+        cases |= {variant: replace(ours, **ON_GPU), f"{variant}, switched off": ours}
+    return cases | {"the trainer alone": replace(case, fused=True, only_trainer=True)}
 
 
-def step_cases(device: str) -> dict[str, Case]:
-    """The whole step: ours, SAELens's and sparsify's."""
-    widths, base = ((24_576, 131_072), Case("", 0)) if device == "cuda" else ((12_288,), CPU)
-    cases: dict[str, Case] = {}
-    for d_sae in widths:
-        case = replace(base, d_sae=d_sae)
-        cases |= {
-            f"sparsify {aux}|{d_sae}": replace(
-                case, architecture="sparsify", fields={"aux": aux == "auxk"}
-            )
-            for aux in ("auxk", "none")
-        }
-        for architecture in ARCHITECTURES if device == "cuda" else ARCHITECTURES[:1]:
-            stock = STOCK[architecture]
-            cases[f"SAELens {stock}|{d_sae}"] = replace(case, architecture=stock)
-            for variant in ("auxk", "none"):
-                cases[f"{architecture} {variant}|{d_sae}"] = replace(
-                    case, architecture=architecture, fields=ours(variant)
-                )
-    return cases
-
-
-def host_cases(device: str) -> dict[str, Case]:
-    """A step with next to nothing to do for the GPU, so that it takes what the host takes."""
-    if device != "cuda":
-        return {}
-    case = Case("auxk-topk", 8192, batch=1024)
-    cases = {"SAELens topk|8192": replace(case, architecture="topk")}
-    for variant in VARIANTS:
-        cases[f"auxk-topk {variant}|8192"] = replace(case, fields=ours(variant))
-    return cases
-
-
-def variant_cases(device: str) -> dict[str, Case]:
-    """Every variant, at three shares of dead latents, on all rows and on some."""
-    base = Case("auxk-topk", 131_072) if device == "cuda" else CPU
+def peer_cases(device: str) -> dict[str, Case]:
+    sizes = [CPU]
+    if device == "cuda":
+        sizes = [
+            Case("auxk-topk", 8192, batch=1024),
+            Case("auxk-topk", 24_576),
+            Case("auxk-batchtopk", 24_576),
+            Case("auxk-matryoshka-batchtopk", 24_576),
+            Case("auxk-topk", 131_072),
+            Case("auxk-topk", 524_288),
+        ]
     return {
-        f"{variant}|{dead}|{fraction}": replace(
-            base, dead=dead, fields=ours(variant, aux_batch_fraction=fraction)
-        )
-        for dead in ((0.1, 0.5, 0.9) if device == "cuda" else (0.5,))
-        for variant in VARIANTS
-        for fraction in (FRACTIONS if variant != "none" else (1.0,))
+        f"{size.architecture}|{size.d_sae}|{name}": case
+        for size in sizes
+        for name, case in peers(size).items()
     }
 
 
 def growth_cases(device: str) -> dict[str, Case]:
-    """One quantity changed at a time: x axis and value in the name."""
-    cuda = device == "cuda"
-    base = Case("auxk-topk", 65_536) if cuda else CPU
-    axes: dict[str, tuple[Any, ...]] = {
-        "d_sae": (8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288)
-        if cuda
-        else (3072, 6144, 12_288, 24_576),
-        "batch": (512, 1024, 2048, 4096, 8192, 16_384) if cuda else (256, 512, 1024, 2048),
-        "k": (8, 16, 32, 64, 128) if cuda else (8, 32, 128),
-        "k_aux": (32, 128, 512, 1024, 2048) if cuda else (32, 128, 512),
-        "dead": (0.001, 0.01, 0.1, 0.5, 0.9) if cuda else (0.01, 0.1, 0.5, 0.9),
+    """From 8,192 to 524,288 latents."""
+    if device != "cuda":
+        return {}
+    names = ("SAELens", "sparsify", *OURS)
+    return {
+        f"{2**n}|{name}": peers(Case("auxk-topk", 2**n))[name]
+        for n in range(13, 20)
+        for name in names
     }
-    cases: dict[str, Case] = {}
-    for axis, values in axes.items():
-        for value in values:
-            for variant in ("none", "auxk"):
-                if axis == "k_aux":
-                    case = replace(base, fields=ours(variant, k_aux=value))
-                else:
-                    case = replace(base, fields=ours(variant), **{axis: value})
-                cases[f"{axis}|{value}|{variant}"] = case
-    return cases
 
 
-CPU = Case("auxk-topk", 12_288, batch=1024)
-CASES = {
-    "step": step_cases,
-    "host": host_cases,
-    "variants": variant_cases,
-    "growth": growth_cases,
-}
+def variant_cases(device: str) -> dict[str, Case]:
+    """Every variant, half of the latents dead."""
+    sizes = [CPU] if device != "cuda" else [Case("auxk-topk", n) for n in (24_576, 131_072)]
+    return {
+        f"{size.d_sae}|{case['aux_variant']}": replace(
+            size, fields={"aux_variant": case["aux_variant"]}, **ON_GPU
+        )
+        for size in sizes
+        for case in PRESETS["variants"]
+    }
+
+
+CASES = {"peers": peer_cases, "growth": growth_cases, "variants": variant_cases}
 
 
 def run(device: str, sections: list[str]) -> None:
@@ -125,6 +103,7 @@ def run(device: str, sections: list[str]) -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         **{name: version(name) for name in ("torch", "sae-lens", "eai-sparsify")},
         "python": platform.python_version(),
+        "commit": commit(),
     }
     for section in sections:
         if section == "parts":
@@ -134,16 +113,16 @@ def run(device: str, sections: list[str]) -> None:
             continue
         results[section] = {}
         for name, case in CASES[section](device).items():
-            result = measure(case, device)
-            if section == "host" and case.fields:
-                result |= ratio(case, replace(case, architecture="topk", fields={}), device)
-            elif section == "variants" and device == "cpu":
-                result |= ratio(case, replace(case, fields=ours("none")), device)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            results[section][name] = {"case": asdict(case), **result}
-            print(section, name, {k: v for k, v in result.items() if k != "case"}, flush=True)
-            path.write_text(json.dumps(results, indent=1))
+            results[section][name] = {"case": asdict(case), **measure(case, device)}
+            print(section, name, results[section][name], flush=True)
+            write_json(path, results)
+    # Last: for a process that has been profiled, every launch takes longer.
+    if device == "cuda" and "peers" in sections:
+        for name, case in peer_cases(device).items():
+            if name.split("|")[-1] in ("SAELens", "sparsify", *OURS, "the trainer alone"):
+                results["peers"][name]["device"] = device_milliseconds(case)
+                print(name, results["peers"][name]["device"], flush=True)
+        write_json(path, results)
 
 
 def processor() -> str:
@@ -155,29 +134,13 @@ def processor() -> str:
 # --- tables and plots ------------------------------------------------------------------------
 
 
-def cell(result: dict[str, Any]) -> str:
+def milliseconds(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
     if "error" in result:
         return "out of memory" if "memory" in result["error"] else result["error"]
-    digits = 1 if result["median"] < 100 else 0
-    times = [f"{result[key]:.{digits}f}" for key in ("median", "min", "max")]
-    work = f", GPU {result['device']:.{digits}f}" if "device" in result else ""
-    memory = f", {result['GiB']:.1f} GiB" if "GiB" in result else ""
-    return f"{times[0]} ({times[1]}–{times[2]}){work}{memory}"
-
-
-def over(result: dict[str, Any], base: dict[str, Any] | None = None) -> str:
-    """What ``result`` costs over ``base``; on a GPU also what of that is the GPU's work.
-
-    What was measured in turn with its base needs no other.
-    """
-    if "ratio" in result:
-        low, middle, high = (result[key] - 1 for key in ("ratio_min", "ratio", "ratio_max"))
-        return f", **{middle:+.0%}** ({low:+.0%} to {high:+.0%})"
-    if base is None or "error" in result or "error" in base:
-        return ""
-    more = f", **{result['median'] / base['median'] - 1:+.0%}**"
-    both = "device" in result and "device" in base
-    return more + (f" (GPU {result['device'] / base['device'] - 1:+.0%})" if both else "")
+    digits = 2 if result["median"] < 10 else 1 if result["median"] < 100 else 0
+    return f"{result['median']:.{digits}f}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -185,32 +148,45 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def step_table(results: dict[str, Any]) -> str:
-    names = dict.fromkeys(key.split("|")[0] for key in results)
-    widths = dict.fromkeys(key.split("|")[1] for key in results)
-    rows = [[name, *(cell(results[f"{name}|{width}"]) for width in widths)] for name in names]
-    return table(["ms", *(f"{int(width):,} latents" for width in widths)], rows)
+ROWS = (
+    *("SAELens", "SAELens, fused Adam", "SAELens, coefficient 0, fused Adam"),
+    *("sparsify", "sparsify, no loss", *OURS, "pursuit, switched off"),
+)
+COLUMNS = {
+    "auxk-topk|8192": "8,192",
+    "auxk-topk|24576": "24,576",
+    "auxk-batchtopk|24576": "the same, BatchTopK",
+    "auxk-matryoshka-batchtopk|24576": "Matryoshka",
+    "auxk-topk|131072": "131,072",
+}
 
 
-def host_table(results: dict[str, Any]) -> str:
-    rows = [[key.split("|")[0], cell(result) + over(result)] for key, result in results.items()]
-    return table(["ms", "8,192 latents, 1,024 rows"], rows)
-
-
-def variant_table(results: dict[str, Any]) -> str:
-    shares = dict.fromkeys(key.split("|")[1] for key in results)
+def peer_table(results: dict[str, Any]) -> str:
     rows = []
-    for variant, fraction in dict.fromkeys(
-        (key.split("|")[0], key.split("|")[2]) for key in results
-    ):
-        name = f"`{variant}`" + ("" if fraction == "1.0" else f", {float(fraction):.3g} of rows")
-        row = [name]
-        for share in shares:
-            result = results[f"{variant}|{share}|{fraction}"]
-            base = None if variant == "none" else results[f"none|{share}|1.0"]
-            row.append(cell(result) + over(result, base))
-        rows.append(row)
-    return table(["ms", *(f"{float(share):.0%} dead" for share in shares)], rows)
+    for name in ROWS:
+        label = f"`{name}`" if name in OURS else name.replace("pursuit", "`pursuit`")
+        cells = (milliseconds(results.get(f"{size}|{name}")) for size in COLUMNS)
+        rows.append([label, *cells])
+    return table(["ms a step", *COLUMNS.values()], rows)
+
+
+def whole_run_table() -> str:
+    """Tokens a second of whole training runs, from ``benchmarks.whole_run``'s results."""
+    columns: dict[str, dict[tuple[str, str], float]] = {}
+    for model in ("GPT-2", "SmolLM2"):
+        path = DOCS / "performance" / f"whole-run-{model.lower().replace('-', '')}.json"
+        runs = json.loads(path.read_text())["runs"]
+        columns[model] = {(run["store"], run["sae"]): run["tokens_per_second"] for run in runs}
+    stores = dict.fromkeys(store for store, _ in columns["GPT-2"])
+    saes = dict.fromkeys(sae for _, sae in columns["GPT-2"])
+    header = [f"{model}, {store}" for model in columns for store in stores]
+    return table(
+        ["tokens a second", *header],
+        [
+            [sae, *(f"{columns[m][store, sae]:,.0f}" for m in columns for store in stores)]
+            for sae in saes
+        ],
+    )
 
 
 def growth_plot(results: dict[str, Any], path: Path) -> None:
@@ -219,60 +195,47 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    axes = dict.fromkeys(key.split("|")[0] for key in results)
-    figure, panels = plt.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained")
-    for panel, axis in zip(panels, axes, strict=True):
-        for variant, color, marker in (("auxk", "C0", "o"), ("none", "C1", "s")):
-            points = {
-                float(key.split("|")[1]): result
-                for key, result in results.items()
-                if key.split("|")[::2] == [axis, variant] and "median" in result
-            }
-            values = list(points)
-            steps = [result["median"] for result in points.values()]
-            if all("device" in result for result in points.values()):
-                work = [result["device"] for result in points.values()]
-                panel.plot(values, work, marker + "-", color=color, label=f"{variant}, the GPU")
-                panel.plot(values, steps, ":", color=color, label=f"{variant}, the step")
-            else:
-                panel.plot(values, steps, marker + "-", color=color, label=variant)
-        if axis != "dead":
-            panel.set_xscale("log", base=2)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel({"dead": "share of dead latents", "batch": "rows"}.get(axis, axis))
-        panel.xaxis.set_major_formatter(
-            lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:.3g}"
-        )
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms a step")
-    panels[0].legend(fontsize="small")
+    figure, panel = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for name, marker in zip(
+        ("SAELens", "sparsify", "pursuit", "auxk", "none"), "svo^D", strict=True
+    ):
+        points = {
+            int(key.split("|")[0]): result["median"]
+            for key, result in results.items()
+            if key.split("|")[1] == name and "median" in result
+        }
+        panel.plot([*points], [*points.values()], f"{marker}-", label=name)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel("latents")
+    panel.set_ylabel("ms a step")
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend()
     figure.savefig(path, dpi=110)
 
 
 def render() -> None:
     page = DOCS / "performance.md"
     text = page.read_text()
+    blocks: dict[str, str] = {"whole runs": whole_run_table()}
     for device in ("cuda", "cpu"):
         path = DOCS / "performance" / f"{device}.json"
         if not path.exists():
             continue
         results = json.loads(path.read_text())
-        machine = ", ".join(f"{k} {v}" if k != "date" else v for k, v in results["machine"].items())
-        blocks = {"machine": machine}
-        if "step" in results:
-            blocks["step"] = step_table(results["step"])
-        if results.get("host"):
-            blocks["host"] = host_table(results["host"])
-        if "variants" in results:
-            blocks["variants"] = variant_table(results["variants"])
-        if "growth" in results:
-            growth_plot(results["growth"], path.parent / f"{device}-growth.png")
-        for name, block in blocks.items():
-            begin, end = f"<!-- {device} {name} -->", f"<!-- end {device} {name} -->"
-            before, _, rest = text.partition(begin)
-            _, _, after = rest.partition(end)
-            assert after, f"{page} has no {begin} ... {end}"
-            text = f"{before}{begin}\n{block}\n{end}{after}"
+        machine = results["machine"]
+        blocks[f"{device} machine"] = ", ".join(f"{k} {v}" for k, v in machine.items())
+        if device == "cuda":
+            blocks["peers"] = peer_table(results["peers"])
+            growth_plot(results["growth"], path.parent / "growth.png")
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        assert after, f"{page} has no {begin} ... {end}"
+        text = f"{before}{begin}\n{block}\n{end}{after}"
     page.write_text(text)
 
 

@@ -5,19 +5,21 @@ backward, the same clipping and Adam). A share of the latents is dead: their enc
 so low that they do not fire, and every count says that they have not. Some are nearer to firing
 than others, in all rows, as in a real run, where the means of dead latents' pre-activations differ
 among each other as much as those of one latent do among rows, or more. The learning rate is next to
-nothing, so that all of it stays as it is. Used by ``benchmarks/performance.py``.
+nothing, so that all of it stays as it is. Used by ``benchmarks.performance``.
 """
 
+import gc
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
 import sae_lens_auxk  # noqa: F401  (registers the architectures)
@@ -25,12 +27,19 @@ from sae_lens_auxk.sharded.sae import sharded_sae
 
 D_IN = 768
 LEARNING_RATE = 1e-9
-WARM_UP = 2
+WARM_UP = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One step to measure. ``architecture`` is SAELens's name, or "sparsify"."""
+    """One step to measure.
+
+    Attributes:
+        architecture: SAELens's name, or "sparsify".
+        fused: whether Adam is fused. SAELens does not ask for it by itself.
+        captured: whether a step of this package may be captured as a CUDA graph.
+        only_trainer: whether the SAE's own part, forward and backward, is left out.
+    """
 
     architecture: str
     d_sae: int
@@ -38,29 +47,28 @@ class Case:
     batch: int = 4096
     k: int = 32
     dead: float = 0.5
+    fused: bool = False
+    captured: bool = False
+    only_trainer: bool = False
 
 
 def measure(case: Case, device: str) -> dict[str, float | str]:
-    """Median, minimum and maximum of the step's milliseconds; on a GPU peak GiB, and ``device``.
+    """Median, minimum and maximum of the step's milliseconds; on a GPU peak GiB, as reserved.
 
-    That is for how many of the milliseconds the GPU is at work: what a faster host cannot better.
     On a GPU, where steps run in bfloat16 autocast, each of 7 figures is the mean of 8 steps with
     one wait for the device at their end, as in a training run, which does not wait at every step;
     on a CPU it is one step.
     """
     cuda = device == "cuda"
-    torch.manual_seed(0)
-    batches = [torch.randn(case.batch, D_IN, device=device) for _ in range(4 if cuda else 1)]
     try:
-        build = sparsify_step if case.architecture == "sparsify" else saelens_step
-        step = build(case, device)
-        for _ in range(WARM_UP):
-            _milliseconds(step, batches)
         if cuda:
+            gc.collect()  # of the case before
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        step, batches = _step_and_batches(case, device)
+        for _ in range(WARM_UP if cuda else 2):
+            _milliseconds(step, batches)
         times = [_milliseconds(step, batches) for _ in range(7)]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        device_ms = _device_milliseconds(step, batches) if cuda else 0.0
     except (torch.OutOfMemoryError, ImportError) as error:
         return {"error": str(error).split("\n")[0]}
     result: dict[str, float | str] = {
@@ -68,31 +76,35 @@ def measure(case: Case, device: str) -> dict[str, float | str]:
         "min": min(times),
         "max": max(times),
     }
-    if cuda:
-        result |= {"GiB": peak, "device": device_ms}
-    return result
+    return result | ({"GiB": torch.cuda.max_memory_reserved() / 2**30} if cuda else {})
 
 
-def ratio(case: Case, base: Case, device: str, rounds: int = 11) -> dict[str, float]:
-    """The ratio of a step's time for ``case`` to that for ``base``.
-
-    The two take turns, and the median (minimum, maximum) is of the ratios of neighbours: the speed
-    of a machine that others use too changes within minutes.
-    """
-    torch.manual_seed(0)
-    batches = [torch.randn(case.batch, D_IN, device=device)]
-    steps = [saelens_step(each, device) for each in (base, case)]
-    for step in steps * WARM_UP:
+def device_milliseconds(case: Case) -> float:
+    """For how many of a step's milliseconds a GPU is at work: what a faster host cannot better."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    step, batches = _step_and_batches(case, "cuda")
+    for _ in range(WARM_UP):
         _milliseconds(step, batches)
-    ratios: list[float] = []
-    for _ in range(rounds):
-        of_base, of_case = (_milliseconds(step, batches) for step in steps)
-        ratios.append(of_case / of_base)
-    return {
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for x in batches:
+            step(x)
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [
+        e for e in profile.events() if e.device_type == on_device and not e.is_user_annotation
+    ]
+    return sum(e.time_range.elapsed_us() for e in events) / len(batches) / 1e3
+
+
+def _step_and_batches(
+    case: Case, device: str
+) -> tuple[Callable[[torch.Tensor], Any], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    n = 4 if device == "cuda" else 1
+    batches = [torch.randn(case.batch, D_IN, device=device) for _ in range(n)]
+    build = sparsify_step if case.architecture == "sparsify" else saelens_step
+    return build(case, device), batches
 
 
 def _milliseconds(step: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor]) -> float:
@@ -109,20 +121,6 @@ def _milliseconds(step: Callable[[torch.Tensor], Any], batches: Sequence[torch.T
     return (time.perf_counter() - start) / n * 1e3
 
 
-def _device_milliseconds(
-    step: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor]
-) -> float:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for x in batches:
-            step(x)
-        torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    events = [
-        e for e in profile.events() if e.device_type == on_device and not e.is_user_annotation
-    ]
-    return sum(e.time_range.elapsed_us() for e in events) / len(batches) / 1e3
-
-
 def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.Tensor], Any]:
     """A step of SAELens's trainer; of an SAE shared among a process group, where there is one."""
     fields = dict(case.fields)
@@ -130,6 +128,8 @@ def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.
         fields["matryoshka_widths"] = [case.d_sae // 2**i for i in (4, 3, 2, 1, 0)]
     cls, cfg_cls = get_sae_training_class(case.architecture)
     cfg = cfg_cls(d_in=D_IN, d_sae=case.d_sae, k=case.k, device=device, **fields)
+    for name, is_on in (("GRAPH", case.captured), ("FUSED", case.fused)):
+        os.environ[f"SAE_LENS_AUXK_{name}"] = str(int(is_on))
     sae: Any = cls(cfg) if group is None else sharded_sae(cfg, group)
     trainer = SAETrainer(
         SAETrainerConfig(
@@ -152,6 +152,11 @@ def saelens_step(case: Case, device: str, group: Any = None) -> Callable[[torch.
         trainer.n_forward_passes_since_fired[dead] = 1e8
         if hasattr(sae, "tokens_since_fired"):
             sae.tokens_since_fired[dead] = 10**12
+
+    if case.fused and not case.architecture.startswith("auxk"):
+        _fuse(trainer.optimizer)
+    if case.only_trainer:
+        sae.training_forward_pass = _nothing_new(sae)
 
     def step(x: torch.Tensor) -> None:
         trainer.step(x)
@@ -181,6 +186,36 @@ def sparsify_step(case: Case, device: str) -> Callable[[torch.Tensor], Any]:
         optimizer.zero_grad()
 
     return step
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+
+
+class _GradientsAtHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grads: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.grads = grads
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, *ctx.grads
+
+
+def _nothing_new(sae: Any) -> Callable[[Any], TrainStepOutput]:
+    """The first step's output again and again, with a loss whose gradients are at hand."""
+    forward, outputs = sae.training_forward_pass, list[TrainStepOutput]()
+    grads = [torch.zeros_like(p) for p in sae.parameters()]
+
+    def again(step_input: Any) -> TrainStepOutput:
+        if not outputs:
+            with torch.no_grad():
+                outputs.append(forward(step_input))
+        return replace(outputs[0], loss=_GradientsAtHand.apply(grads, *sae.parameters()))
+
+    return again
 
 
 def _too_low(spread: torch.Tensor) -> torch.Tensor:

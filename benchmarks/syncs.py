@@ -1,61 +1,77 @@
-"""Where a training step on a GPU waits for the device.
+"""Whether a training step on a GPU waits for the device, and whether the device waits for Python.
 
-    python benchmarks/syncs.py auxk
+    python -m benchmarks.syncs auxk                    # a variant, or "saelens"
+    python -m benchmarks.syncs auxk --d_sae 131072
 
-Torch reports what waits by its own doing (``torch.cuda.set_sync_debug_mode``); this prints, by
-line of code, how many of 5 steps did. What waits in a library that torch calls it does not report:
-so the device is kept busy first, and the host's time for a step tells whether it came back before.
-``saelens`` instead of a variant is SAELens's own TopK.
+From a profile of 16 steps: how long a step is, how much of it the device works and how much the
+host waits, by CUDA's calls that wait. A host that is faster than the device has to wait somewhere;
+it should do so with work left for the device. So the device is then kept busy for half a second,
+and this prints how many steps the host could launch meanwhile.
 """
 
-import sys
+import argparse
 import time
-import traceback
-import warnings
-from collections import Counter
-from typing import Any
+from collections import defaultdict
 
 import torch
-from step import Case, saelens_step
 
-found: Counter[str] = Counter()
+from benchmarks.step import D_IN, Case, saelens_step
 
-
-def note(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
-    frames = [f for f in traceback.extract_stack() if "sae_lens" in f.filename]
-    where = frames[-1] if frames else traceback.extract_stack()[-2]
-    found[f"{where.filename.split('site-packages/')[-1]}:{where.lineno}  {where.line}"] += 1
+WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
+STEPS = 16
 
 
 def main() -> None:
-    variant = sys.argv[1] if len(sys.argv) > 1 else "auxk"
-    fields = {"aux_variant": variant, "aux_bias": "none"}
-    case = Case("topk", 131_072) if variant == "saelens" else Case("auxk-topk", 131_072, fields)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("variant")
+    parser.add_argument("--d_sae", type=int, default=24_576)
+    args = parser.parse_args()
+    case = Case("topk", args.d_sae)
+    if args.variant != "saelens":
+        fields = {"aux_variant": args.variant}
+        case = Case("auxk-topk", args.d_sae, fields, captured=True, fused=True)
     step = saelens_step(case, "cuda")
-    x = torch.randn(case.batch, 768, device="cuda")
-    for _ in range(3):
-        step(x)
+    xs = [torch.randn(case.batch, D_IN, device="cuda") for _ in range(4)]
+    for i in range(32):
+        step(xs[i % 4])
     torch.cuda.synchronize()
-    warnings.showwarning = note
-    warnings.simplefilter("always")
-    torch.cuda.set_sync_debug_mode("warn")
-    for _ in range(5):
-        step(x)
-    torch.cuda.set_sync_debug_mode("default")
-    # What every hundredth step does, to report rows with a NaN, is not among these 5.
-    for where, times in found.most_common():
-        print(f"{times / 5:5.1f} a step  {where}")
-    print(f"{variant}: {sum(found.values()) / 5:.1f} waits a step in all")
 
-    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        start = time.perf_counter()
+        for i in range(STEPS):
+            step(xs[i % 4])
+        torch.cuda.synchronize()
+        wall = (time.perf_counter() - start) * 1e3
+    # The wait at the end is the benchmark's own.
+    calls: defaultdict[str, list[float]] = defaultdict(list)
+    work = 0.0
+    for event in profile.events():
+        milliseconds = event.time_range.elapsed_us() / 1e3
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            work += 0 if event.is_user_annotation else milliseconds
+        elif event.name in WAITS:
+            calls[event.name].append(milliseconds)
+    own = calls["cudaDeviceSynchronize"].pop()
+    print(f"{args.variant}, {args.d_sae:,} latents, profiled: {wall / STEPS:.2f} ms a step")
+    print(f"the device works for {work / STEPS:.2f} ms of it, {work / wall:.0%}")
+    for name, times in calls.items():
+        n, waited = len(times) / STEPS, sum(times) / STEPS
+        print(f"{name}: {n:.1f} times a step, {waited:.2f} ms")
+    print(f"after the last launch the device worked for another {own:.2f} ms")
+
     torch.cuda._sleep(10**9)
     busy = torch.cuda.Event()
     busy.record()
-    start = time.perf_counter()
-    step(x)
-    milliseconds = (time.perf_counter() - start) * 1e3
-    answer = "waited for it" if busy.query() else "did not wait"
-    print(f"with the device busy for half a second before: {milliseconds:.0f} ms, {answer}")
+    start, n = time.perf_counter(), 0
+    while not busy.query() and n < STEPS:
+        step(xs[n % 4])
+        n += not busy.query()
+        last = time.perf_counter()
+    milliseconds = (last - start) * 1e3 / max(n, 1)
+    print(f"with the device busy for half a second: {n} steps launched, {milliseconds:.1f} ms each")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """Where the time of a whole training run goes: the language model, the buffer, or the SAE's step.
 
-    python -m benchmarks.whole_run --device cuda --out gpt2.json
-    python -m benchmarks.whole_run --device cuda --model_name smollm2/model \
-        --model_class_name AutoModelForCausalLM --hook_name model.layers.15 --d_in 576 \
-        --out smollm2.json
+    python -m benchmarks.whole_run --device cuda --out docs/performance/whole-run-gpt2.json
+    python -m benchmarks.whole_run --device cuda --model smollm2 \
+        --out docs/performance/whole-run-smollm2.json
 
 Each run is SAELens's ``LanguageModelSAETrainingRunner``, stock or with this package's architecture,
-on random tokens: the time does not depend on which they are. Without ``--model_name`` the model is
-GPT-2 small with random weights. A run is made twice. The first gives tokens a second; the second
-waits for the device around each part and gives the parts. ``cached`` reads activations that
-SAELens's ``CacheActivationsRunner`` wrote to disk. Steps before ``--warm_up`` fill the buffer and
-are not counted. A run that processes share is measured by ``benchmarks.scale --whole_run``.
+on random tokens and a model of random weights in the shape of GPT-2 small or SmolLM2-135M: the time
+depends on neither. "before" is a step that is not captured, with Adam as SAELens asks for it. A run
+is made twice. The first gives tokens a second; the second waits for the device around each part and
+gives the parts. ``cached`` reads activations that SAELens's ``CacheActivationsRunner`` wrote to
+disk. Steps before ``--warm_up`` fill the buffer and are not counted. A run that processes share is
+measured by ``benchmarks.scale --whole_run``.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -22,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -32,10 +33,11 @@ from sae_lens import (
     CacheActivationsRunnerConfig,
     LanguageModelSAETrainingRunner,
 )
-from sae_lens.load_model import load_model
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.made_by import made_by
 from sae_lens_auxk import runner_config
@@ -47,13 +49,30 @@ SAES: dict[str, dict[str, Any]] = {
     "auxk-topk, auxk": {"architecture": "auxk-topk", "aux_variant": "auxk", "k_aux": 512},
     "auxk-topk, pursuit": {"architecture": "auxk-topk", "aux_variant": "pursuit", "k_aux": 512},
 }
+SAES["auxk-topk, auxk, before"] = SAES["auxk-topk, auxk"]
+SAES["auxk-topk, pursuit, before"] = SAES["auxk-topk, pursuit"]
+BEST = {"autocast_lm": True, "store_batch_size_prompts": 128}
 STORES: dict[str, dict[str, Any]] = {
     "as it comes": {},
-    "autocast_lm": {"autocast_lm": True},
-    "autocast_lm, 4 times the prompts": {"autocast_lm": True, "store_batch_size_prompts": 128},
+    "best": BEST,
+    "best, prefetched": BEST | {"prefetch_llm_batches": True},
     "cached": {"use_cached_activations": True},
 }
-"""Settings of SAELens's activation store, whose ``store_batch_size_prompts`` is 32."""
+"""Settings of SAELens's activation store, which by itself reads 32 prompts at a time."""
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model_name": "gpt2",
+        "model_class_name": "HookedTransformer",
+        "hook_name": "blocks.6.hook_resid_pre",
+        "d_in": 768,
+    },
+    "smollm2": {
+        "model_name": "HuggingFaceTB/SmolLM2-135M",
+        "model_class_name": "AutoModelForCausalLM",
+        "hook_name": "model.layers.15",
+        "d_in": 576,
+    },
+}
 
 
 class Clock:
@@ -104,12 +123,23 @@ def random_gpt2(device: str) -> HookedTransformer:
     )
 
 
+def random_smollm2(device: str) -> HookedProxyLM:
+    cfg = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    return HookedProxyLM(LlamaForCausalLM(cfg).to(device), cast(Any, None))
+
+
 def fields_of_run(args: argparse.Namespace, n_steps: int) -> dict[str, Any]:
     return {
-        "model_name": args.model_name or "gpt2",
-        "model_class_name": args.model_class_name,
-        "hook_name": args.hook_name,
-        "d_in": args.d_in,
+        **MODELS[args.model],
         "d_sae": args.d_sae,
         "k": args.k,
         "dataset_path": "random tokens",
@@ -165,16 +195,15 @@ def write_cache(args: argparse.Namespace, model: Any, tokens: Dataset, folder: s
     n_tokens = len(tokens) * args.context_size
     cfg = CacheActivationsRunnerConfig(
         dataset_path="random tokens",
-        model_name=args.model_name or "gpt2",
-        model_class_name=args.model_class_name,
+        **MODELS[args.model],
         model_batch_size=32,
-        hook_name=args.hook_name,
-        d_in=args.d_in,
         training_tokens=n_tokens,
         context_size=args.context_size,
         new_cached_activations_path=folder,
         shuffle=False,
-        buffer_size_gb=min(1.0, 4e-9 * args.d_in * n_tokens),  # it fills whole buffers only
+        buffer_size_gb=min(
+            1.0, 4e-9 * MODELS[args.model]["d_in"] * n_tokens
+        ),  # it fills whole buffers only
         device=args.device,
         prepend_bos=False,
         streaming=False,
@@ -185,10 +214,7 @@ def write_cache(args: argparse.Namespace, model: Any, tokens: Dataset, folder: s
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
-    if args.model_name is None:
-        model = random_gpt2(args.device)
-    else:
-        model = load_model(args.model_class_name, args.model_name, args.device, {})
+    model = {"gpt2": random_gpt2, "smollm2": random_smollm2}[args.model](args.device)
     n_rows = (args.warm_up + args.steps) * args.batch // args.context_size
     n_rows += args.n_batches_in_buffer + 128
     rows = torch.randint(0, args.vocabulary, (n_rows, args.context_size))
@@ -201,6 +227,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 where["cached_activations_path"] = cache
             for sae in args.saes:
                 fields = {**SAES[sae], **where}
+                for switch in ("GRAPH", "FUSED"):
+                    os.environ[f"SAE_LENS_AUXK_{switch}"] = str(int("before" not in sae))
                 whole = run(args, model, tokens, fields, wait=False)["all"]
                 yield {
                     "store": store,
@@ -225,11 +253,8 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file of the results")
     parser.add_argument("--table", type=Path, default=None, help="print such a file, run nothing")
-    parser.add_argument("--model_name", default=None, help="None is GPT-2 small, random weights")
-    parser.add_argument("--model_class_name", default="HookedTransformer")
-    parser.add_argument("--hook_name", default="blocks.6.hook_resid_pre")
+    parser.add_argument("--model", choices=MODELS, default="gpt2")
     parser.add_argument("--vocabulary", type=int, default=40_000)
-    parser.add_argument("--d_in", type=int, default=768)
     parser.add_argument("--d_sae", type=int, default=24_576)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4096)

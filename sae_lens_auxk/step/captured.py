@@ -13,7 +13,8 @@ step, which is a function of tensors, so there is no second version of anything.
   if somebody else holds one, the step is ordinary. All else that a step returns is a copy
   (``hidden_pre``, which is as large as all gradients, when it is read).
 - Where a capture fails, steps are ordinary from then on. It computes nothing, so nothing has to be
-  restored.
+  restored. Other threads may use the device meanwhile. But torch raises an error in one that draws
+  random numbers on it or waits for all of it.
 
 The environment variable ``SAE_LENS_AUXK_GRAPH=0`` turns this off. It is read when an SAE is made.
 """
