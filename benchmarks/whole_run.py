@@ -8,9 +8,10 @@ Each run is SAELens's ``LanguageModelSAETrainingRunner``, stock or with this pac
 on random tokens and a model of random weights in the shape of GPT-2 small or SmolLM2-135M: the time
 depends on neither. "before" is a step that is not captured, with Adam as SAELens asks for it. A run
 is made twice. The first gives tokens a second; the second waits for the device around each part and
-gives the parts. ``cached`` reads activations that SAELens's ``CacheActivationsRunner`` wrote to
-disk. Steps before ``--warm_up`` fill the buffer and are not counted. A run that processes share is
-measured by ``benchmarks.scale --whole_run``.
+gives the parts, of them ``captures`` by themselves. The dead window is 20 steps, so that latents
+are dead in so short a run; ``dead`` is their share at its end. ``cached`` reads activations that
+SAELens's ``CacheActivationsRunner`` wrote to disk. Steps before ``--warm_up`` fill the buffer and
+are not counted. A run that processes share is measured by ``benchmarks.scale --whole_run``.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.made_by import made_by
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.files import write_json
+from sae_lens_auxk.step.captured import Graph
 
 SAES: dict[str, dict[str, Any]] = {
     "SAELens topk": {"architecture": "topk"},
@@ -55,7 +57,6 @@ BEST = {"autocast_lm": True, "store_batch_size_prompts": 128}
 STORES: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "best": BEST,
-    "best, prefetched": BEST | {"prefetch_llm_batches": True},
     "cached": {"use_cached_activations": True},
 }
 """Settings of SAELens's activation store, which by itself reads 32 prompts at a time."""
@@ -75,8 +76,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+DEAD_WINDOW = 20
+
+
 class Clock:
     """Seconds by part, from a step of the trainer on. Waits for the device where it is told to."""
+
+    trainer: Any
 
     def __init__(self, device: str, warm_up: int, wait: bool):
         self.device, self.warm_up, self.wait = device, warm_up, wait
@@ -102,6 +108,7 @@ class Clock:
                 self.begin = self.now(wait=True)
                 self.seconds.clear()
             self.step += 1
+            self.trainer = args[0]
             return step(*args, **keywords)
 
         return call
@@ -142,6 +149,7 @@ def fields_of_run(args: argparse.Namespace, n_steps: int) -> dict[str, Any]:
         **MODELS[args.model],
         "d_sae": args.d_sae,
         "k": args.k,
+        "dead_feature_window": DEAD_WINDOW,
         "dataset_path": "random tokens",
         "context_size": args.context_size,
         "streaming": False,
@@ -169,6 +177,7 @@ def run(
         "model": (ActivationsStore, "get_activations"),
         "data": (ActivationsStore, "__next__"),
         "sae": (SAETrainer, "step"),
+        "captures": (Graph, "__init__"),
     }
     with ExitStack() as patches:
         for name, (owner, method) in timed.items():
@@ -180,12 +189,14 @@ def run(
         total = clock.now(wait=True) - clock.begin
     # The batch of the first step that is counted came before the clock began.
     if not wait:
-        return {"all": 1e3 * total / args.steps}
+        dead = clock.trainer.n_forward_passes_since_fired >= DEAD_WINDOW
+        return {"all": 1e3 * total / args.steps, "dead": float(dead.float().mean())}
     seconds = clock.seconds
     parts = {
         "model": seconds["model"],
         "buffer": seconds["data"] - seconds["model"],
-        "SAE step": seconds["sae"],
+        "SAE step": seconds["sae"] - seconds["captures"],
+        "captures": seconds["captures"],
         "rest": total - seconds["data"] - seconds["sae"],
     }
     return {name: 1e3 * value / args.steps for name, value in parts.items()}
@@ -229,18 +240,21 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 fields = {**SAES[sae], **where}
                 for switch in ("GRAPH", "FUSED"):
                     os.environ[f"SAE_LENS_AUXK_{switch}"] = str(int("before" not in sae))
-                whole = run(args, model, tokens, fields, wait=False)["all"]
+                whole = run(args, model, tokens, fields, wait=False)
+                parts = run(args, model, tokens, fields, wait=True)
                 yield {
                     "store": store,
                     "sae": sae,
-                    "tokens_per_second": 1e3 * args.batch / whole,
-                    "ms": {"all": whole, **run(args, model, tokens, fields, wait=True)},
+                    "tokens_per_second": 1e3 * args.batch / whole["all"],
+                    "dead": whole["dead"],
+                    "ms": {"all": whole["all"], **parts},
                 }
 
 
 def print_table(results: dict[str, Any]) -> None:
-    print("| store | SAE | tokens a second | ms a step | model | buffer | SAE step | rest |")
-    print("|---|---|---|---|---|---|---|---|")
+    parts = "ms a step | model | buffer | SAE step | captures | rest"
+    print(f"| store | SAE | tokens a second | {parts} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for run_ in results["runs"]:
         ms = " | ".join(f"{value:.1f}" for value in run_["ms"].values())
         print(f"| {run_['store']} | {run_['sae']} | {run_['tokens_per_second']:,.0f} | {ms} |")
@@ -260,7 +274,7 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--context_size", type=int, default=256)
     parser.add_argument("--n_batches_in_buffer", type=int, default=256)
-    parser.add_argument("--warm_up", type=int, default=16)
+    parser.add_argument("--warm_up", type=int, default=64)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
     parser.add_argument("--saes", nargs="+", choices=SAES, default=list(SAES))

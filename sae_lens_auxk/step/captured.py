@@ -4,9 +4,10 @@ Up to some 50,000 latents Python needs longer to launch a step's hundred kernels
 them. A captured step is launched at once. Forward and backward are captured from the ordinary
 step, which is a function of tensors, so there is no second version of anything.
 
-- A step is captured where the device has waited for Python several times in a row, so never where
-  it is busy anyway. A new shape, setting or weight is another graph. So is another bound on the
-  number of dead latents, unless the old one holds them with at most half of it to spare.
+- A step is captured where several times in a row the device was less than a step behind Python, so
+  never where it is busy anyway. A new shape, setting or weight is another graph. So is another
+  bound on the number of dead latents, unless the old one holds them with at most half of it to
+  spare.
 - Graphs of one thread share their memory (:class:`~sae_lens_auxk.step.arena.Arena`), so that they
   must not overlap: while the loss of another step waits for its backward pass, steps are ordinary.
   Gradients lie in that memory too. What a parameter still holds at the next step is copied first;
@@ -38,8 +39,8 @@ from sae_lens_auxk.saelens.names import InterruptedException, TrainStepOutput, l
 from sae_lens_auxk.step.arena import Arena, Place, arena_of, capture, nothing_else_is_freed
 from sae_lens_auxk.step.inputs import StepInput
 
-IDLE_STEPS = 5
-"""So many times in a row the device must have waited before a step is captured."""
+CLOSE_STEPS = 5
+"""So many times in a row the device must have been close behind before a step is captured."""
 
 CALLED = (
     *("_step", "_sparse_forward", "_sparse_step", "_after_sparse_step", "_aux_loss", "_count"),
@@ -60,13 +61,12 @@ class CapturedStep:
         self._graphs: dict[Any, Graph] = {}
         self._setting: Any = None
         self._key: Any = None
-        self._is_idle = False
-        self._n_idle = 0
+        self._n_close = 0
+        self._began: torch.cuda.Event | None = None
         self._said: set[str] = set()
 
     def step(self, sae: Any, batch: StepInput) -> TrainStepOutput | None:
         """Take a step by a graph; None if it has to be an ordinary one."""
-        self._is_idle = False
         if self._off:
             return None
         try:
@@ -87,7 +87,7 @@ class CapturedStep:
             return None
         setting = _setting(sae)
         if setting != self._setting:
-            self._graphs, self._setting, self._n_idle = {}, setting, 0
+            self._graphs, self._setting, self._n_close = {}, setting, 0
         shape = batch.sae_in.shape, batch.sae_in.dtype, bound == 0, rows is None or len(rows)
         graph = self._graphs.get(shape)
         # With a larger bound it computes the same, from more columns than it needs.
@@ -123,21 +123,26 @@ class CapturedStep:
             and sae._can_be_sparse(batch.sae_in)
         )
 
-    def after_forward(self, device: torch.device) -> None:
-        """Note whether the device had nothing to do when the step began, or has nothing now."""
-        waits = self._is_idle or _is_idle(device)
-        self._n_idle = self._n_idle + 1 if waits else 0
-
     def _new_graph(self, sae: Any, batch: StepInput, bound: int, key: Any) -> "Graph | None":
-        """Capture the step if the device has waited for Python in the last steps like this."""
+        """Capture the step if the device was close behind in the last steps like this."""
         if key != self._key:
-            self._key, self._n_idle = key, 0
-        if self._n_idle < IDLE_STEPS:
-            self._is_idle = _is_idle(batch.sae_in.device)
+            self._key, self._n_close, self._began = key, 0, None
+        if self._n_close < CLOSE_STEPS:
+            waits = self._device_is_close(batch.sae_in.device)
+            self._n_close = self._n_close + 1 if waits else 0
             return None
         with _CAPTURES:
             gc.collect()  # of the graphs of deleted SAEs, whose memory would go with them
             return Graph(sae, batch, bound, arena_of(batch.sae_in.device))
+
+    def _device_is_close(self, device: torch.device) -> bool:
+        """Whether it has reached the beginning of the step before, when this one begins.
+
+        One that is busy all the time is two steps behind: the host waits for a count of that step.
+        """
+        before, self._began = self._began, torch.cuda.Event()
+        self._began.record(torch.cuda.current_stream(device))
+        return before is not None and before.query()
 
     def _say_once(self, why: str) -> None:
         if why not in self._said:
@@ -163,11 +168,6 @@ def _is_interruption(error: BaseException | None) -> bool:
             return True
         error = error.__context__
     return False
-
-
-def _is_idle(device: torch.device) -> bool:
-    # What Python has launched last takes the device a few microseconds.
-    return torch.cuda.current_stream(device).query()
 
 
 def _setting(sae: Any) -> tuple[Any, ...]:

@@ -377,8 +377,6 @@ class AuxTraining(Resampling, Counts, _Base):
         if count is not None:
             threshold = self.cfg.resolved_dead_threshold_tokens
             self._dead_count_ahead.note(count, threshold, len(batch.sae_in))
-        if batch.sae_in.is_cuda:
-            self._captured.after_forward(batch.sae_in.device)
         if batch.counts:
             self._bad_rows.count(metrics["nonfinite_rows"], batch.n_training_steps)
 

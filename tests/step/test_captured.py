@@ -40,8 +40,8 @@ CASES += [(name, v) for name in TOPK_ARCHITECTURES[1:] for v in ("none", "auxk",
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is captured when one like it was taken, however busy the device is."""
-    monkeypatch.setattr(captured, "IDLE_STEPS", 1)
-    monkeypatch.setattr(captured, "_is_idle", lambda _: True)
+    monkeypatch.setattr(captured, "CLOSE_STEPS", 1)
+    monkeypatch.setattr(captured.CapturedStep, "_device_is_close", lambda *_: True)
     monkeypatch.delenv("SAE_LENS_AUXK_GRAPH", raising=False)
 
 
@@ -222,7 +222,7 @@ def test_equal_to_the_bit_under_deterministic_algorithms() -> None:
     code = """
 import torch, sae_lens_auxk
 from tests.step import test_captured as t
-t.captured.IDLE_STEPS, t.captured._is_idle = 1, lambda _: True
+t.captured.CLOSE_STEPS, t.captured.CapturedStep._device_is_close = 1, lambda *_: True
 torch.use_deterministic_algorithms(True, warn_only=True)
 for architecture, variant in (("auxk-topk", "none"), ("auxk-topk", "pursuit")):
     saes = [t.new_sae(architecture, graph, aux_variant=variant) for graph in (False, True)]
@@ -582,10 +582,17 @@ def test_off_by_its_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_busy_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "_is_idle", lambda _: False)
-    sae = new_sae()
-    train(sae, batches(20))
-    assert n_graphs(sae) == 0
+    monkeypatch.undo()
+    xs, saes = batches(20), [new_sae(aux_variant=v) for v in ("auxk", "auxk", "none", "none")]
+    for i, sae in enumerate(saes):
+        trainer = build_trainer(sae, train_batch_size_samples=BATCH, device="cuda")
+        for x in xs:
+            if i % 2:  # longer than the host needs for two steps
+                torch.cuda._sleep(2 * 10**8)
+            trainer.step(x)
+            trainer.n_training_steps += 1
+        torch.cuda.synchronize()
+        assert (n_graphs(sae) > 0) == (i % 2 == 0), i
 
 
 def test_the_host_does_not_wait() -> None:

@@ -47,7 +47,7 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(captured, "Place", Place)
     monkeypatch.setattr(captured, "capture", no_capture)
-    monkeypatch.setattr(captured, "IDLE_STEPS", 0)
+    monkeypatch.setattr(captured, "CLOSE_STEPS", 0)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
