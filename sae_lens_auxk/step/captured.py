@@ -63,6 +63,7 @@ class CapturedStep:
         self._key: Any = None
         self._n_close = 0
         self._began: torch.cuda.Event | None = None
+        self._has_memory = False
         self._said: set[str] = set()
 
     def step(self, sae: Any, batch: StepInput) -> TrainStepOutput | None:
@@ -132,7 +133,9 @@ class CapturedStep:
             self._n_close = self._n_close + 1 if waits else 0
             return None
         with _CAPTURES:
-            gc.collect()  # of the graphs of deleted SAEs, whose memory would go with them
+            if not self._has_memory:  # which graphs of deleted SAEs may hold
+                gc.collect()
+                self._has_memory = True
             return Graph(sae, batch, bound, arena_of(batch.sae_in.device))
 
     def _device_is_close(self, device: torch.device) -> bool:

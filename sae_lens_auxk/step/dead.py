@@ -49,6 +49,10 @@ launched."""
 BOUNDS = 8
 """So many bounds, evenly spaced, are told apart: each is a shape, for which a step is captured."""
 
+STEADY_STEPS = 50
+"""So many steps a bound stays: a number beside one of an eighth's ends would change it all the
+time."""
+
 
 def soon_dead(tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> torch.Tensor:
     """() int64: after a batch of ``n_tokens``, how many latents may be dead two steps later."""
@@ -66,6 +70,7 @@ class DeadCountAhead:
     def __init__(self) -> None:
         self._noted: deque[tuple[torch.Tensor, torch.cuda.Event | None, int, int]]
         self._noted = deque(maxlen=STEPS_AHEAD)
+        self._bounds = deque[int](maxlen=STEADY_STEPS)
         self._is_open = False
 
     def note(self, soon_dead: torch.Tensor, threshold: int, n_tokens: int) -> None:
@@ -79,9 +84,9 @@ class DeadCountAhead:
         self._noted.append((count, arrived, threshold, n_tokens))
 
     def bound(self, threshold: int, n_tokens: int, d_sae: int) -> int | None:
-        """The bound for a step with ``n_tokens``, a multiple of an eighth of ``d_sae``.
+        """The bound for a step with ``n_tokens``: the largest of the last steps, or 0.
 
-        None if it is not known.
+        It is a multiple of an eighth of ``d_sae``. None if it is not known.
         """
         if self._is_open:  # the last step counted and then failed
             self._noted.clear()
@@ -93,7 +98,8 @@ class DeadCountAhead:
             return None
         if arrived is not None:
             arrived.synchronize()
-        return -(-int(count) * BOUNDS // d_sae) * d_sae // BOUNDS
+        self._bounds.append(-(-int(count) * BOUNDS // d_sae) * d_sae // BOUNDS)
+        return max(self._bounds) if self._bounds[-1] else 0
 
     def __reduce__(self) -> tuple[type["DeadCountAhead"], tuple[()]]:
         # A copied SAE, or one sent to another process, starts without the pending counts.

@@ -165,3 +165,12 @@ def test_the_count_ahead_bounds_the_dead_latents_two_steps_later(
     assert most <= bound <= d_sae
     assert bound < most + d_sae / 8
     assert (bound == 0) == (most == 0)
+
+
+def test_the_bound_stays_where_the_number_changes_by_little() -> None:
+    ahead, bounds = DeadCountAhead(), list[Any]()
+    for n_dead in (*(15, 16, 15, 17, 15), 0, *(1,) * 60):
+        ahead.note(torch.tensor(n_dead), 10, 4)
+        bounds.append(ahead.bound(10, 4, 64))
+    assert bounds[:7] == [None, 16, 16, 16, 24, 24, 0]
+    assert bounds[7:] == [24] * 47 + [16] + [8] * 11
