@@ -168,25 +168,6 @@ def peer_table(results: dict[str, Any]) -> str:
     return table(["ms a step", *COLUMNS.values()], rows)
 
 
-def whole_run_table() -> str:
-    """Tokens a second of whole training runs, from ``benchmarks.whole_run``'s results."""
-    columns: dict[str, dict[tuple[str, str], float]] = {}
-    for model in ("GPT-2", "SmolLM2"):
-        path = DOCS / "performance" / f"whole-run-{model.lower().replace('-', '')}.json"
-        runs = json.loads(path.read_text())["runs"]
-        columns[model] = {(run["store"], run["sae"]): run["tokens_per_second"] for run in runs}
-    stores = dict.fromkeys(store for store, _ in columns["GPT-2"])
-    saes = dict.fromkeys(sae for _, sae in columns["GPT-2"])
-    header = [f"{model}, {store}" for model in columns for store in stores]
-    return table(
-        ["tokens a second", *header],
-        [
-            [sae, *(f"{columns[m][store, sae]:,.0f}" for m in columns for store in stores)]
-            for sae in saes
-        ],
-    )
-
-
 def growth_plot(results: dict[str, Any], path: Path) -> None:
     """Milliseconds of a step of 4,096 rows against the number of latents."""
     import matplotlib
@@ -195,15 +176,16 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for name, marker in zip(
-        ("SAELens", "sparsify", "pursuit", "auxk", "none"), "svo^D", strict=True
-    ):
-        points = {
-            int(key.split("|")[0]): result["median"]
-            for key, result in results.items()
-            if key.split("|")[1] == name and "median" in result
-        }
-        panel.plot([*points], [*points.values()], f"{marker}-", label=name)
+    steps = {**results["peers"], **results["growth"]}
+    for name, marker in zip(GROWTH, "svo^D", strict=True):
+        points = sorted(
+            (result["case"]["d_sae"], result["median"])
+            for key, result in steps.items()
+            if key.split("|")[-1] == name
+            and "batchtopk" not in key
+            and result["case"]["batch"] == 4096
+        )
+        panel.plot(*zip(*points, strict=True), f"{marker}-", label=name)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xlabel("latents")
@@ -218,17 +200,12 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
 def render() -> None:
     page = DOCS / "performance.md"
     text = page.read_text()
-    blocks: dict[str, str] = {"whole runs": whole_run_table()}
-    for device in ("cuda", "cpu"):
-        path = DOCS / "performance" / f"{device}.json"
-        if not path.exists():
-            continue
-        results = json.loads(path.read_text())
-        machine = results["machine"]
-        blocks[f"{device} machine"] = ", ".join(f"{k} {v}" for k, v in machine.items())
-        if device == "cuda":
-            blocks["peers"] = peer_table(results["peers"])
-            growth_plot(results, path.parent / "growth.png")
+    results = json.loads((DOCS / "performance" / "cuda.json").read_text())
+    growth_plot(results, DOCS / "performance" / "growth.png")
+    blocks = {
+        "cuda machine": ", ".join(f"{k} {v}" for k, v in results["machine"].items()),
+        "peers": peer_table(results["peers"]),
+    }
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         before, _, rest = text.partition(begin)

@@ -252,9 +252,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    parts = "ms a step | model | buffer | SAE step | captures | rest"
-    print(f"| store | SAE | tokens a second | {parts} |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    parts = [*results["runs"][0]["ms"]]
+    print(f"| store | SAE | tokens a second | {' | '.join(['ms a step', *parts[1:]])} |")
+    print("|---" * (3 + len(parts)) + "|")
     for run_ in results["runs"]:
         ms = " | ".join(f"{value:.1f}" for value in run_["ms"].values())
         print(f"| {run_['store']} | {run_['sae']} | {run_['tokens_per_second']:,.0f} | {ms} |")

@@ -583,12 +583,13 @@ def test_off_by_its_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_busy_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    xs, saes = batches(20), [new_sae(aux_variant=v) for v in ("auxk", "auxk", "none", "none")]
+    # Long enough for a number of dead latents that stays the same.
+    xs, saes = batches(80), [new_sae(aux_variant=v) for v in ("auxk", "auxk", "none", "none")]
     for i, sae in enumerate(saes):
         trainer = build_trainer(sae, train_batch_size_samples=BATCH, device="cuda")
         for x in xs:
             if i % 2:  # longer than the host needs for two steps
-                torch.cuda._sleep(2 * 10**8)
+                torch.cuda._sleep(10**8)
             trainer.step(x)
             trainer.n_training_steps += 1
         torch.cuda.synchronize()
