@@ -22,16 +22,8 @@ from sae_lens_auxk.saelens.pretrained import stock_architecture
 STOCK = {name: stock_architecture(config) for name, (_, config) in ARCHITECTURES.items()}
 """SAELens's own architecture that each of this package's extends."""
 
-PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
-    "saelens": ({},),
-    "variants": tuple({"aux_variant": variant} for variant in BUILT_IN),
-    "biases": (
-        {"aux_variant": "auxk"},  # whose bias is "decoder"
-        {"aux_variant": "auxk", "aux_bias": "matched"},
-        {"aux_variant": "auxk", "aux_bias": "none"},
-    ),
-}
-"""The fields of each preset's cases; those of "saelens" are SAELens's own architecture."""
+PRESETS = ("main", "saelens", "variants", "biases")
+"""The names of sets of cases; :func:`_rows_of` has the cases."""
 
 MAX_SLUG = 200
 """File systems allow names of 255 bytes, and ``folders_of`` may add a few to a slug."""
@@ -108,12 +100,18 @@ def cases_of(comparison: Resolved) -> list[Case]:
         for variant in comparison.aux_variant or []
         for alpha in comparison.aux_loss_coefficient or [None]
     ]
-    sweep = itertools.chain(*(PRESETS[name] for name in comparison.preset), variants)
-    for architecture, given in itertools.product(comparison.architecture, sweep):
-        if not given:
-            add(None, STOCK[architecture], {})
+    rows = itertools.chain(*(_rows_of(name, comparison) for name in comparison.preset), variants)
+    for architecture, row in itertools.product(comparison.architecture, rows):
+        given = dict(row)
+        name = given.pop("name", None)
+        if "aux_variant" not in given:
+            stock = STOCK[architecture]
+            # Not all of SAELens's architectures have a loss that can be turned off.
+            known = {f.name for f in fields(get_sae_training_class(stock)[1])}
+            given = {field: value for field, value in given.items() if field in known}
+            add(name and f"SAELens {stock}, {name}", stock, given)
         elif not AUX_LOSSES[given["aux_variant"]].topk_only or "topk" in architecture:
-            add(None, architecture, given)
+            add(name, architecture, given)
     for explicit in comparison.cases:
         given = dict(explicit)
         architecture = given.pop("architecture", comparison.architecture[0])
@@ -125,6 +123,30 @@ def cases_of(comparison: Resolved) -> list[Case]:
             raise reject("name", name, "a string without control characters")
         add(name, architecture, given)
     return list(cases.values())
+
+
+def _rows_of(preset: str, comparison: Resolved) -> list[dict[str, Any]]:
+    """The fields, and a name if need be, of a preset's cases.
+
+    A row without ``aux_variant`` is of SAELens's own architecture.
+    """
+    if preset == "saelens":
+        return [{}]
+    if preset == "variants":
+        return [{"aux_variant": variant} for variant in BUILT_IN]
+    if preset == "biases":
+        own = {"aux_variant": "auxk"}  # whose bias is "decoder"
+        return [own, *({**own, "aux_bias": bias} for bias in ("matched", "none"))]
+    # As in Bricken et al. 2023. A latent that was resampled in vain is dead again by the next time.
+    every = 2 * (comparison.dead_feature_window + 1)
+    return [
+        {},
+        {"name": "unit rows, no loss", "decoder_init_norm": 1.0, "aux_loss_coefficient": 0.0},
+        {"aux_variant": "none"},
+        {"aux_variant": "auxk"},
+        {"aux_variant": "pursuit"},
+        {"name": "pursuit, resampling", "aux_variant": "pursuit", "resample_every_steps": every},
+    ]
 
 
 def folders_of(cases: Sequence[Case]) -> dict[str, Case]:

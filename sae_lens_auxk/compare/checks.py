@@ -30,11 +30,11 @@ from sae_lens_auxk.saelens.names import SyntheticModelConfig
 SYNTHETIC_DEFAULTS: dict[str, Any] = {
     "k": [8],
     "d_sae": 256,
-    "training_samples": 80_000,
+    "training_samples": 200_000,
     "batch_size": 256,
     "lr": 2e-3,
     "eval_samples": 10_000,
-    "n_features": 512,
+    "n_features": 256,
     "d_in": 64,
 }
 LANGUAGE_MODEL_DEFAULTS: dict[str, Any] = {
@@ -88,7 +88,10 @@ def resolve(comparison: Comparison) -> Resolved:
         defaults = {k: v for k, v in defaults.items() if k not in ("n_features", "d_in")}
     values: dict[str, Any] = vars(comparison) | defaults | given
     if comparison.preset is None:
-        values["preset"] = [] if comparison.cases or comparison.aux_variant else list(PRESETS)
+        values["preset"] = [] if comparison.cases or comparison.aux_variant else ["main"]
+    if not comparison.model_name and isinstance(comparison.synthetic_model, dict | None):
+        # One model for all seeds, so that they can find each other's latents.
+        values["synthetic_model"] = {"seed": 0, **(comparison.synthetic_model or {})}
     n_samples = values["training_samples"]
     if comparison.dead_after is None and isinstance(n_samples, int):
         values["dead_after"] = max(1, min(DEFAULT_THRESHOLD, n_samples // 20))

@@ -18,10 +18,11 @@ class Comparison:
     What to compare, on what data, and for how long. None means a default that depends on the rest.
 
     Args:
-        preset (list[str] | None): Sets of cases, one or more: "saelens" (SAELens's own
-            architecture with its defaults), "variants" (the eight aux variants at their
-            published coefficients), "biases" (auxk with each aux_bias). None: all three, unless
-            cases or aux_variant say what to compare.
+        preset (list[str] | None): Sets of cases, one or more: "main" (SAELens's own architecture
+            with its defaults, and with unit decoder rows and no loss; none, auxk, pursuit, and
+            pursuit with resampling), "saelens" (SAELens's own architecture with its defaults),
+            "variants" (the eight aux variants at their published coefficients), "biases" (auxk
+            with each aux_bias). None: "main", unless cases or aux_variant say what to compare.
         aux_variant (list[str] | None): Further cases: each of these variants with each value of
             aux_loss_coefficient.
         aux_loss_coefficient (list[float] | None): Coefficients for the variants in aux_variant.
@@ -35,11 +36,11 @@ class Comparison:
             "name", both optional.
         sae (dict): In a configuration file only. Fields of the SAE's config for all cases whose
             architecture has them; a case can override them.
-        seeds (list[int]): One pass over the data for each. It seeds the initial weights, the
-            samples or the order of the text, and a synthetic model without a seed of its own.
+        seeds (list[int]): One pass over the data for each. It seeds the initial weights, and the
+            samples or the order of the text.
         d_sae (int | None): Number of latents. None: 256, for a language model 12288.
         training_samples (int | None): Activations (tokens) that each SAE is trained on. None:
-            80000, for a language model 20 million.
+            200000, for a language model 20 million.
         batch_size (int | None): Activations per training step. None: 256, for a language
             model 4096.
         lr (float | None): Learning rate. None: 2e-3, for a language model 3e-4.
@@ -50,12 +51,13 @@ class Comparison:
             language model 65536.
         device (str): Where to train: "cpu", "cuda", "cuda:1".
         autocast (bool): Train in bfloat16 where autocast allows it.
-        n_features (int | None): Number of true features of the synthetic model. None: 512.
+        n_features (int | None): Number of true features of the synthetic model. None: 256.
         d_in (int | None): Width of the synthetic model's activations. None: 64. (The width of a
             language model is read from the model.)
         synthetic_model (dict | str | None): In a configuration file, the other fields of
             SAELens's SyntheticModelConfig; or the folder or Hub name of a saved model. On the
-            command line, only a folder or name.
+            command line, only a folder or name. All seeds share one model, unless its own "seed"
+            (0) is null: then each seed makes another.
         model_name (str | None): Name or folder of the language model to take activations from.
             None: a synthetic model.
         model_class_name (str): How to load it: "HookedTransformer" or "AutoModelForCausalLM".
@@ -145,7 +147,7 @@ class Resolved(Comparison):
 
     @property
     def has_one_model(self) -> bool:
-        """Whether all seeds share one model; a synthetic one without a seed is made for each."""
+        """Whether all seeds share one model; a synthetic one with seed None is made for each."""
         if self.model_name:
             return True
         return self.synthetic_model_config(seed=0) == self.synthetic_model_config(seed=1)

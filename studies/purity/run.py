@@ -19,8 +19,7 @@ import torch
 from sae_lens.util import cosine_similarities
 
 from benchmarks.made_by import commit
-from sae_lens_auxk.compare.checks import resolve
-from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.reproducibility import Alive, alive_latents
 from sae_lens_auxk.compare.schema import Metric
@@ -62,7 +61,7 @@ def purity(latents: Alive, features: torch.Tensor) -> dict[str, float]:
 
 def of_folder(folder: Path, device: str) -> list[dict[str, Any]]:
     results = read_results(folder)
-    comparison = resolve(Comparison(**{**results["comparison"], "device": device}))
+    comparison = Resolved(**results["comparison"] | {"device": device})
     if comparison.model_name or not comparison.has_one_model:
         raise SystemExit(f"{folder} is not a comparison on one synthetic model for all seeds.")
     features = Synthetic(comparison).model.feature_dict.feature_vectors.detach()

@@ -215,6 +215,7 @@ def main() -> None:
         d_sae=512,
         n_features=1024,
         d_in=128,
+        synthetic_model={"seed": None},  # another model for each seed
         training_samples=400_000,
         batch_size=512,
         lr=1e-3,

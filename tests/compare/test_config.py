@@ -21,11 +21,51 @@ def names(comparison: Any) -> list[str]:
     return [case.name for case in cases_of(comparison)]
 
 
-def test_the_default_compares_every_variant_bias_and_saelens() -> None:
+def test_the_default_is_the_six_that_the_readme_is_about() -> None:
     comparison = resolve(Comparison())
+    assert (comparison.preset, comparison.seeds) == (["main"], [0, 1, 2])
+    assert [(case.name, case.architecture, case.fields) for case in cases_of(comparison)] == [
+        ("SAELens topk", "topk", {"k": 8}),
+        (
+            "SAELens topk, unit rows, no loss",
+            "topk",
+            {"decoder_init_norm": 1.0, "aux_loss_coefficient": 0.0, "k": 8},
+        ),
+        ("none", "auxk-topk", {"aux_variant": "none", "k": 8}),
+        ("auxk", "auxk-topk", {"aux_variant": "auxk", "k": 8}),
+        ("pursuit", "auxk-topk", {"aux_variant": "pursuit", "k": 8}),
+        (
+            "pursuit, resampling",
+            "auxk-topk",
+            # Twice the dead window, 40 steps of 256.
+            {"aux_variant": "pursuit", "resample_every_steps": 80, "k": 8},
+        ),
+    ]
+
+
+def test_the_default_on_a_language_model_is_the_same_six() -> None:
+    comparison = resolve(Comparison(model_name="gpt2", dataset_path="text"))
+    expected = [case.name for case in cases_of(resolve(Comparison()))]
+    assert names(comparison) == expected
+    # A million samples of silence are 245 steps of 4096.
+    assert cases_of(comparison)[-1].fields["resample_every_steps"] == 490
+
+
+def test_presets_beside_each_other_have_each_case_once() -> None:
+    comparison = resolve(Comparison(preset=["main", "saelens", "variants", "biases"]))
+    others = [name for name in VARIANTS if name not in ("none", "auxk", "pursuit")]
     biases = ["auxk, bias matched", "auxk, bias none"]
-    assert names(comparison) == ["SAELens topk", *VARIANTS, *biases]
-    assert {case.fields.get("aux_variant") for case in cases_of(comparison)} >= set(VARIANTS)
+    assert names(comparison) == [*names(resolve(Comparison())), *others, *biases]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_default_of_every_architecture(architecture: str) -> None:
+    comparison = tiny(aux_variant=None, architecture=[architecture])
+    configs: list[Any] = [case.sae_config(comparison, 12) for case in cases_of(comparison)]
+    assert len(configs) == 6
+    assert [c.architecture() for c in configs] == [STOCK[architecture]] * 2 + [architecture] * 4
+    assert [c.decoder_init_norm for c in configs[:2]] == [configs[2].decoder_init_norm, 1.0]
+    assert not getattr(configs[1], "aux_loss_coefficient", 0)
 
 
 def test_saelens_comes_as_it_comes() -> None:
@@ -174,9 +214,19 @@ def test_the_published_benchmark() -> None:
     assert comparison.training_samples == 200_000_000
 
 
-def test_a_model_without_a_seed_gets_that_of_the_pass() -> None:
-    model: Any = tiny().synthetic_model_config(seed=7)
+@pytest.mark.parametrize("given", [None, {}, {"bias": False}])
+def test_all_seeds_share_one_model(given: Any) -> None:
+    comparison = tiny(synthetic_model=given)
+    models: list[Any] = [comparison.synthetic_model_config(seed) for seed in (0, 7)]
+    assert [model.seed for model in models] == [0, 0]
+    assert comparison.synthetic_model == {"seed": 0} | (given or {})
+
+
+def test_seeds_with_a_model_each() -> None:
+    comparison = tiny(synthetic_model={"seed": None})
+    model: Any = comparison.synthetic_model_config(seed=7)
     assert model.seed == 7
+    assert not comparison.has_one_model
 
 
 @pytest.mark.parametrize(

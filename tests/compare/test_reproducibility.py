@@ -22,7 +22,6 @@ from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING
 from tests.compare.conftest import tiny
 
-ONE_MODEL: Any = {"synthetic_model": {"seed": 0}}
 METRIC_KEYS = {"found_again", "mean_best_cosine", "matched_cosine"}
 
 
@@ -226,16 +225,16 @@ def test_ages_are_tenths_of_the_training(tmp_path: Path) -> None:
 
 @pytest.mark.oldest
 def test_a_whole_comparison_and_a_seed_that_is_added(tmp_path: Path) -> None:
-    run_comparison(tiny(**ONE_MODEL), tmp_path)
+    run_comparison(tiny(), tmp_path)
     for entry in read_results(tmp_path)["runs"]:
         assert not METRIC_KEYS & set(entry["metrics"])
         assert "found_again_by_age" not in entry
 
-    run_comparison(tiny(**ONE_MODEL, seeds=[0, 1]), tmp_path)
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
     two = read_results(tmp_path)
-    run_comparison(tiny(**ONE_MODEL, seeds=[0, 1, 2]), tmp_path)
+    run_comparison(tiny(seeds=[0, 1, 2]), tmp_path)
     three = read_results(tmp_path)
-    run_comparison(tiny(**ONE_MODEL, seeds=[0, 1, 2]), tmp_path / "at once")
+    run_comparison(tiny(seeds=[0, 1, 2]), tmp_path / "at once")
     assert set(METRICS) >= METRIC_KEYS
     assert METRIC_KEYS - {"matched_cosine"} <= set(PEEKING)
     for entry, at_once in zip(
@@ -256,7 +255,5 @@ def test_a_whole_comparison_and_a_seed_that_is_added(tmp_path: Path) -> None:
 
 
 def test_seeds_with_models_of_their_own_are_not_compared(tmp_path: Path) -> None:
-    assert not tiny().has_one_model
-    assert tiny(**ONE_MODEL).has_one_model
-    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    run_comparison(tiny(seeds=[0, 1], synthetic_model={"seed": None}), tmp_path)
     assert not METRIC_KEYS & set(read_results(tmp_path)["runs"][0]["metrics"])
