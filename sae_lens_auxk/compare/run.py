@@ -4,12 +4,15 @@ A finished pass is kept when a later one is interrupted. ``sae_lens_auxk.compare
 the files.
 """
 
+import itertools
 import json
 import os
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
-from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens import SAE, TrainingSAE
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -42,11 +45,12 @@ from sae_lens_auxk.compare.locks import (
     claim_if_free,
 )
 from sae_lens_auxk.compare.measure import measure
+from sae_lens_auxk.compare.plan import FirstSteps, plan_of
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.reproducibility import with_reproducibility
 from sae_lens_auxk.compare.schema import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
-from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae, is_for_memory
+from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.saelens.names import SPARSITY_FILENAME
 
@@ -61,7 +65,11 @@ NOT_MEASURED: Measured = {
 
 
 def run_comparison(
-    comparison: Resolved, folder: Path, command: str = "", wait: bool = False
+    comparison: Resolved,
+    folder: Path,
+    command: str = "",
+    wait: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Path:
     """Train the passes that are missing, measure them, write the results and the report.
 
@@ -76,33 +84,49 @@ def run_comparison(
         command: the command line to show in the report.
         wait: whether to wait for passes that other processes are working on, and take over those of
             processes that die.
+        say: what to do with the plan, before the training starts, and with an estimate of the time
+            after the first steps. By default nothing.
 
     Returns:
         The path of the report.
 
     Raises:
         ValueError: the folder holds the results of another comparison, or something else.
-        MemoryError: every case of a pass ran out of memory. The pass counts as not
-            trained.
     """
     with claim(folder):
         results = _load_or_begin(comparison, folder, command)
-        n_done = sum(_is_finished(folder, seed) for seed in comparison.seeds)
+        for seed in comparison.seeds if not results["runs"] else ():
+            runs = _runs_of(folder, seed)
+            # The configuration may have been another.
+            if runs and all(run["status"] == "failed" for run in runs):
+                shutil.rmtree(pass_folder(folder, seed), ignore_errors=True)
         write_results(folder, results)
+        say(plan_of(comparison, folder, _n_finished(comparison, folder)))
     data: dict[str, Any] = {}
     try:
-        data = _train_missing(comparison, folder, n_done, wait)
+        data = _train_missing(comparison, folder, wait, say)
     finally:
         with claim(folder):
             report = _write_all(comparison, folder, data)
     return report
 
 
-def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) -> dict[str, Any]:
+def plan_comparison(comparison: Resolved, folder: Path) -> str:
+    """What :func:`run_comparison` would say first. Raises the same errors, and writes nothing."""
+    if folder.exists():
+        _load_or_begin(comparison, folder, "")
+    return plan_of(comparison, folder, _n_finished(comparison, folder))
+
+
+def _train_missing(
+    comparison: Resolved, folder: Path, wait: bool, say: Callable[[str], object]
+) -> dict[str, Any]:
     """Train passes until none is free; return the data's description if one was trained."""
     source: Source | None = None
     data: dict[str, Any] = {}
     n_samples = comparison.training_samples
+    at_start = {seed: _written(folder, seed) for seed in comparison.seeds}
+    n_done = _n_finished(comparison, folder)
     (folder / RUNS_FOLDER).mkdir(exist_ok=True)
     with tqdm(
         desc="comparing",
@@ -111,6 +135,13 @@ def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) 
         unit=" samples",
         unit_scale=True,
     ) as bar:
+        first_steps = FirstSteps((len(comparison.seeds) - n_done) * n_samples)
+
+        def on_samples(n: int) -> None:
+            bar.update(n)
+            if estimate := first_steps.count(n):
+                say(estimate)
+
         left = [*comparison.seeds]
         while True:
             for seed in [*left]:
@@ -118,7 +149,8 @@ def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) 
                     if not is_own:
                         continue
                     left.remove(seed)
-                    if _is_finished(folder, seed):
+                    # What failed in another process meanwhile is not tried again by this call.
+                    if _written(folder, seed) != at_start[seed] or _is_finished(folder, seed):
                         continue
                     if source is None:
                         source = source_of(comparison)
@@ -126,7 +158,7 @@ def _train_missing(comparison: Resolved, folder: Path, n_done: int, wait: bool) 
                         # same, whichever passes it gets.
                         data = source.describe()
                     bar.set_postfix_str(f"seed {seed}")
-                    _train_pass(comparison, source, seed, folder, bar)
+                    _train_pass(comparison, source, seed, folder, on_samples)
                 with claim(folder):
                     results = _collect(read_results(folder), comparison, folder)
                     write_results(folder, {**results, "data": data})
@@ -150,6 +182,12 @@ def _write_all(comparison: Resolved, folder: Path, data: dict[str, Any]) -> Path
     return report
 
 
+def _written(folder: Path, seed: int) -> int | None:
+    """When the pass was written, or None."""
+    path = pass_folder(folder, seed) / PASS_FILENAME
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _lock_of(folder: Path, seed: int) -> Path:
     return pass_folder(folder, seed).with_suffix(".lock")
 
@@ -167,72 +205,82 @@ def _is_at_work(folder: Path) -> bool:
 
 
 def _train_pass(
-    comparison: Resolved, source: Source, seed: int, folder: Path, bar: "tqdm[Any]"
+    comparison: Resolved,
+    source: Source,
+    seed: int,
+    folder: Path,
+    on_samples: Callable[[int], None],
 ) -> None:
-    """Train and measure all cases with one seed. The folder gets its name once it is complete."""
+    """Train and measure all cases with one seed, or those that failed when it was trained before.
+
+    The folder gets its name once it is complete.
+    """
     final = pass_folder(folder, seed)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
     cases = folders_of(cases_of(comparison))
-    configs = {slug: case.sae_config(comparison, source.d_in) for slug, case in cases.items()}
+    before = (run for run in _runs_of(folder, seed) if run["status"] == "finished")
+    kept = {Path(run["folder"] or "").name: run for run in before}
+    left = [slug for slug in cases if slug not in kept]
+    configs = {slug: cases[slug].sae_config(comparison, source.d_in) for slug in left}
+    failures: dict[str, tuple[str, str]] = {}  # the error and its traceback
+
+    def fail(slug: str, error: Exception) -> None:
+        """Note an error in one case, whatever it is: it must not cost the others."""
+        trace = "".join(traceback.format_exception(error))
+        failures[slug] = (f"{type(error).__name__}: {error}", trace)
+        tqdm.write(f"{cases[slug].title}, seed {seed}, failed. {trace}", file=sys.stderr)
+
+    saes: dict[str, TrainingSAE[Any]] = {}
+    for slug, config in configs.items():
+        try:
+            saes[slug] = build_sae(config, seed)
+        except Exception as error:  # mostly a lack of memory
+            fail(slug, error)
     logs: dict[str, TrainingLog] = {}
     measured: dict[str, Measured] = {}
-    saes, errors = _build(configs, seed)
     if saes:
         data = source.open(seed, saes)
-        logs = _train(comparison, data, saes, partial, bar)
+        logs = _train(comparison, data, saes, partial, on_samples, fail)
         saes.clear()  # frees memory for the measurements
-        errors |= {slug: log.error for slug, log in logs.items() if log.error is not None}
-        if trained := [slug for slug in logs if slug not in errors]:
+        if trained := [slug for slug in logs if slug not in failures]:
             x = data.held_out().to(comparison.device)
 
             def measure_one(slug: str) -> None:
                 try:
                     sae = SAE.load_from_disk(partial / slug, device=comparison.device)
                     measured[slug] = measure(sae, data, x, logs[slug])
-                # An error in one case must not cost the others, whatever it is.
                 except Exception as error:
-                    errors[slug] = f"{type(error).__name__}: {error}"
+                    fail(slug, error)
 
             with ThreadPoolExecutor(data.measured_at_once) as pool:
                 list(pool.map(measure_one, trained))
 
-    # Another process may have had the memory, so such a pass is trained again.
-    for_memory = [error for error in errors.values() if is_for_memory(error)]
-    if len(errors) == len(cases) and for_memory:
-        raise MemoryError(f"seed {seed}: every case ran out of memory: {for_memory[0]}")
-
     def run(slug: str) -> Run:
         history = logs[slug].history if slug in logs else {}
-        return {
-            **_run(cases[slug], seed, "failed" if slug in errors else "finished"),
-            "error": errors.get(slug),
+        entry: Run = {
+            **_run(cases[slug], seed, "failed" if slug in failures else "finished"),
             "sae_config": configs[slug].to_dict(),
             "folder": (final / slug).relative_to(folder).as_posix(),
             "training_samples": (history.get("samples") or [0])[-1],
             "history": history,
             **measured.get(slug, NOT_MEASURED),
         }
+        if slug in failures:
+            entry["error"], entry["traceback"] = failures[slug]
+        return entry
 
-    write_pass(partial, [run(slug) for slug in cases])
-    partial.rename(final)
-
-
-def _build(
-    configs: Mapping[str, TrainingSAEConfig], seed: int
-) -> tuple[dict[str, TrainingSAE[Any]], dict[str, str]]:
-    """The SAEs, and the errors of those that cannot be built."""
-    saes: dict[str, TrainingSAE[Any]] = {}
-    errors: dict[str, str] = {}
-    for slug, config in configs.items():
-        try:
-            saes[slug] = build_sae(config, seed)
-        # As above; this one is mostly a lack of memory.
-        except Exception as error:
-            errors[slug] = f"{type(error).__name__}: {error}"
-    return saes, errors
+    write_pass(partial, [kept[slug] if slug in kept else run(slug) for slug in cases])
+    if not final.exists():
+        partial.rename(final)
+        return
+    # pass.json comes last: until then the cases count as failed.
+    for path in sorted(partial.iterdir(), key=Path.is_file):
+        shutil.rmtree(final / path.name, ignore_errors=True)
+        path.replace(final / path.name)
+    partial.rmdir()
 
 
 def _train(
@@ -240,7 +288,8 @@ def _train(
     data: Pass,
     saes: dict[str, TrainingSAE[Any]],
     partial: Path,
-    bar: "tqdm[Any]",
+    on_samples: Callable[[int], None],
+    fail: Callable[[str, Exception], None],
 ) -> dict[str, TrainingLog]:
     """Train the SAEs and save those that do not fail; return what was logged of each."""
     trainer = LockstepTrainer(
@@ -249,7 +298,8 @@ def _train(
         hook_name=data.hook_name,
         data_provider=data.batches(),
         dead_after=comparison.dead_after,
-        on_samples=bar.update,
+        on_samples=on_samples,
+        on_failure=fail,
     )
     for slug, sae in trainer.fit().items():
         sae.save_inference_model(partial / slug)
@@ -279,9 +329,20 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
     }
 
 
+def _runs_of(folder: Path, seed: int) -> list[Run]:
+    """The runs of the pass, if it exists. Raises a ValueError if something else has its name."""
+    path = pass_folder(folder, seed)
+    return read_pass(path) if path.exists() else []
+
+
 def _is_finished(folder: Path, seed: int) -> bool:
-    """Whether the pass exists. Raises a ValueError if something else has its name."""
-    return pass_folder(folder, seed).exists() and bool(read_pass(pass_folder(folder, seed)))
+    """Whether every case of the pass is trained and measured."""
+    runs = _runs_of(folder, seed)
+    return bool(runs) and all(run["status"] == "finished" for run in runs)
+
+
+def _n_finished(comparison: Resolved, folder: Path) -> int:
+    return sum(_is_finished(folder, seed) for seed in comparison.seeds)
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -303,8 +364,9 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
                 "another --output."
             )
         # Without a finished pass there is nothing to lose, so the configuration may change.
-        begun = any((folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}"))
-        if begun or _is_at_work(folder):
+        passes = (folder / RUNS_FOLDER).glob(f"seed-*[0-9]/{PASS_FILENAME}")
+        runs = itertools.chain(*(read_pass(path.parent) for path in passes))
+        if any(run["status"] == "finished" for run in runs) or _is_at_work(folder):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
     # After a kill or a full disk at the very first write, only our own files are here.
@@ -346,8 +408,8 @@ def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
     seeds: list[int] = []
     finished = True
     for seed in dict.fromkeys([*results["comparison"]["seeds"], *comparison.seeds]):
-        if _is_finished(folder, seed):
-            runs += read_pass(pass_folder(folder, seed))
+        if of_seed := _runs_of(folder, seed):
+            runs += of_seed
         elif seed in comparison.seeds:
             finished = False
             runs += [_run(case, seed, "unfinished") for case in cases_of(comparison)]

@@ -309,7 +309,13 @@ class AcrossSeeds(TypedDict, total=False):
     found_again_by_age: list[float | None]
 
 
-class Run(Measured, AcrossSeeds):
+class Failure(TypedDict, total=False):
+    """Of a run that failed: the traceback of its ``error``."""
+
+    traceback: str
+
+
+class Run(Measured, AcrossSeeds, Failure):
     """One SAE: an entry of ``runs`` in results.json.
 
     ``folder`` is relative to that of the results. The lists in ``history`` are equally long.

@@ -1,7 +1,8 @@
 """Lockstep training: every SAE of a pass takes the same step at the same time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -31,11 +32,6 @@ def build_sae(config: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
     return sae_class(config).to(config.device)
 
 
-def is_for_memory(error: str) -> bool:
-    """Whether a recorded error is a lack of memory: Python's, CUDA's or the CPU's."""
-    return any(sign in error for sign in ("MemoryError", "ALLOC_FAILED", "DefaultCPUAllocator"))
-
-
 @dataclass
 class TrainingLog:
     """The log of one SAE's training.
@@ -50,7 +46,6 @@ class TrainingLog:
         history: one list for each quantity, all of the same length.
         step_seconds: durations of the steps at the points of the history.
         step_bytes: CUDA memory of the same steps; empty on other devices.
-        error: why the training failed, if it did.
     """
 
     dead_after: int
@@ -66,7 +61,6 @@ class TrainingLog:
     )
     step_seconds: list[float] = field(default_factory=list[float])
     step_bytes: list[int] = field(default_factory=list[int])
-    error: str | None = None
 
     @classmethod
     def of(cls, sae: TrainingSAE[Any], dead_after: int) -> "TrainingLog":
@@ -120,7 +114,7 @@ class LockstepTrainer(MultiSAETrainer):
 
     SAELens's loop has no hook for looking at a step, and it stops for all SAEs when one of them
     raises. So this class has its own loop around SAELens's public steps. An SAE that fails is
-    left out of the rest of the training, and its log has the error.
+    left out of the rest of the training, and ``on_failure`` gets its name and the error.
     """
 
     def __init__(
@@ -131,6 +125,7 @@ class LockstepTrainer(MultiSAETrainer):
         data_provider: MultiHookDataProvider,
         dead_after: int,
         on_samples: Callable[[int], object],
+        on_failure: Callable[[str, Exception], object],
     ):
         super().__init__(
             cfg=cfg,
@@ -141,6 +136,7 @@ class LockstepTrainer(MultiSAETrainer):
         self.hook_name = hook_name
         self.logs = {name: TrainingLog.of(sae, dead_after) for name, sae in saes.items()}
         self._on_samples = on_samples
+        self._on_failure = on_failure
 
     @override
     def fit(self) -> dict[str, TrainingSAE[Any]]:
@@ -156,17 +152,26 @@ class LockstepTrainer(MultiSAETrainer):
             self.n_training_steps += 1
             is_point = self.n_training_steps % every == 0 or self.n_training_steps == n_steps
             for name, trainer in list(self.trainers.items()):
-                try:
+                with self._may_fail(name):
                     self._step(trainer, self.logs[name], batch, is_point)
-                # An error in one SAE must not cost the others, whatever it is.
-                except Exception as error:
-                    self.logs[name].error = f"{type(error).__name__}: {error}"
-                    del self.trainers[name], self.saes[name]
             self._on_samples(batch.shape[0])
-        for name, trainer in self.trainers.items():
-            fold_scaling(self.saes[name], trainer.activation_scaler)
-            trainer.set_final_sae_metadata()
+        for name, trainer in list(self.trainers.items()):
+            with self._may_fail(name):
+                # The loss of the last step was of the weights before it.
+                if not all(p.isfinite().all() for p in trainer.sae.parameters()):
+                    raise FloatingPointError("the weights are not finite after the last step")
+                fold_scaling(self.saes[name], trainer.activation_scaler)
+                trainer.set_final_sae_metadata()
         return self.saes
+
+    @contextmanager
+    def _may_fail(self, name: str) -> Generator[None]:
+        try:
+            yield
+        # An error in one SAE must not cost the others, whatever it is.
+        except Exception as error:
+            self._on_failure(name, error)
+            del self.trainers[name], self.saes[name]
 
     def _step(
         self, trainer: SAETrainer[Any, Any], log: TrainingLog, batch: torch.Tensor, is_point: bool

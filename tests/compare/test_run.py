@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk.compare import run
-from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.compare.conftest import tiny
 
 RUN_KEYS = {
@@ -33,6 +35,7 @@ RUN_KEYS = {
     "density",
     "silent_latents",
     "peeking",
+    "found_again_by_age",
 }
 
 
@@ -167,7 +170,7 @@ def test_more_seeds_go_on_with_the_same_results(
 
 
 def test_the_data_are_described_by_the_first_seed_not_by_who_was_last(tmp_path: Path) -> None:
-    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    run_comparison(tiny(seeds=[0, 1], synthetic_model={"seed": None}), tmp_path)
     assert read_results(tmp_path)["data"]["synthetic_model"]["seed"] == 0
 
 
@@ -331,91 +334,170 @@ def test_a_full_disk_at_the_first_write_is_gone_on_from(
     assert read_results(tmp_path)["finished"]
 
 
-def test_a_failed_case_is_reported_beside_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build = run.build_sae
-
-    def broken(config: Any, seed: int) -> Any:
-        sae = build(config, seed)
-        if config.aux_variant == "auxk":
-            with torch.no_grad():
-                sae.b_dec.fill_(torch.nan)
-        return sae
-
-    monkeypatch.setattr(run, "build_sae", broken)
-    run_comparison(tiny(), tmp_path)
-    results = read_results(tmp_path)
-    none, auxk = results["runs"]
-    assert (none["status"], auxk["status"]) == ("finished", "failed")
-    assert "loss is nan" in auxk["error"]
-    assert auxk["metrics"] == {}
-    assert results["finished"]
-    assert [group["case"] for group in results["groups"]] == ["none"]
-
-
 CPU_FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-NO_MEMORY = [CPU_FULL, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")]
 
 
-def fail_to_build(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, variants: tuple[str, ...]
-) -> None:
+def fail_to_build(monkeypatch: pytest.MonkeyPatch, *variants: str) -> None:
+    """As without memory."""
     build = run.build_sae
 
     def failing(config: Any, seed: int) -> Any:
         if config.aux_variant in variants:
-            raise error
+            raise CPU_FULL
         return build(config, seed)
 
     monkeypatch.setattr(run, "build_sae", failing)
 
 
-def test_a_case_that_memory_fails_for_does_not_cost_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_comparison(tiny(), tmp_path / "whole")
-    fail_to_build(monkeypatch, CPU_FULL, ("none",))
-    run_comparison(tiny(), tmp_path / "failed")
-    none, auxk = read_results(tmp_path / "failed")["runs"]
-    assert (none["status"], none["training_samples"], none["history"]) == ("failed", 0, {})
-    assert none["error"] == f"RuntimeError: {CPU_FULL}"
-    expected = read_results(tmp_path / "whole")["runs"][1]
-    for entry in (auxk, expected):
-        del entry["metrics"]["ms_per_step"]
-    assert auxk == expected
+def fail_in_the_loss(monkeypatch: pytest.MonkeyPatch, *_: str) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("my loss")
+
+    auxk = AUX_LOSSES["auxk"]
+    monkeypatch.setitem(AUX_LOSSES, "auxk", replace(auxk, function=broken))
 
 
-@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
-def test_a_pass_without_memory_is_trained_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def fail_to_be_finite(monkeypatch: pytest.MonkeyPatch, *_: str) -> None:
+    build = run.build_sae
+
+    def broken(config: Any, seed: int) -> Any:
+        sae = build(config, seed)
+        if config.aux_variant == "auxk":
+            sae.b_dec.data.fill_(torch.nan)
+        return sae
+
+    monkeypatch.setattr(run, "build_sae", broken)
+
+
+def fail_in_measuring(monkeypatch: pytest.MonkeyPatch, *_: str) -> None:
+    measure = run.measure
+
+    def broken(sae: Any, data: Any, x: Any, log: Any) -> Any:
+        if sae.cfg.metadata.training_architecture_details["aux_variant"] == "auxk":
+            raise KeyError("no such metric")
+        return measure(sae, data, x, log)
+
+    monkeypatch.setattr(run, "measure", broken)
+
+
+@pytest.mark.parametrize(
+    ("fail", "error", "frame"),
+    [
+        (fail_to_build, f"RuntimeError: {CPU_FULL}", "in failing"),
+        (fail_in_the_loss, "ZeroDivisionError: my loss", "in broken"),
+        (fail_to_be_finite, "FloatingPointError: the loss is nan at sample 32", "in write_point"),
+        (fail_in_measuring, "KeyError: 'no such metric'", "in broken"),
+    ],
+)
+def test_a_failed_case_is_shown_and_kept_and_alone_trained_again(
+    fail: Any,
+    error: str,
+    frame: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    comparison = tiny(seeds=[0, 1])
+    run_comparison(comparison, tmp_path / "whole")
+    folder = tmp_path / "failed"
+    with monkeypatch.context() as patch:
+        fail(patch, "auxk")
+        run_comparison(comparison, folder)
+    shown = capsys.readouterr().err
+    assert "auxk, auxk-topk, k 2, seed 0, failed. Traceback" in shown
+    assert "auxk, auxk-topk, k 2, seed 1, failed. Traceback" in shown
+    assert "none, auxk-topk" not in shown
+    results = read_results(folder)
+    assert [entry["status"] for entry in results["runs"]] == ["finished", "failed"] * 2
+    for entry in results["runs"][1::2]:
+        assert entry["error"] == error
+        assert frame in entry["traceback"]
+        assert entry["traceback"].endswith(f"{error}\n")
+        assert entry["traceback"] in shown
+        assert entry["metrics"] == {}
+    assert [group["case"] for group in results["groups"]] == ["none"]
+
     passes = count_passes(monkeypatch)
-    with monkeypatch.context() as patch:
-        fail_to_build(patch, error, ("none", "auxk"))
-        with pytest.raises(MemoryError, match="seed 0: every case ran out of memory"):
-            run_comparison(tiny(), tmp_path)
-    results = read_results(tmp_path)
-    assert not results["finished"]
-    assert {entry["status"] for entry in results["runs"]} == {"unfinished"}
-    assert passes == []
+    run_comparison(comparison, folder)
+    assert passes == [1, 1]
+    assert "failed" not in capsys.readouterr().err
+    again, whole = (read_results(path)["runs"] for path in (folder, tmp_path / "whole"))
+    for entry in again + whole:
+        del entry["metrics"]["ms_per_step"]
+    assert again == whole
+    for entry in again:
+        SAE.load_from_disk(folder / entry["folder"])
+    assert not list(folder.rglob("*.partial*"))
+
+
+def test_what_fails_again_is_kept_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_in_the_loss(monkeypatch)
     run_comparison(tiny(), tmp_path)
-    assert read_results(tmp_path)["finished"]
-    assert passes == [2]
+    passes = count_passes(monkeypatch)
+    run_comparison(tiny(), tmp_path)
+    assert passes == [1]
+    assert [entry["status"] for entry in read_results(tmp_path)["runs"]] == ["finished", "failed"]
 
 
-def test_a_pass_without_memory_in_training_is_trained_again(
+def test_an_interrupted_second_try_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise CPU_FULL
+    with monkeypatch.context() as patch:
+        fail_in_the_loss(patch)
+        run_comparison(tiny(), tmp_path)
+    before = read_results(tmp_path)["runs"]
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(LockstepTrainer, "_step", full)
-        with pytest.raises(MemoryError):
+        patch.setattr(run, "write_pass", stopped)
+        with pytest.raises(KeyboardInterrupt):
             run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["runs"] == before
+    SAE.load_from_disk(tmp_path / (before[0]["folder"] or ""))
+
+
+def test_where_every_case_failed_the_configuration_may_be_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_to_build(patch, "none", "auxk")
+        run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    assert {entry["status"] for entry in read_results(tmp_path)["runs"]} == {"failed"}
+    run_comparison(tiny(aux_variant=["none"], lr=0.1), tmp_path)
+    (entry,) = read_results(tmp_path)["runs"]
+    assert entry["status"] == "finished"
+
+
+def test_a_finished_pass_is_kept_though_the_results_do_not_have_it(tmp_path: Path) -> None:
+    """As after a kill between the two."""
     run_comparison(tiny(), tmp_path)
-    assert {entry["status"] for entry in read_results(tmp_path)["runs"]} == {"finished"}
+    before = read_results(tmp_path)
+    write_results(tmp_path, {**before, "runs": [], "groups": []})
+    run_comparison(tiny(), tmp_path)
+    assert read_results(tmp_path)["runs"] == before["runs"]
+
+
+def test_what_another_process_failed_at_meanwhile_is_left_to_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_in_the_loss(monkeypatch)
+    passes = count_passes(monkeypatch)
+    source_of = run.source_of
+
+    def other_process_first(comparison: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "source_of", source_of)
+            run_comparison(tiny(seeds=[1]), tmp_path / "other")
+        (tmp_path / "other/runs/seed-1").rename(tmp_path / "here/runs/seed-1")
+        return source_of(comparison)
+
+    monkeypatch.setattr(run, "source_of", other_process_first)
+    run_comparison(tiny(seeds=[0, 1]), tmp_path / "here")
+    assert passes == [2, 2]  # of seed 1 in the other, of seed 0 here
+    statuses = [entry["status"] for entry in read_results(tmp_path / "here")["runs"]]
+    assert statuses == ["finished", "failed"] * 2
 
 
 def test_groups_by_hand() -> None:

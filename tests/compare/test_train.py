@@ -1,6 +1,7 @@
 """Lockstep training: the same as alone, with one definition of dead, and room for failures."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from tests.compare.conftest import tiny
 
 
-def trainer_of(comparison: Resolved) -> LockstepTrainer:
+def trainer_of(
+    comparison: Resolved, on_failure: Callable[[str, Exception], object] = print
+) -> LockstepTrainer:
     source = source_of(comparison)
     saes: dict[str, TrainingSAE[Any]] = {
         case.name: build_sae(case.sae_config(comparison, source.d_in), seed=0)
@@ -25,7 +28,13 @@ def trainer_of(comparison: Resolved) -> LockstepTrainer:
     }
     data = source.open(0, saes)
     return LockstepTrainer(
-        data.trainer_config, saes, data.hook_name, data.batches(), comparison.dead_after, int
+        cfg=data.trainer_config,
+        saes=saes,
+        hook_name=data.hook_name,
+        data_provider=data.batches(),
+        dead_after=comparison.dead_after,
+        on_samples=int,
+        on_failure=on_failure,
     )
 
 
@@ -95,28 +104,42 @@ def test_a_long_run_has_about_a_hundred_points() -> None:
     assert samples[-1] == 32 * 250
 
 
-@pytest.mark.parametrize("how", ["raises", "nan"])
+FAILURES = {
+    "raises": "no room",
+    "nan": "the loss is nan",
+    "last update": "the weights are not finite after the last step",
+    "metadata": "no metadata",
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
 def test_one_that_fails_leaves_the_others_alone(how: str) -> None:
     comparison = tiny(aux_variant=["none", "auxk"])
     expected = trainer_of(comparison).fit()["none"].W_dec
-    trainer = trainer_of(comparison)
-    failing = trainer.saes["auxk"]
+    failures: dict[str, str] = {}
+    trainer = trainer_of(comparison, lambda name, error: failures.update({name: str(error)}))
+    failing, own = trainer.saes["auxk"], trainer.trainers["auxk"]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(FAILURES[how])
+
+    def diverge(*_: Any, **__: Any) -> Any:
+        if trainer.n_training_samples == comparison.training_samples:
+            failing.W_dec.data[0] = torch.inf
+
     if how == "nan":
-        with torch.no_grad():
-            failing.b_dec.fill_(torch.nan)
-    else:
-
-        def fail(*_: Any, **__: Any) -> Any:
-            raise torch.OutOfMemoryError("no room")
-
+        failing.b_dec.data.fill_(torch.nan)
+    elif how == "raises":
         failing.training_forward_pass = fail
+    elif how == "metadata":
+        own.set_final_sae_metadata = fail
+    else:
+        own.optimizer.register_step_post_hook(diverge)
     saes = trainer.fit()
     assert list(saes) == ["none"]
     assert torch.equal(saes["none"].W_dec, expected)
-    assert trainer.logs["none"].error is None
-    error = trainer.logs["auxk"].error
-    assert error is not None
-    assert ("no room" if how == "raises" else "loss is nan") in error
+    assert list(failures) == ["auxk"]
+    assert failures["auxk"].startswith(FAILURES[how])
 
 
 def test_when_all_fail_it_stops() -> None:
