@@ -7,6 +7,7 @@ which takes torch and SAELens and several seconds. Help and a misspelt command n
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 COMMANDS = {
     "train": "train one SAE: SAELens's own training command with this package's architectures",
@@ -19,7 +20,8 @@ USAGE = """usage: sae-lens-auxk COMMAND [--FIELD VALUE ...]
 {commands}
 
 `sae-lens-auxk COMMAND --help` lists what a command takes; for train, give it with an
-architecture: `sae-lens-auxk train --architecture auxk-topk --help`.
+architecture: `sae-lens-auxk train --architecture auxk-topk --help`. `sae-lens-auxk --version`
+says which this is.
 """
 
 
@@ -29,6 +31,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:10s}{what}" for name, what in COMMANDS.items())
         print(USAGE.format(commands=commands), end="")
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"sae-lens-auxk {version('sae-lens-auxk')}")
         return 0
     name, *rest = args
     if name not in COMMANDS:

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -96,7 +97,13 @@ def test_without_a_command_it_says_how_to_use_it(capsys: pytest.CaptureFixture[s
     assert "sae-lens-auxk train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("args", "status"), [(["--help"], 0), (["tarin"], 2)])
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_its_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([flag]) == 0
+    assert capsys.readouterr().out == f"sae-lens-auxk {version('sae-lens-auxk')}\n"
+
+
+@pytest.mark.parametrize(("args", "status"), [(["--help"], 0), (["--version"], 0), (["tarin"], 2)])
 def test_what_needs_no_torch_does_not_import_it(args: list[str], status: int) -> None:
     code = (
         "import sys; from sae_lens_auxk_cli import main; status = main(sys.argv[1:]); "

@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sae_lens_auxk import cli
+from sae_lens_auxk import cli, processes
 from sae_lens_auxk.cli import compare as command
+from sae_lens_auxk.compare import plan, run
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.report.summary import answer
+from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.compare.conftest import tiny
 
 
@@ -20,18 +24,122 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the command would run: (comparison, folder, command line)."""
     calls: list[Any] = []
 
-    def keep(comparison: Any, folder: Path, line: str, waits: bool) -> Path:  # noqa: ARG001
+    def keep(comparison: Any, folder: Path, line: str, *_: Any) -> Path:
         calls.append((comparison, folder, line))
         return folder / "report.html"
 
     monkeypatch.setattr(command, "run_comparison", keep)
+    monkeypatch.setattr(command, "read_results", lambda _: {"runs": [], "groups": []})
     return calls
 
 
 def test_no_arguments(asked_for: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare"]) == 0
     assert asked_for == [(resolve(Comparison()), Path("comparison"), "sae-lens-auxk compare")]
-    assert capsys.readouterr().out == "report  comparison/report.html\n"
+    expected = "No answer yet: no run has finished.\nreport  comparison/report.html\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.fixture
+def two_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The arguments of a comparison of two cases that takes seconds, without a report."""
+    monkeypatch.setattr(run, "write_report", lambda _, folder: folder / "report.html")
+    monkeypatch.setattr(command, "write_report", lambda _, folder: folder / "report.html")
+    flags = (
+        "--aux_variant none auxk --k 2 --seeds 0 1 --d_sae 24 --training_samples 1600 "
+        "--batch_size 32 --dead_after 128 --eval_samples 256 --n_features 32 --d_in 12 --output"
+    )
+    return ["compare", *flags.split(), str(tmp_path / "out")]
+
+
+def test_first_the_plan_is_on_the_terminal_then_the_answers(
+    two_seeds: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "FIRST_SECONDS", 0)
+    assert cli.main(two_seeds) == 0
+    out = capsys.readouterr().out.splitlines()
+    lines = [f"{question}: {text}" for question, text in answer(read_results(Path(two_seeds[-1])))]
+    lines.append(f"report  {two_seeds[-1]}/report.html")
+    assert len(lines) > 4
+    assert out[-len(lines) :] == lines
+    first, *_, place, estimate = out[: -len(lines)]
+    assert first == "2 cases x 2 seeds x 1,600 samples, 24 latents each:"
+    assert place == f"results  {two_seeds[-1]}, about 1 MB"
+    assert "of training left at the pace of the first steps" in estimate
+
+
+def test_a_dry_run_touches_nothing(
+    two_seeds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*two_seeds, "--dry_run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out.startswith("2 cases x 2 seeds x 1,600 samples")
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    cli.main([arg for arg in two_seeds if arg != "1"])
+    before = files()
+    capsys.readouterr()
+    assert cli.main([*two_seeds, "--dry_run"]) == 0
+    assert "; 1 of 2 seeds are there\n" in capsys.readouterr().out
+    assert files() == before
+
+    assert cli.main([*two_seeds, "--dry_run", "--lr", "9"]) == 2
+    assert "holds another comparison: lr is" in capsys.readouterr().err
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    assert cli.main(["compare", "--dry_run", "--output", str(tmp_path / "thesis")]) == 2
+    assert "does not hold a comparison" in capsys.readouterr().err
+    assert files().keys() - before.keys() == {tmp_path / "thesis", tmp_path / "thesis/thesis.tex"}
+
+
+def test_a_dry_run_loads_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--dry_run", "--model_name", "no/such", "--dataset_path", "no/text", "--output", "no"]
+    assert cli.main(["compare", *args]) == 0
+    assert "data     no/such, text no/text\n" in capsys.readouterr().out
+
+
+def test_failed_cases_are_status_1_until_they_are_trained(
+    two_seeds: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("my loss")
+
+    folder = two_seeds[-1]
+    with monkeypatch.context() as patch:
+        patch.setitem(AUX_LOSSES, "auxk", replace(AUX_LOSSES["auxk"], function=broken))
+        assert cli.main(two_seeds) == 1
+    output = capsys.readouterr()
+    assert output.err.count("Traceback") == 2
+    last = "Failed: auxk, auxk-topk, k 2, seed 1: ZeroDivisionError: my loss\n"
+    assert output.err.endswith(last)
+    assert output.out.endswith(f"report  {folder}/report.html\n")
+    assert cli.main(["compare", "--report_only", folder]) == 1
+    output = capsys.readouterr()
+    assert output.err.endswith(last)
+    assert output.err.count("Traceback") == 0
+
+    assert cli.main(two_seeds) == 0
+    assert "ailed" not in capsys.readouterr().err
+    assert cli.main(["compare", "--report_only", folder]) == 0
+
+
+def test_only_rank_0_has_the_status_of_failed_cases(
+    two_seeds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun stops the other ranks when one has another status than 0."""
+
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("my loss")
+
+    monkeypatch.setitem(AUX_LOSSES, "auxk", replace(AUX_LOSSES["auxk"], function=broken))
+    monkeypatch.setattr(processes, "be_quiet", lambda: None)
+    monkeypatch.setattr(processes, "see_own_gpu_only", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli.main(two_seeds) == (1 if rank == 0 else 0)
 
 
 def test_flags(asked_for: list[Any]) -> None:
@@ -86,6 +194,7 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "nowhere.yaml"], "there is no such file"),
         (["--device", "meta"], "device='meta' is not allowed: it must be cpu, cuda"),
         (["--report_only", "nowhere"], "nowhere holds no comparison"),
+        (["--report_only", "nowhere", "--dry_run"], "not allowed with argument"),
     ],
 )
 def test_refusals_are_one_line_and_status_2(
@@ -128,17 +237,6 @@ def test_ctrl_c_says_how_to_go_on(
     assert "report" not in error
 
 
-def test_a_lack_of_memory_is_one_line_and_not_status_0(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any) -> Path:
-        raise MemoryError("seed 0: every case ran out of memory")
-
-    monkeypatch.setattr(command, "run_comparison", full)
-    assert cli.main(["compare"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*args: Any) -> Path:
         return Path(None)  # type: ignore[arg-type]
@@ -151,16 +249,15 @@ def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_report_alone_trains_nothing(
     asked_for: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "results.json").write_text('{"version": 1, "runs": []}')
     reported: list[Any] = []
 
     def write(results: Any, folder: Path) -> Path:
         reported.append((results, folder))
-        return folder
+        return folder / "report.html"
 
     monkeypatch.setattr(command, "write_report", write)
     assert cli.main(["compare", "--report_only", str(tmp_path)]) == 0
-    assert reported == [({"version": 1, "runs": []}, tmp_path)]
+    assert reported == [({"runs": [], "groups": []}, tmp_path)]
     assert asked_for == []
 
 
