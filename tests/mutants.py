@@ -148,6 +148,7 @@ HUB_CARD = ("tests/hub/test_model_card.py",)
 HUB_PRIVATE = ("tests/hub/test_private.py", "-k", "not real_report")
 SHARED_COMMAND = ("tests/sharded/test_command.py", "-k", "d_sae")
 COMPARE_LANGUAGE_MODEL = ("tests/compare/test_language_model.py",)
+COMPARE_COMMAND = ("tests/cli/test_compare.py",)
 COMPARE_REPORT = ("tests/compare/test_report.py",)
 EVALUATION = ("tests/step/test_evaluation.py",)
 OWN_METHODS = ("tests/step/test_own_methods.py",)
@@ -823,6 +824,56 @@ MUTANTS = [
         'reverse=metric.better == "up"',
         'reverse=metric.better != "up"',
         COMPARE_REPORT,
+    ),
+    Mutant(
+        "compare",
+        "failed_stay_failed",
+        'bool(runs) and all(run["status"] == "finished" for run in runs)',
+        "bool(runs)",
+    ),
+    Mutant(
+        "compare",
+        "whole_pass_trained_again",
+        "left = [slug for slug in cases if slug not in kept]",
+        "left = [*cases]",
+    ),
+    Mutant(
+        "compare",
+        "failed_by_another_tried_at_once",
+        "if _written(folder, seed) != at_start[seed] or _is_finished(folder, seed):",
+        "if _is_finished(folder, seed):",
+    ),
+    Mutant(
+        "compare",
+        "last_update_not_looked_at",
+        "if not all(p.isfinite().all() for p in trainer.sae.parameters()):",
+        "if False:",
+    ),
+    Mutant(
+        "compare",
+        "a_model_for_each_seed",
+        '{"seed": 0, **(comparison.synthetic_model or {})}',
+        '{"seed": None, **(comparison.synthetic_model or {})}',
+    ),
+    Mutant(
+        "compare",
+        "resampled_at_every_window",
+        "every = 2 * (comparison.dead_feature_window + 1)",
+        "every = comparison.dead_feature_window + 1",
+    ),
+    Mutant(
+        "compare",
+        "status_0_after_a_failure",
+        'return int(any(run["status"] == "failed" for run in results["runs"]))',
+        "return 0",
+        COMPARE_COMMAND,
+    ),
+    Mutant(
+        "compare",
+        "dry_run_trains",
+        "            if options.dry_run:",
+        "            if False:",
+        COMPARE_COMMAND,
     ),
     # --- hub ---------------------------------------------------------------------------------
     Mutant("hub", "card_with_the_first_sae", "change is pending[-1]", "change is pending[0]"),
