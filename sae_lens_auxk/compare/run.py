@@ -53,6 +53,7 @@ from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from sae_lens_auxk.files import partial_file
 from sae_lens_auxk.saelens.names import SPARSITY_FILENAME
+from sae_lens_auxk_cli import printable
 
 EXTENDABLE = ("seeds",)
 """Fields that may change when a comparison is continued: each pass has one seed."""
@@ -231,7 +232,8 @@ def _train_pass(
         """Note an error in one case, whatever it is: it must not cost the others."""
         trace = "".join(traceback.format_exception(error))
         failures[slug] = (f"{type(error).__name__}: {error}", trace)
-        tqdm.write(f"{cases[slug].title}, seed {seed}, failed. {trace}", file=sys.stderr)
+        shown = printable(f"{cases[slug].title}, seed {seed}, failed. {trace}")
+        tqdm.write(shown, file=sys.stderr)
 
     saes: dict[str, TrainingSAE[Any]] = {}
     for slug, config in configs.items():

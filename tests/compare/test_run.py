@@ -17,6 +17,7 @@ from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.run import groups_of, run_comparison
 from sae_lens_auxk.compare.train import LockstepTrainer
 from sae_lens_auxk.losses.registry import AUX_LOSSES
+from sae_lens_auxk_cli import printable
 from tests.compare.conftest import tiny
 
 RUN_KEYS = {
@@ -351,7 +352,7 @@ def fail_to_build(monkeypatch: pytest.MonkeyPatch, *variants: str) -> None:
 
 def fail_in_the_loss(monkeypatch: pytest.MonkeyPatch, *_: str) -> None:
     def broken(*_: Any) -> Any:
-        raise ZeroDivisionError("my loss")
+        raise ZeroDivisionError("\x1b[2Jmy loss")
 
     auxk = AUX_LOSSES["auxk"]
     monkeypatch.setitem(AUX_LOSSES, "auxk", replace(auxk, function=broken))
@@ -384,7 +385,7 @@ def fail_in_measuring(monkeypatch: pytest.MonkeyPatch, *_: str) -> None:
     ("fail", "error", "frame"),
     [
         (fail_to_build, f"RuntimeError: {CPU_FULL}", "in failing"),
-        (fail_in_the_loss, "ZeroDivisionError: my loss", "in broken"),
+        (fail_in_the_loss, "ZeroDivisionError: \x1b[2Jmy loss", "in broken"),
         (fail_to_be_finite, "FloatingPointError: the loss is nan at sample 32", "in write_point"),
         (fail_in_measuring, "KeyError: 'no such metric'", "in broken"),
     ],
@@ -407,13 +408,14 @@ def test_a_failed_case_is_shown_and_kept_and_alone_trained_again(
     assert "auxk, auxk-topk, k 2, seed 0, failed. Traceback" in shown
     assert "auxk, auxk-topk, k 2, seed 1, failed. Traceback" in shown
     assert "none, auxk-topk" not in shown
+    assert "\x1b" not in shown
     results = read_results(folder)
     assert [entry["status"] for entry in results["runs"]] == ["finished", "failed"] * 2
     for entry in results["runs"][1::2]:
         assert entry["error"] == error
         assert frame in entry["traceback"]
         assert entry["traceback"].endswith(f"{error}\n")
-        assert entry["traceback"] in shown
+        assert printable(entry["traceback"]) in shown
         assert entry["metrics"] == {}
     assert [group["case"] for group in results["groups"]] == ["none"]
 
