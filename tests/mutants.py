@@ -161,6 +161,7 @@ FUNCTION_OF_TENSORS = (
 ADAM = ("tests/step/test_adam.py",)
 OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
 SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
+RESUME = ("tests/saelens/test_resume.py",)
 OLD_CHECKPOINTS = ("tests/saelens/test_old_checkpoints.py",)
 DTYPE = ("tests/step/test_dtype.py",)
 GOLDEN = ("tests/test_golden.py", "-k", "batchtopk/pursuit/sparse")
@@ -995,8 +996,13 @@ MUTANTS = [
     Mutant(
         "saelens",
         "given_sae_ignored",
-        'if given.arguments.get("override_sae") is None:',
-        "if True:",
+        "        if sae is None:\n            given.arguments",
+        "        if True:\n            given.arguments",
+    ),
+    Mutant("saelens", "another_k_resumed", '"dtype", "k", "matry', '"dtype", "matry', RESUME),
+    Mutant("saelens", "any_runner_resumes", "if isinstance(sae_cfg, ours):", "if False:", RESUME),
+    Mutant(
+        "saelens", "given_sae_not_asked", "cfg.sae if sae is None else sae.cfg", "cfg.sae", RESUME
     ),
     Mutant(
         "saelens",

@@ -31,6 +31,7 @@ from sae_lens_auxk.saelens.names import (
     _parse_cfg_args,
 )
 from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
+from sae_lens_auxk.saelens.resume import require_resumable
 from sae_lens_auxk.saelens.runner_config import field_names
 from sae_lens_auxk_cli import refuse
 
@@ -51,6 +52,7 @@ def train(args: Sequence[str]) -> int:
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
     try:
+        require_resumable(cfg, cfg.sae)
         trained = sae_to_go_on_from(cfg, AuxConfig)
     except (ValueError, OSError) as error:
         return refuse(str(error))

@@ -12,10 +12,13 @@ from typing import Any
 from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 
 from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
+from sae_lens_auxk.saelens.resume import require_resumable
 
 
 def patch_saelens(ours: type[Any], fit_to_run: Callable[[Any], None]) -> None:
     """Fit this package's SAEs to each new trainer; make runners use ``from_pretrained_path``.
+
+    A runner also refuses a ``resume_from_checkpoint`` of another SAE.
 
     Args:
         ours: the class of this package's configs.
@@ -29,8 +32,12 @@ def patch_saelens(ours: type[Any], fit_to_run: Callable[[Any], None]) -> None:
 
     def new_runner(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(init).bind(self, *args, **kwargs)
-        if given.arguments.get("override_sae") is None:
-            given.arguments["override_sae"] = sae_to_go_on_from(given.arguments["cfg"], ours)
+        cfg, sae = given.arguments["cfg"], given.arguments.get("override_sae")
+        if sae is None:
+            given.arguments["override_sae"] = sae = sae_to_go_on_from(cfg, ours)
+        sae_cfg = cfg.sae if sae is None else sae.cfg
+        if isinstance(sae_cfg, ours):
+            require_resumable(cfg, sae_cfg)
         init(*given.args, **given.kwargs)
 
     _wrap_once(SAETrainer, "__init__", new_trainer)

@@ -19,6 +19,7 @@ from sae_lens_auxk.saelens.names import (
     SAE_WEIGHTS_FILENAME,
     get_sae_training_class,
 )
+from sae_lens_auxk.saelens.resume import require_same_sae
 from sae_lens_auxk.sharded.collectives import sum_in_backward, sum_over
 from sae_lens_auxk.sharded.files import read_safetensors, write_safetensors
 from sae_lens_auxk.sharded.latents import (
@@ -219,6 +220,7 @@ class Sharded(_Base):
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Load this process's part of a checkpoint from any number of processes."""
+        require_same_sae(self.cfg, checkpoint_path)
         path = Path(checkpoint_path) / SAE_WEIGHTS_FILENAME
         state = read_safetensors(path, self.device, self.shard)
         self.process_state_dict_for_loading(state)

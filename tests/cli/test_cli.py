@@ -126,6 +126,11 @@ def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) 
     ("field", "value", "message"),
     [
         ("model_name", "nope", "model_name='nope', dataset_path='me/text' cannot be loaded: nope"),
+        (
+            "resume_from_checkpoint",
+            "nowhere",
+            "resume_from_checkpoint='nowhere' is no complete checkpoint: there is no cfg.json",
+        ),
         ("device", "meta", "device='meta' is not allowed: it must be cpu, cuda"),
     ],
 )

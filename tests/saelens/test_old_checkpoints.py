@@ -1,8 +1,9 @@
 """A checkpoint that an earlier version saved goes on as that version would have gone on.
 
 ``checkpoint_28705f1`` was saved at commit 28705f1 in the middle of the run below, in the middle of
-its warm-up, which was this package's own then: SAELens's state has no scheduler for it.
-``final.safetensors`` is how that version ended the run.
+its warm-up, which was this package's own then: SAELens's state has no scheduler for it. Its configs
+have only what a run that resumes is asked for. ``final.safetensors`` is how that version ended the
+run.
 """
 
 from pathlib import Path
