@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from sae_lens_auxk.ops import KERNELS
+from sae_lens_auxk.ops import KERNELS, has_sparse_operations
 
 # With fewer pairs a row torch's embedding_bag is as fast (benchmarks/parts.py).
 MIN_PAIRS_FOR_KERNEL = 64
@@ -120,7 +120,11 @@ def indices_of(mask: torch.Tensor, bound: int) -> torch.Tensor:
     ``nonzero()`` would wait for the device, as the shape of its result depends on the values. n
     is a multiple of 64, as a product in bfloat16 is otherwise up to 5 times slower.
     """
-    return mask.nonzero_static(size=-bound // 64 * -64, fill_value=0).squeeze(1)
+    n = -bound // 64 * -64
+    if has_sparse_operations(mask):
+        return mask.nonzero_static(size=n, fill_value=0).squeeze(1)
+    found = mask.nonzero().squeeze(1)
+    return torch.nn.functional.pad(found, (0, n - len(found)))
 
 
 def beyond(columns: torch.Tensor, n_columns: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_auxk.losses.access import Columns, Pointwise, decoder_rows
-from sae_lens_auxk.ops import choice
+from sae_lens_auxk.ops import choice, has_sparse_operations
 from sae_lens_auxk.ops.encoder import Encoder, activations, smallest_active
 from sae_lens_auxk.ops.matrices import Decoder
 from sae_lens_auxk.ops.selection import (
@@ -248,13 +248,15 @@ class SparseTopK(_Base):
 
         All that SAELens's step calls, and the sparse step does not, has to be SAELens's or the
         package's own: methods of the class and of the instance, functions set on it, hook points,
-        hooks, ``activation_fn``. The input must have no gradient, and the parameters be float32 or
-        float64, since torch has no gradient of the sparse products in bfloat16.
+        hooks, ``activation_fn``. The input must have no gradient and be on a device with the sparse
+        operations, and the parameters be float32 or float64, since torch has no gradient of the
+        sparse products in bfloat16.
         """
         own, cls, modules = vars(self), type(self), self._modules
         select = self.activation_fn
         return (
             self.may_be_sparse
+            and has_sparse_operations(sae_in)
             and self.W_enc.dtype in (torch.float32, torch.float64)
             and not sae_in.requires_grad
             and not self.hook_z_reshaping_mode
