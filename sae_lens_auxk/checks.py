@@ -1,8 +1,9 @@
 """Errors that name a field, its value and what is allowed, and suggest the nearest name."""
 
-import difflib
 import json
+import re
 from collections.abc import Callable, Collection, Iterable
+from difflib import SequenceMatcher
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -49,9 +50,18 @@ def require_known(given: Iterable[str], known: Iterable[str], what: str) -> None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean ...?"``, or ``""`` if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    """``" Did you mean ...?"``, or ``""`` if no known name is close, in any order of its words."""
+
+    def likeness(other: str) -> float:
+        pairs = (name, other), (_in_order(name), _in_order(other))
+        return max(SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+
+    best = max(known, key=likeness, default="")
+    return f" Did you mean {best}?" if likeness(best) >= 0.6 else ""
+
+
+def _in_order(name: str) -> str:
+    return "-".join(sorted(re.split("[-_]", name.lower())))
 
 
 def require_bool(name: str, value: Any) -> None:

@@ -143,14 +143,15 @@ class Counts(_Base):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        self._loaded = True
-        for name in _COUNTS:
+        # SAELens's own architectures save none. A trainer that resumes knows its steps.
+        fresh = torch.zeros_like(self.tokens_since_fired), self.training_steps
+        for name, count in zip(_COUNTS, fresh, strict=True):
             if name in state_dict:
                 state_dict[name] = count_from_bytes(state_dict[name])
-            else:  # a checkpoint of SAELens's own architecture, to train further
-                fresh = torch.zeros_like(getattr(self, name), device=state_dict["W_dec"].device)
-                state_dict[name] = fresh
-                self._loaded = False
+                self._loaded = True
+            else:
+                state_dict[name] = count.to(state_dict["W_dec"].device)
+                self._loaded = bool(count.any())
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")

@@ -40,7 +40,7 @@ def fit_to_run(trainer: SAETrainer[Any, Any]) -> None:
     sae.cfg = cfg
     if torch.device(run.device).type == "cuda":
         fuse(trainer.optimizer)
-    _resume_warm_up(trainer)
+    _resume_schedules(trainer)
 
 
 def fitted_threshold(cfg: Any, run: SAETrainerConfig) -> int:
@@ -128,21 +128,20 @@ def _n_steps(run: SAETrainerConfig) -> int:
     return ceil(run.total_training_samples / run.train_batch_size_samples)
 
 
-def _resume_warm_up(trainer: SAETrainer[Any, Any]) -> None:
-    """Let a checkpoint without a scheduler of the auxiliary loss go on where it was.
+def _resume_schedules(trainer: SAETrainer[Any, Any]) -> None:
+    """Let a checkpoint without the schedules of the auxiliary loss go on where it was.
 
-    Those of SAELens's own architectures have none, nor have those that this package saved before
-    SAELens's scheduler warmed the coefficient up. SAELens loads the schedulers after the optimizer,
-    so the one that a checkpoint does have counts.
+    Those of SAELens's own architectures have none, and those that this package saved before
+    SAELens's scheduler warmed the coefficient up have no scheduler. SAELens loads the schedulers
+    and the weights after the optimizer, so what a checkpoint does have counts.
     """
-
     scheduler = trainer.coefficient_schedulers.get(AUX_LOSS_KEY)
-    if scheduler is None:  # a subclass with coefficients of its own
-        return
 
     def after_load(optimizer: Any) -> None:
         steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
         if steps:
-            scheduler.load_state_dict({"current_step": max(steps)})
+            trainer.sae.training_steps.fill_(max(steps))
+            if scheduler is not None:  # else a subclass with coefficients of its own
+                scheduler.load_state_dict({"current_step": max(steps)})
 
     trainer.optimizer.register_load_state_dict_post_hook(after_load)

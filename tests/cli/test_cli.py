@@ -60,6 +60,7 @@ def test_every_aux_field_is_a_flag_with_help(
     usage, options = capsys.readouterr().out.split("options:", 1)
     assert usage
     text = " ".join(options.split())
+    assert text.index(" --aux_variant ") < text.index(" --model_name ")
     for field in dataclasses.fields(AuxConfig):
         after = text.split(f" --{field.name} ", 1)[1]
         description = after.split("(default", 1)[0]
@@ -79,6 +80,7 @@ def test_every_aux_field_is_a_flag_with_help(
             "--aux_varient auxk (with --architecture auxk-topk). Did you mean --aux_variant?",
         ),
         (["train", "--architecture", "auxk-topkk"], "Did you mean auxk-topk?"),
+        (["train", "--architecture", "topk-auxk"], "Did you mean auxk-topk?"),
         (["train", "--architecture"], "expected one argument"),
         (["train", "--architecture", "auxk-topk", "--k_aux", "x"], "invalid int value: 'x'"),
     ],

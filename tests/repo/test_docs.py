@@ -82,6 +82,14 @@ def test_getting_started_has_the_settings_that_give_saelens_loss_back() -> None:
         assert f"| `{name}={shown}` |" in text, name
 
 
+def test_git_does_not_see_the_logs_of_the_commands() -> None:
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    logs = {log for path in pages for log in re.findall(r"2>(\S+)", path.read_text())}
+    assert {"train.log"} <= logs
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {f"*{Path(log).suffix}" for log in logs} <= {*ignored}, logs
+
+
 def test_no_page_gets_longer() -> None:
     words = {path.name: len(path.read_text().split()) for path in (ROOT / "docs").glob("*.md")}
     includes = {"changelog.md", "contributing.md"}

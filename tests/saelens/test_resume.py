@@ -179,3 +179,38 @@ def test_a_damaged_config_is_named(checkpoint: Saved, tmp_path: Path) -> None:
     Path(path, "cfg.json").write_text(json.dumps({"k": 4})[:-2])
     with pytest.raises(ValueError, match=r"cfg\.json cannot be read"):
         start(path, "auxk-topk")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"aux_warm_up_steps": 20}, [step / 20 for step in range(11, 20)]),
+        (
+            {"aux_decay_start_step": 5, "aux_decay_steps": 10},
+            [max(0, 1 - (step - 5) / 10) for step in range(11, 20)],
+        ),
+    ],
+)
+@pytest.mark.parametrize("source", ["topk", "auxk-topk"])
+def test_the_schedules_go_on_where_the_run_is(
+    source: str, schedule: dict[str, Any], expected: list[float], checkpoint: Saved
+) -> None:
+    """Also those that a checkpoint of SAELens's own architecture, of 11 of 20 steps, lacks."""
+    cfg = config(
+        "auxk-topk",
+        resume_from_checkpoint=checkpoint(source),
+        aux_loss_coefficient=1.0,
+        **schedule,
+    )
+    runner = LanguageModelSAETrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2())
+    coefficients: list[float] = []
+    own = runner.sae.training_forward_pass
+
+    def noting(step_input: Any) -> Any:
+        output = own(step_input=step_input)
+        coefficients.append(float(output.metrics["aux_coefficient"]))
+        return output
+
+    runner.sae.training_forward_pass = noting  # type: ignore[method-assign]
+    runner.run()
+    assert coefficients == pytest.approx(expected)
