@@ -117,7 +117,8 @@ def measure_all(args: argparse.Namespace) -> None:
         os.environ.update({**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"})
     if shared:
         args.device = processes.own_device(args.device)
-    with processes.process_group(args.device) if shared else nullcontext():
+        processes.prefer_own_gpu()
+    with processes.process_group() if shared else nullcontext():
         own = measure(args)
         results: list[Any] = [own]
         if shared:

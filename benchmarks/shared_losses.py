@@ -121,10 +121,11 @@ def main() -> None:
     settings = {name: str(value) for name, value in vars(args).items()}
     if n > 1:
         args.device = processes.own_device(args.device)
+        processes.prefer_own_gpu()
     is_first = processes.rank() == 0
     about = {**made_by(args.device), "settings": settings}
     results: list[dict[str, Any]] = []
-    with processes.process_group(args.device) if n > 1 else nullcontext():
+    with processes.process_group() if n > 1 else nullcontext():
         group = dist.group.WORLD if n > 1 else None
         for args.autocast in (False, True):
             for variant in args.variants:

@@ -39,6 +39,7 @@ def config(**changes: Any) -> LanguageModelSAERunnerConfig[Any]:
         # training
         "training_tokens": 200_000_000,
         "train_batch_size_tokens": 4096,
+        "n_batches_in_buffer": 64,
         "lr": 3e-4,
         "lr_warm_up_steps": 1000,
         "lr_decay_steps": 10_000,

@@ -3,8 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from sae_lens_auxk.checks import reject
 
 
 def read_json(path: Path) -> Any:
@@ -38,6 +42,28 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def require_writable_folder(name: str, folder: str | Path) -> None:
+    """Raise a ValueError if a field's folder cannot be made or written to; nothing is left behind.
+
+    A training writes at its end, hours after it began.
+    """
+    made: list[Path] = []
+    try:
+        for part in reversed((Path(folder), *Path(folder).parents)):
+            if not os.path.lexists(part):
+                part.mkdir()
+                made.append(part)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        allowed = f"a folder that can be written to, or a name for a new one ({error.strerror})"
+        raise reject(name, str(folder), allowed) from error
+    finally:
+        for part in reversed(made):
+            with suppress(OSError):  # another process uses it by now
+                part.rmdir()
 
 
 def partial_file(path: Path) -> Path:

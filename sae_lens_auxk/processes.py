@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partialmethod
 from importlib.metadata import version
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from tqdm.std import tqdm
 
 from sae_lens_auxk_cli import refuse
+
+SECONDS_TO_SAVE = 25
+"""torchrun kills a process 30 seconds after it told it to stop."""
 
 PACKAGES = ("sae-lens-auxk", "sae-lens", "torch")
 
@@ -67,13 +71,9 @@ def see_own_gpu_only() -> None:
 
 
 @contextmanager
-def process_group(device: str) -> Generator[Any]:
-    """The group of all processes: NCCL where ``device``, this process's, is a GPU, else gloo."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device))
-    else:
-        dist.init_process_group("gloo")
+def process_group() -> Generator[Any]:
+    """The group of all processes: gloo, and NCCL for what is on GPUs."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.group.WORLD
     finally:
@@ -82,8 +82,12 @@ def process_group(device: str) -> Generator[Any]:
             dist.destroy_process_group()
 
 
+class Refused(ValueError):
+    """An error that all processes have."""
+
+
 def agree(error: Exception | None, group: Any) -> None:
-    """Raise the same ValueError in every process if one of them has an error.
+    """Raise the same error in every process if one of them has one; it names the rank.
 
     Every process calls this with its own error, or None.
     """
@@ -92,22 +96,27 @@ def agree(error: Exception | None, group: Any) -> None:
     for i, message in enumerate(errors):
         if message is not None:
             same = all(other == message for other in errors)
-            raise ValueError(message if same else f"rank {i}: {message}") from error
+            raise Refused(message if same else f"rank {i}: {message}") from error
 
 
-def require_same_versions(group: Any) -> None:
-    """Raise a ValueError that names the first package whose version differs between processes."""
-    own = {name: version(name) for name in PACKAGES}
-    all_versions: list[Any] = [None] * group.size()
-    dist.all_gather_object(all_versions, own, group=group)
-    for i, versions in enumerate(all_versions):
-        for name in PACKAGES:
-            first = all_versions[0][name]
-            if versions[name] != first:
-                raise ValueError(
-                    f"{name} is {first} on rank 0 and {versions[name]} on rank {i}: it must be the "
-                    "same everywhere."
-                )
+def require_same(own: Mapping[str, Any], group: Any) -> None:
+    """Raise the same error in every process if their values differ.
+
+    It names a rank, and each of its values that differs from rank 0's. The versions of torch,
+    SAELens and this package are always compared.
+    """
+    own = {**{name: version(name) for name in PACKAGES}, **own}
+    everywhere: list[Any] = [None] * group.size()
+    dist.all_gather_object(everywhere, own, group=group)
+    first = everywhere[0]
+    for i, values in enumerate(everywhere):
+        differing = [
+            f"{name} is {first.get(name)!r} on rank 0 and {values.get(name)!r} on rank {i}"
+            for name in {**first, **values}
+            if first.get(name) != values.get(name)
+        ]
+        if differing:
+            raise Refused(f"{'; '.join(differing)}: it must be the same everywhere.")
 
 
 def be_quiet() -> None:
@@ -122,6 +131,9 @@ def end_with(message: Callable[[], str]) -> Callable[[], None]:
 
     A Python signal handler would wait for the collective operation, which waits for the dead
     process.
+
+    A training that has a handler of its own for that signal gets some time to end by itself: the
+    signal may also be a person's.
 
     Args:
         message: makes the message.
@@ -142,9 +154,14 @@ def end_with(message: Callable[[], str]) -> Callable[[], None]:
     def watch() -> None:
         while os.read(read, 1)[0] != signal.SIGTERM:
             pass
+        if signal.getsignal(signal.SIGTERM) is not ignored:
+            time.sleep(SECONDS_TO_SAVE)
         end()
 
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    def ignored(*_: Any) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, ignored)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     return end

@@ -161,6 +161,14 @@ FUNCTION_OF_TENSORS = (
 ADAM = ("tests/step/test_adam.py",)
 OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
 SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
+DEVICES = ("tests/step/test_devices.py", "-k", "auxk-topk or auxk-gated-pre_activation")
+INTERRUPTED = ("tests/cli/test_train.py",)
+SHARED_RUN = (
+    "tests/sharded/test_command.py",
+    "-k",
+    "test_another_field or test_other or only_rank",
+)
+START = ("tests/saelens/test_start.py",)
 RESUME = ("tests/saelens/test_resume.py",)
 OLD_CHECKPOINTS = ("tests/saelens/test_old_checkpoints.py",)
 DTYPE = ("tests/step/test_dtype.py",)
@@ -603,7 +611,7 @@ MUTANTS = [
         "masked_fill_(~among.view(-1, size)[groups], -torch.inf)",
         "masked_fill_(~among.view(-1, size)[groups], 0)",
     ),
-    Mutant("ops", "bound_rounded_down", "size=-bound // 64 * -64", "size=bound // 64 * 64"),
+    Mutant("ops", "bound_rounded_down", "n = -bound // 64 * -64", "n = bound // 64 * 64"),
     Mutant(
         "ops",
         "one_column_too_many",
@@ -670,6 +678,33 @@ MUTANTS = [
         "rows",
     ),
     Mutant("ops", "dense_largest_by_sign", "_largest(self.nearness(h), k)", "_largest(h, k)"),
+    Mutant(
+        "step",
+        "sparse_step_everywhere",
+        "            and has_sparse_operations(sae_in)\n",
+        "",
+        DEVICES,
+    ),
+    Mutant(
+        "ops", "static_indices_everywhere", "if has_sparse_operations(mask):", "if True:", DEVICES
+    ),
+    Mutant(
+        "saelens", "stock_steps_forgotten", "sae.training_steps.fill_(max(steps))", "sae", RESUME
+    ),
+    Mutant(
+        "saelens", "no_checkpoint_when_told_to_stop", "if told_to_stop:", "if False:", INTERRUPTED
+    ),
+    Mutant("saelens", "full_disks_not_known", "of_torch = ", "of_torch = False and ", INTERRUPTED),
+    Mutant("saelens", "signals_not_given_back", "before.items():", "{}.items():", INTERRUPTED),
+    Mutant("saelens", "folders_left_behind", "reversed(made):", "():", START),
+    Mutant("saelens", "last_buffer_too_small", "buffer < smallest", "buffer < smallest - 1", START),
+    Mutant(
+        "sharded",
+        "ranks_may_differ",
+        "fields[name] for name in fields if",
+        "fields[name] for name in () if",
+        SHARED_RUN,
+    ),
     # --- sharded -----------------------------------------------------------------------------
     Mutant(
         "sharded",
@@ -735,7 +770,12 @@ MUTANTS = [
         "(self.start, self.d_sae - self.start - self.n)",
         "(self.d_sae - self.start - self.n, self.start)",
     ),
-    Mutant("sharded", "smallest_over_processes", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
+    Mutant(
+        "sharded",
+        "smallest_over_processes",
+        "largest, op=dist.ReduceOp.MAX",
+        "largest, op=dist.ReduceOp.MIN",
+    ),
     Mutant("sharded", "weights_of_the_first", "self._draw(self.shard.start)", "self._draw(0)"),
     Mutant(
         "sharded",

@@ -1,12 +1,12 @@
 """``sae-lens-auxk train``."""
 
+import sys
 import time
-from argparse import ArgumentError, ArgumentParser
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from math import ceil
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
@@ -15,58 +15,106 @@ import torch
 from sae_lens import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
+    SAETrainer,
     TrainingSAE,
     run_evals,
 )
+from typing_extensions import override
 
 from sae_lens_auxk.checks import nearest, require_choice, require_device
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.config import AuxConfig
-from sae_lens_auxk.processes import n_processes, prefer_own_gpu, refuse_once
+from sae_lens_auxk.processes import n_processes, prefer_own_gpu
 from sae_lens_auxk.saelens.checkpoints import silent_latents
+from sae_lens_auxk.saelens.interruption import (
+    INTERRUPTED,
+    fit,
+    how_to_go_on,
+    is_for_a_file,
+    noted_signals,
+)
 from sae_lens_auxk.saelens.names import (
     SAE_TRAINING_CLASS_REGISTRY,
     ActivationScaler,
     EvalConfig,
+    InterruptedException,
     _parse_cfg_args,
 )
 from sae_lens_auxk.saelens.pretrained import sae_to_go_on_from
 from sae_lens_auxk.saelens.resume import require_resumable
 from sae_lens_auxk.saelens.runner_config import field_names
+from sae_lens_auxk.saelens.start import require_activations, require_startable
 from sae_lens_auxk_cli import refuse
 
 
 def train(args: Sequence[str]) -> int:
     """SAELens's own training command, with a summary at the end; see ``--help``."""
-    if n_processes() > 1:
+    shared = n_processes() > 1
+    if shared:
         prefer_own_gpu()
+    cfg = error = None
     try:
         cfg = _parse(args)
     # simple-parsing raises argparse's errors, and passes on those of the configs.
-    except Exception as error:
-        return refuse_once(error)
-    if n_processes() > 1:
+    except Exception as raised:
+        error = raised
+    if shared:
         # By name, so that all else works without the folder sharded/.
-        return import_module("sae_lens_auxk.sharded.command").train_shared(cfg)
+        return import_module("sae_lens_auxk.sharded.command").train_shared(cfg, error)
+    if cfg is None:
+        return refuse(str(error))
+    try:
+        return _train(cfg)
+    except (KeyboardInterrupt, InterruptedException):
+        print(f"interrupted. {how_to_go_on(cfg)}.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as raised:
+        if is_for_a_file(raised):
+            return refuse(f"{raised}. {how_to_go_on(cfg)}.")
+        raise
+
+
+def _train(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
     # SAELens seeds nothing with its own field; a command should give the same twice.
     torch.manual_seed(cfg.seed)
     start = time.perf_counter()
     try:
+        require_startable(cfg)
         require_resumable(cfg, cfg.sae)
         trained = sae_to_go_on_from(cfg, AuxConfig)
     except (ValueError, OSError) as error:
         return refuse(str(error))
     try:
-        runner = LanguageModelSAETrainingRunner(cfg, override_sae=trained)
+        runner = _Runner(cfg, override_sae=trained)
     # A model or data set that cannot be found raises one of these, at times with pages of names.
     except (ValueError, OSError) as error:
         given = f"model_name={cfg.model_name!r}, dataset_path={cfg.dataset_path!r}"
         return refuse(f"{given} cannot be loaded: {shorten(str(error), 300)}")
+    try:
+        require_activations(runner)
+    except ValueError as error:
+        return refuse(str(error))
     sae = runner.run()
     print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
     if cfg.n_eval_batches > 0:
         print(summary(runner, sae))
     return 0
+
+
+class _Runner(LanguageModelSAETrainingRunner):
+    """SAELens's runner, which a signal ends after a step, with a checkpoint."""
+
+    n_sparsity_samples: int = 0
+    """The samples that the firing rates saved with the SAE are of."""
+
+    @override
+    def run_trainer_with_interruption_handling(
+        self, trainer: SAETrainer[Any, Any]
+    ) -> TrainingSAE[Any]:
+        with noted_signals() as noted:
+            sae = fit(trainer, noted)
+        self.n_sparsity_samples = trainer.n_frac_active_samples
+        return sae
 
 
 def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
@@ -89,7 +137,7 @@ def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
     if not args or {"-h", "--help"} & {*args}:
         print(imports.format_help())  # SAELens's help follows
     try:
-        with _errors_raised():
+        with _parser_of_ours():
             cfg = _parse_cfg_args(args)
     except (ValueError, ArgumentError) as error:
         *_, unknown = str(error).partition("unrecognized arguments: ")
@@ -107,26 +155,35 @@ def _parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
 
 
 @contextmanager
-def _errors_raised() -> Generator[None]:
-    """argparse's errors as ValueErrors; by itself it prints all its flags and exits."""
+def _parser_of_ours() -> Generator[None]:
+    """SAELens's parser raises a ValueError for an error, and its help begins with the SAE's flags.
+
+    By itself it prints all its flags and exits.
+    """
 
     def error(self: ArgumentParser, message: str) -> NoReturn:  # noqa: ARG001
         raise ValueError(message)
 
-    own, ArgumentParser.error = ArgumentParser.error, error
+    def format_help(self: ArgumentParser) -> str:
+        self.usage = SUPPRESS  # sixty lines
+        self._action_groups.sort(key=lambda group: "cfg.sae" not in str(group.title))
+        return own[1](self)
+
+    own = ArgumentParser.error, ArgumentParser.format_help
+    ArgumentParser.error, ArgumentParser.format_help = error, format_help
     try:
         yield
     finally:
-        ArgumentParser.error = own
+        ArgumentParser.error, ArgumentParser.format_help = own
 
 
 @torch.no_grad()
-def summary(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> str:
+def summary(runner: _Runner, sae: TrainingSAE[Any]) -> str:
     """Summarise a finished run in a few lines, measured by SAELens's own evaluator.
 
     Explained variance, L0 and the latents that stay silent are over ``n_eval_batches`` batches
-    of prompts that follow the training text; the latents silent in training are over its
-    last ``feature_sampling_window`` steps, from SAELens's saved sparsity.
+    of prompts that follow the training text; the latents silent in training are over the samples
+    that SAELens's saved sparsity is of, which it counts anew every ``feature_sampling_window``.
     """
     cfg = runner.cfg
     excluded = runner.activations_store.exclude_special_tokens
@@ -154,8 +211,6 @@ def summary(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> st
     ]
     if cfg.output_path is not None:
         n_silent = silent_latents(Path(cfg.output_path))
-        n_steps = ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
-        n_steps %= cfg.feature_sampling_window
-        n_train = (n_steps or cfg.feature_sampling_window) * cfg.train_batch_size_tokens
+        n_train = runner.n_sparsity_samples
         lines[-1] += f", {n_silent} in the last {n_train} of training"
     return "\n".join(lines)

@@ -32,7 +32,8 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
         ...     architecture="auxk-topk", model_name="gpt2", hook_name="blocks.6.hook_resid_pre",
         ...     dataset_path="Skylion007/openwebtext", is_dataset_tokenized=False,
         ...     d_in=768, d_sae=12288, k=32, aux_variant="pursuit",
-        ...     training_tokens=100_000_000, log_to_wandb=False, verbose=False,
+        ...     training_tokens=100_000_000, n_batches_in_buffer=64,
+        ...     log_to_wandb=False, verbose=False,
         ... )
         >>> cfg.sae.aux_variant, cfg.model_name, cfg.logger.log_to_wandb
         ('pursuit', 'gpt2', False)

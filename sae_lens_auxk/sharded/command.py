@@ -1,82 +1,98 @@
 """``sae-lens-auxk train`` under torchrun."""
 
 import os
-import shlex
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_auxk import processes
-from sae_lens_auxk.sharded.runner import (
-    ShardedTrainingRunner,
-    newest_checkpoint,
-    require_shared_run,
-)
-from sae_lens_auxk_cli import printable
+from sae_lens_auxk.saelens.interruption import INTERRUPTED, how_to_go_on, is_for_a_file
+from sae_lens_auxk.saelens.names import InterruptedException
+from sae_lens_auxk.saelens.resume import require_resumable
+from sae_lens_auxk.saelens.start import require_activations, require_startable
+from sae_lens_auxk.sharded.runner import ShardedTrainingRunner, require_same_run
+from sae_lens_auxk_cli import refuse
 
 
-def train_shared(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
-    """Train one SAE in all processes; only rank 0 prints. Return the exit status."""
+def train_shared(cfg: LanguageModelSAERunnerConfig[Any] | None, error: Exception | None) -> int:
+    """Train one SAE in all processes; only rank 0 prints. Return the exit status.
+
+    Args:
+        cfg: the config of the run; None if this process's flags are not allowed.
+        error: what is wrong with them.
+    """
     start, is_first = time.perf_counter(), processes.rank() == 0
+    end: Callable[[], None] = partial(os._exit, 1)
     if not is_first:
         processes.be_quiet()
-    try:
-        require_shared_run(cfg, processes.n_processes())
-        device = processes.own_device(cfg.device)
-    except ValueError as error:
-        return processes.refuse_once(error)
-    for owner in (cfg, cfg.sae):
-        owner.device = device
-    for name in ("llm_device", "act_store_device"):
-        if torch.device(getattr(cfg, name)).type == "cuda":
-            setattr(cfg, name, device)
-    torch.manual_seed(cfg.seed)
-    end: Callable[[], None] = partial(os._exit, 1)
-    if is_first:
+    elif cfg is not None:
         end = processes.end_with(lambda: _farewell(cfg))
-        n = processes.n_processes()
-        print(f"{n} processes share {cfg.sae.d_sae} latents", flush=True)
     try:
-        with processes.process_group(device) as group:
-            try:
-                runner = _runner(cfg, group)
-            except ValueError as error:
-                return processes.refuse_once(error)
-            runner.run()
+        with processes.process_group() as group:
+            _runner(cfg, error, group).run()
+    except processes.Refused as refused:
+        return processes.refuse_once(refused)
+    except (KeyboardInterrupt, InterruptedException):
+        if is_first:
+            print(f"interrupted. {how_to_go_on(cfg)}.", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if processes.is_for_a_dead_process(error):
             end()
+        if is_for_a_file(error):
+            status = refuse(f"rank {processes.rank()}: {error}. {how_to_go_on(cfg)}.")
+            os._exit(status)  # the others wait for this process
         raise
     if is_first:
         print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
     return 0
 
 
-def _runner(cfg: LanguageModelSAERunnerConfig[Any], group: Any) -> ShardedTrainingRunner:
-    """The run; the same ValueError in every process where one of them cannot be made."""
-    processes.require_same_versions(group)
-    try:
-        runner, error = ShardedTrainingRunner(cfg, group=group), None
-    # Raised for a model or data set that cannot be found.
-    except (ValueError, OSError) as raised:
-        runner, error = None, raised
+def _runner(cfg: Any, error: Exception | None, group: Any) -> ShardedTrainingRunner:
+    """The run; every process refuses it where one of them cannot make it."""
     processes.agree(error, group)
-    assert runner is not None
-    return runner
+    require_same_run(cfg, group)
+    processes.agree(_error_of(lambda: _prepare(cfg)), group)
+    if processes.rank() == 0:
+        print(f"{group.size()} processes share {cfg.sae.d_sae} latents", flush=True)
+    runners: list[ShardedTrainingRunner] = []
+
+    def make() -> None:
+        runners.append(ShardedTrainingRunner(cfg, group=group))
+        require_activations(runners[0])
+
+    processes.agree(_error_of(make), group)
+    return runners[0]
+
+
+def _error_of(do: Callable[[], Any]) -> Exception | None:
+    """The error of what a person can change: a field, a path, a model or data set."""
+    try:
+        do()
+    except (ValueError, OSError) as error:
+        return error
+    return None
+
+
+def _prepare(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a run that cannot start; choose this process's device, and seed it."""
+    require_resumable(cfg, cfg.sae)
+    if processes.rank() == 0:  # which alone writes
+        require_startable(cfg, processes.n_processes())
+    device = processes.own_device(cfg.device)
+    for owner in (cfg, cfg.sae):
+        owner.device = device
+    for name in ("llm_device", "act_store_device"):
+        if torch.device(getattr(cfg, name)).type == "cuda":
+            setattr(cfg, name, device)
+    torch.manual_seed(cfg.seed)
 
 
 def _farewell(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    folder = None if cfg.checkpoint_path is None else Path(cfg.checkpoint_path)
-    checkpoint = None if folder is None else newest_checkpoint(folder)
-    if checkpoint is None:
-        how = "It had no checkpoint yet: start it again"
-    else:
-        path = printable(shlex.quote(str(checkpoint)))
-        how = f"Resume from its last checkpoint with --resume_from_checkpoint {path}"
     what = "another process of this run has died; torchrun's report below says which"
-    return f"sae-lens-auxk: error: {what}. {how}."
+    return f"sae-lens-auxk: error: {what}. {how_to_go_on(cfg)}."

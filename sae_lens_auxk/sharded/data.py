@@ -5,17 +5,20 @@ A training batch concatenates the processes' batches and is the same on every pr
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from sae_lens import ActivationsStore
 from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
+from sae_lens_auxk.processes import agree
 from sae_lens_auxk.saelens.names import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens_auxk.sharded.collectives import gather
 
@@ -23,27 +26,32 @@ from sae_lens_auxk.sharded.collectives import gather
 def share_data(store: ActivationsStore, group: Any) -> None:
     """Limit a new store to its process's share of the rows and of a training batch.
 
-    Of a data set with a length, the rows ``rank``, ``rank + N``, ...; of a stream what
-    ``datasets`` gives each of N nodes.
+    Rows are dealt in blocks of the ``store_batch_size_prompts`` that the model reads at once, so
+    that rows which alternate, as a question and its answer, go to all processes. Of a stream of as
+    many files as N divides, each process reads its own files.
 
     Raises:
         ValueError: there are fewer rows than processes.
     """
     n, rank = group.size(), group.rank()
     store.train_batch_size_tokens //= n
+    block = store.store_batch_size_prompts
     if store.cached_activation_dataset is not None:
-        store.cached_activation_dataset = _share(store.cached_activation_dataset, n, rank)
+        store.cached_activation_dataset = _share(store.cached_activation_dataset, n, rank, block)
     if store.dataset is not None:
-        store.dataset = _share(store.dataset, n, rank)
+        store.dataset = _share(store.dataset, n, rank, block)
 
 
-def _share(dataset: Any, n: int, rank: int) -> Any:
+def _share(dataset: Any, n: int, rank: int, block: int) -> Any:
     if isinstance(dataset, IterableDataset):
-        share = split_dataset_by_node(dataset, rank, n)
+        if dataset.n_shards % n == 0:
+            share = split_dataset_by_node(dataset, rank, n)
+        else:
+            share = dataset.filter(lambda _, i: i // block % n == rank, with_indices=True)
         if next(iter(share), None) is None:
             raise ValueError(
                 f"dataset_path: the data set cannot be shared among {n} processes: it has no row "
-                f"for rank {rank}. It must have at least {n} rows."
+                f"for rank {rank}. It must have at least {n * block} rows."
             )
         return share
     assert isinstance(dataset, Dataset)
@@ -52,18 +60,40 @@ def _share(dataset: Any, n: int, rank: int) -> Any:
             f"dataset_path: the data set has {len(dataset)} rows, which cannot be shared among {n} "
             f"processes: it must have at least {n}."
         )
-    return dataset.shard(n, rank, contiguous=False)
+    rows = np.arange(len(dataset))
+    return dataset.select(rows[rows // min(block, len(dataset) // n) % n == rank])
 
 
 class GatheredBatches(Iterator[torch.Tensor]):
-    """The batches of all processes, concatenated."""
+    """The batches of all processes, concatenated.
 
-    def __init__(self, own: Iterator[torch.Tensor], group: Any, device: str):
+    With each batch the processes tell each other, on their hosts, whether one of them has no batch
+    or is told to stop.
+    """
+
+    def __init__(
+        self, own: Iterator[torch.Tensor], group: Any, device: str, told_to_stop: Sequence[Any] = ()
+    ):
         self._own, self._group, self._device = own, group, device
+        self._told_to_stop, self.all_told_to_stop = told_to_stop, list[bool]()
+        ranks = dist.get_process_group_ranks(group)
+        self._hosts: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     @override
     def __next__(self) -> torch.Tensor:
-        return gather(next(self._own).to(self._device), self._group).flatten(0, 1)
+        try:
+            batch, error = next(self._own), None
+        # SAELens's, where there is no text or too little of it, or a file cannot be read.
+        except (ValueError, OSError, StopIteration) as raised:
+            batch, error = None, raised
+        word = torch.tensor([error is not None, bool(self._told_to_stop)], dtype=torch.int32)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._hosts)
+        if word[0]:
+            agree(error, self._hosts)
+        if word[1]:
+            self.all_told_to_stop.append(True)
+        assert batch is not None
+        return gather(batch.to(self._device), self._group).flatten(0, 1)
 
 
 BY_RANK = "n_dataset_processed_by_rank"

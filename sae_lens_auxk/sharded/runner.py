@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from sae_lens import (
     LanguageModelSAERunnerConfig,
@@ -17,6 +18,8 @@ from sae_lens import (
 from typing_extensions import override
 
 from sae_lens_auxk.files import write_json
+from sae_lens_auxk.processes import require_same
+from sae_lens_auxk.saelens.interruption import fit, noted_signals
 from sae_lens_auxk.saelens.names import RUNNER_CFG_FILENAME
 from sae_lens_auxk.sharded.data import GatheredBatches, load_position, save_position, share_data
 from sae_lens_auxk.sharded.files import load_trainer_state, write_whole_optimizer_state
@@ -28,11 +31,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
 
     Every process creates one from the same config and calls ``run``. Each holds ``d_sae / N``
     latents and makes ``train_batch_size_tokens / N`` activations of each batch. Rank 0 alone writes
-    files and logs, as one process would. Deviations from one process:
-
-    - Weights & Biases gets no evaluations, for which a process would need the whole SAE, and its
-      histogram of decoder norms is that of rank 0's latents.
-    - An interruption saves nothing: the run resumes from its last checkpoint.
+    files and logs, as one process would, except that Weights & Biases gets no evaluations, for
+    which a process would need the whole SAE, and its histogram of decoder norms is that of rank 0's
+    latents.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             group: the process group; None is the default one.
 
         Raises:
-            ValueError: the config is not one of a run that can be shared among the processes.
+            ValueError: the config is not one of a run that can be shared among the processes, or
+                is not the same in all of them.
         """
         self._group: Any = dist.group.WORLD if group is None else group
+        require_same_run(cfg, self._group)
         require_shared_run(cfg, self._group.size())
         self._scratch = tempfile.TemporaryDirectory()
         cfg = self._of_rank(cfg)
@@ -84,8 +87,6 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(
         self, trainer: SAETrainer[Any, Any]
     ) -> TrainingSAE[Any]:
-        device = self.cfg.device
-        trainer.data_provider = GatheredBatches(trainer.data_provider, self._group, device)
         trainer.evaluator = None
         write_whole_optimizer_state(trainer)
         self.cfg.resume_from_checkpoint = self._checkpoint
@@ -94,7 +95,12 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             load_trainer_state(trainer, checkpoint)
             self.sae.load_weights_from_checkpoint(checkpoint)
             load_position(self.activations_store, self._group, checkpoint)
-        return trainer.fit()
+        with noted_signals() as noted:
+            batches = GatheredBatches(
+                trainer.data_provider, self._group, self.cfg.device, told_to_stop=noted
+            )
+            trainer.data_provider = batches
+            return fit(trainer, batches.all_told_to_stop)
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
@@ -104,6 +110,22 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
         if self._group.rank() == 0:
             # Last, as SAELens does: a checkpoint that has it is complete.
             write_json(checkpoint_path / RUNNER_CFG_FILENAME, self.cfg.to_dict())
+
+
+OF_RANK_0 = ("checkpoint_path", "output_path", "logger", "verbose")
+"""The fields of a run that only rank 0 uses. SAELens gives each process's ``checkpoint_path`` a
+random ending."""
+
+DEVICES = ("device", "llm_device", "act_store_device", "sae.device")
+"""Fields of which only the type counts, as ``cuda:0`` and ``cuda:1`` are two processes' own."""
+
+
+def require_same_run(cfg: LanguageModelSAERunnerConfig[Any], group: Any) -> None:
+    """Raise the same ValueError in every process if a field differs: rank, field, both values."""
+    fields = cfg.to_dict()
+    fields |= {f"sae.{name}": value for name, value in fields.pop("sae").items()}
+    fields |= {name: torch.device(fields[name]).type for name in DEVICES}
+    require_same({name: fields[name] for name in fields if name not in OF_RANK_0}, group)
 
 
 def require_shared_run(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int) -> None:
@@ -119,9 +141,3 @@ def require_shared_run(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int)
             f"train_batch_size_tokens={cfg.train_batch_size_tokens} cannot be shared among "
             f"{n_processes} processes: it must be a multiple of {n_processes}."
         )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint in a run's ``checkpoint_path``, or None."""
-    found = [path.parent for path in folder.glob(f"*/{RUNNER_CFG_FILENAME}")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -140,7 +140,8 @@ def test_a_run_that_cannot_start_is_one_line(
     field: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--architecture auxk-topk --k 3 --d_in 8 --d_sae 16 --dataset_path me/text"
-    args = [*flags.split(), "--log_to_wandb", "false", f"--{field}", value]
+    args = [*flags.split(), "--n_batches_in_buffer", "64", "--log_to_wandb", "false"]
+    args += [f"--{field}", value]
     assert cli.main(["train", *args]) == 2
     *_, line, end = capsys.readouterr().err.split("\n")
     assert line.startswith(f"sae-lens-auxk: error: {message}")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,29 @@ BEGAN = "processes share"
 FILES = ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json")
 
 
-def start(flags: list[str], n: int, checkpoint: Path | None, said: Path) -> "subprocess.Popen[str]":
+TRAIN = """
+import os, sys
+from sae_lens_auxk import cli
+of_rank = eval(sys.argv[1]).get(int(os.environ["RANK"]), [])
+sys.exit(cli.main(["train", *sys.argv[2:], *of_rank]))
+"""
+
+
+def start(
+    flags: list[str],
+    n: int,
+    checkpoint: Path | None,
+    said: Path,
+    of_rank: Mapping[int, list[str]] | None = None,
+) -> "subprocess.Popen[str]":
     # Standalone: torchrun takes a free port. One chosen here may be taken.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(n), "-m", "sae_lens_auxk", "train", *flags]
+    command += ["--nproc-per-node", str(n)]
+    if of_rank:
+        command += ["--no-python", sys.executable, "-c", TRAIN, repr(of_rank)]
+    else:
+        command += ["-m", "sae_lens_auxk", "train"]
+    command += flags
     if checkpoint is not None:
         command += ["--resume_from_checkpoint", str(checkpoint)]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}

@@ -5,8 +5,12 @@ import runpy
 from dataclasses import fields
 from pathlib import Path
 
-from sae_lens_auxk import AuxConfig
+import pytest
+
+from sae_lens_auxk import AuxConfig, runner_config
+from sae_lens_auxk.cli.train import _parse
 from sae_lens_auxk.losses import BUILT_IN
+from sae_lens_auxk.saelens.start import require_startable
 from tests.saelens.test_swapped_class import SAELENS_LOSS
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +84,31 @@ def test_getting_started_has_the_settings_that_give_saelens_loss_back() -> None:
     for name, value in SAELENS_LOSS.items():
         shown = "d_in // 2" if name == "k_aux" else f'"{value}"' if type(value) is str else value
         assert f"| `{name}={shown}` |" in text, name
+
+
+def test_the_trainings_of_the_docs_can_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With SAELens's defaults the buffer of activations is smaller than a batch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sae_lens_auxk.cli.train.require_device", lambda *_: None)
+    blocks = [
+        (block.replace("\\\n", " "), path.name)
+        for path in (ROOT / "docs").glob("*.md")
+        for block in re.findall(r"```\w+\n(.*?)```", path.read_text(), re.DOTALL)
+    ]
+    started: list[str] = []
+    for block, name in blocks:
+        for processes, flags in re.findall(r"(?:node (\d+) -m )?sae.lens.auxk train (.*)", block):
+            if "--help" not in flags and "..." not in flags:
+                command = flags.partition("2>")[0]
+                require_startable(_parse(command.split()), int(processes or 1))
+                started.append(name)
+        for call in re.findall(r"cfg = (runner_config\(\n.*?\n\))", block, re.DOTALL):
+            require_startable(eval(call, {"runner_config": runner_config}))
+            started.append(name)
+    assert {"getting-started.md", "scale.md"} <= {*started}
+    assert len(started) >= 4
 
 
 def test_git_does_not_see_the_logs_of_the_commands() -> None:

@@ -3,12 +3,18 @@
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from datasets import Dataset
 from sae_lens.saes.sae import SAE
 
-from sae_lens_auxk import processes
+from sae_lens_auxk import processes, runner_config
+from sae_lens_auxk.sharded.runner import ShardedTrainingRunner, require_same_run
+from tests import tiny_model
 from tests.fuzz.test_shared import MESSAGE, newest, ranks, start
 from tests.sharded import tiny_files
 from tests.sharded.processes import NCCL, in_processes
@@ -16,8 +22,13 @@ from tests.sharded.processes import NCCL, in_processes
 DEVICE = ["--device", "cuda"] if NCCL else []
 
 
-def _run(flags: list[str], n: int, said: Path) -> tuple[int, str]:
-    status = start([*flags, *DEVICE], n, None, said).wait(timeout=300)
+def _run(
+    flags: list[str], n: int, said: Path, of_rank: Mapping[int, list[str]] | None = None
+) -> tuple[int, str]:
+    """The exit status and what was said; ``of_rank`` has further flags of single processes."""
+    begin = time.monotonic()
+    status = start([*flags, *DEVICE], n, None, said, of_rank or {}).wait(timeout=300)
+    assert time.monotonic() - begin < 100
     return status, said.read_text()
 
 
@@ -34,8 +45,10 @@ def test_a_run_saves_a_plain_sae_and_speaks_once(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--d_sae", "49"], "d_sae=49 cannot be shared among 2 processes: it must be a multiple"),
-        (["--train_batch_size_tokens", "63"], "train_batch_size_tokens=63 cannot be shared"),
+        (["--train_batch_size_tokens", "31"], "train_batch_size_tokens=31 cannot be shared"),
         (["--architecture", "auxk-standard"], "architecture='auxk-standard' cannot be shared"),
+        (["--output_path", __file__], "output_path='{}' is not allowed: it must be a folder"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint='x' is no complete checkpoint"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_once(
@@ -46,7 +59,7 @@ def test_what_cannot_be_shared_is_refused_once(
         del given[given.index("--k") : given.index("--k") + 2]
     status, text = _run([*given, *flags], 2, tmp_path / "said.txt")
     assert status != 0
-    assert text.count(message) == 1, text
+    assert text.count(message.format(__file__)) == 1, text
 
 
 def test_a_data_set_shorter_than_the_processes_is_refused_once(tmp_path: Path) -> None:
@@ -54,6 +67,75 @@ def test_a_data_set_shorter_than_the_processes_is_refused_once(tmp_path: Path) -
     status, text = _run(flags, 2, tmp_path / "said.txt")
     assert status != 0
     assert text.count("has 1 rows, which cannot be shared among 2 processes") == 1, text
+
+
+@pytest.mark.parametrize(
+    ("of_rank_1", "message"),
+    [
+        (
+            ["--lr", "0.05", "--seed", "7"],
+            "seed is 42 on rank 0 and 7 on rank 1; lr is 0.01 on rank 0 and 0.05 on rank 1; lr_end",
+        ),
+        (["--k", "x"], "rank 1: "),
+    ],
+)
+def test_flags_of_one_process_are_refused_once(
+    tmp_path: Path, of_rank_1: list[str], message: str
+) -> None:
+    flags = tiny_files.write(tmp_path)
+    status, text = _run(flags, 2, tmp_path / "said.txt", {1: of_rank_1})
+    assert status != 0
+    assert text.count(f"sae-lens-auxk: error: {message}") == 1, text
+    assert text.count("sae-lens-auxk: error") == 1
+    assert "[rank" not in text, "a traceback"
+
+
+def test_a_process_without_text_is_named_once(tmp_path: Path) -> None:
+    flags = tiny_files.write(tmp_path)
+    text = " ".join(["w1"] * tiny_files.CONTEXT_SIZE)
+    rows = [{"text": row} for row in [text, text, "", ""] * 50]  # blocks of two
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    status, text = _run(flags, 2, tmp_path / "said.txt")
+    assert status != 0
+    assert text.count("sae-lens-auxk: error: rank 1: ") == 1, text
+    assert text.count("sae-lens-auxk: error") == 1
+    assert "[rank" not in text, "a traceback"
+
+
+def test_a_file_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "output" / "sae_weights.safetensors").mkdir(parents=True)
+    flags = [*tiny_files.write(tmp_path), "--output_path", str(tmp_path / "output")]
+    status, text = _run([*flags, "--checkpoint_path", str(tmp_path)], 2, tmp_path / "said.txt")
+    assert status != 0
+    assert text.count("sae-lens-auxk: error: rank 0: [Errno 21] Is a directory") == 1, text
+    assert text.count("sae-lens-auxk: error") == 1
+    assert "[rank" not in text, "a traceback"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    flags = [
+        *tiny_files.write(tmp_path),
+        "--checkpoint_path",
+        str(tmp_path / "checkpoints"),
+        *DEVICE,
+    ]
+    said = tmp_path / "said.txt"
+    long = ["--training_tokens", str(10**7), "--n_checkpoints", "5000"]
+    agent = start([*flags, *long], 2, None, said)
+    while (before := newest(tmp_path)) is None:
+        assert agent.poll() is None, said.read_text()
+        time.sleep(0.1)
+    agent.send_signal(number)
+    assert agent.wait(timeout=100) != 0
+    text, after = said.read_text(), newest(tmp_path)
+    assert after is not None
+    assert int(after.name) > int(before.name)
+    assert text.count(f"with --resume_from_checkpoint {after}.") == text.count("interrupted") == 1
+    assert MESSAGE not in text
+    n_tokens = str(int(after.name) + 640)
+    again = start([*flags, "--training_tokens", n_tokens], 2, after, said)
+    assert again.wait(timeout=100) == 0, said.read_text()
 
 
 def test_the_death_of_a_process_ends_the_run_with_one_message(tmp_path: Path) -> None:
@@ -71,14 +153,51 @@ def test_the_death_of_a_process_ends_the_run_with_one_message(tmp_path: Path) ->
 
 
 def _refused(message: str) -> None:
-    import torch.distributed as dist
-
     own = processes.version
     if dist.get_rank() == 1:
         processes.version = lambda name: "0" if name == "torch" else own(name)
     with pytest.raises(ValueError, match=message):
-        processes.require_same_versions(dist.group.WORLD)
+        processes.require_same({}, dist.group.WORLD)
 
 
 def test_other_versions_are_named() -> None:
-    in_processes(2, _refused, "torch is .* on rank 0 and 0 on rank 1")
+    in_processes(2, _refused, "torch is .* on rank 0 and '0' on rank 1: it must be the same")
+
+
+def _config(of_rank_1: dict[str, Any]) -> Any:
+    return runner_config(
+        "auxk-topk",
+        **tiny_model.run_fields(
+            k=4, checkpoint_path="c", **(of_rank_1 if dist.get_rank() == 1 else {})
+        ),
+    )
+
+
+def _another_config_is_refused(fields: dict[str, Any], message: str) -> None:
+    cfg = _config({})
+    if dist.get_rank() == 1:
+        for name, value in fields.items():
+            setattr(cfg.sae if name == "k" else cfg, name, value)
+    with pytest.raises(ValueError, match=message):
+        ShardedTrainingRunner(cfg, tiny_model.tokens(), tiny_model.gpt2())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k": 3}, "sae.k is 4 on rank 0 and 3 on rank 1: it must"),
+        ({"device": "cuda:1"}, "^device is 'cpu' on rank 0 and 'cuda' on rank 1: it must"),
+        ({"resume_from_checkpoint": "x"}, "checkpoint is None on rank 0 and 'x' on rank 1"),
+    ],
+)
+def test_another_field_is_named(fields: dict[str, Any], message: str) -> None:
+    in_processes(2, _another_config_is_refused, fields, message)
+
+
+def _what_only_rank_0_uses_may_differ() -> None:
+    cfg = _config({"output_path": "o", "run_name": "r", "verbose": True})
+    require_same_run(cfg, dist.group.WORLD)
+
+
+def test_what_only_rank_0_uses_may_differ() -> None:
+    in_processes(2, _what_only_rank_0_uses_may_differ)

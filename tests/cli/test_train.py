@@ -1,0 +1,189 @@
+"""``sae-lens-auxk train`` on a tiny model: its summary, and what a signal leaves."""
+
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
+from safetensors.torch import load_file
+
+from sae_lens_auxk import cli
+from sae_lens_auxk.saelens import interruption
+from tests.fuzz.test_shared import newest
+from tests.sharded import tiny_files
+
+
+def flags_in(folder: Path) -> list[str]:
+    given = tiny_files.write(folder)
+    return [*given, "--n_batches_in_buffer", "4", "--n_eval_batches", "1"]
+
+
+def train(flags: list[str], **fields: Any) -> int:
+    given = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    torch.manual_seed(0)
+    return cli.main(["train", *flags, *given])
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Do something in the middle of a trainer's n-th step."""
+
+    def watch(n: int, do: Callable[[], Any]) -> None:
+        own: Any = SAETrainer._train_step
+        steps: list[int] = []
+
+        def step(self: Any, *args: Any, **keywords: Any) -> Any:
+            steps.append(self.n_training_steps)
+            if len(steps) == n:
+                do()
+            return own(self, *args, **keywords)
+
+        monkeypatch.setattr(SAETrainer, "_train_step", step)
+
+    return watch
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    ("changed", "n_samples"),
+    [
+        # The checkpoint is of step 21, and SAELens counts that step once more. So the last count
+        # began at steps 31, 36 and 31 of 40, 40 and 59.
+        ({}, 9 * 64),
+        ({"feature_sampling_window": 7}, 4 * 64),
+        ({"train_batch_size_tokens": 32}, 28 * 32),
+    ],
+)
+def test_the_silent_latents_are_of_as_many_samples_as_the_trainer_counted(
+    changed: dict[str, Any], n_samples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a run resumes with another window or batch size."""
+    flags = flags_in(tmp_path)
+    first = {"feature_sampling_window": 30, "checkpoint_path": tmp_path / "checkpoints"}
+    assert train(flags, **first, n_checkpoints=1, output_path=tmp_path / "first") == 0
+    whole = capsys.readouterr().out
+    checkpoint = newest(tmp_path)
+    fields = {**first, **changed, "resume_from_checkpoint": checkpoint}
+    assert train(flags, **fields, output_path=tmp_path / "output") == 0
+    assert f" in the last {n_samples} of training" in capsys.readouterr().out
+    assert " in the last 640 of training" in whole
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS)
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    number: signal.Signals,
+    at_step: Callable[[int, Callable[[], Any]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run that resumes ends with the weights of one that was never interrupted."""
+    flags = [*flags_in(tmp_path), "--store_batch_size_prompts", "4"]
+    assert train(flags, checkpoint_path=tmp_path / "c", output_path=tmp_path / "whole") == 0
+    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    at_step(5, lambda: signal.raise_signal(number))
+    fields = {"checkpoint_path": tmp_path / "checkpoints", "output_path": tmp_path / "output"}
+    assert train(flags, **fields) == 130
+    assert {number: signal.getsignal(number) for number in interruption.SIGNALS} == before
+    checkpoint = newest(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.name == str(5 * 64)
+    error = capsys.readouterr().err
+    said = (
+        f"interrupted. Resume from its last checkpoint with --resume_from_checkpoint {checkpoint}"
+    )
+    assert error.endswith(f"{said}.\n")
+    assert not (tmp_path / "output").exists()
+    assert train(flags, **fields, resume_from_checkpoint=checkpoint) == 0
+    weights = [
+        load_file(tmp_path / name / "sae_weights.safetensors") for name in ("whole", "output")
+    ]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_a_second_signal_ends_it_at_once(
+    at_step: Callable[[int, Callable[[], Any]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at_step(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    assert train(flags_in(tmp_path), checkpoint_path=tmp_path / "checkpoints") == 130
+    assert capsys.readouterr().err.endswith(
+        "interrupted. It had no checkpoint yet: start it again.\n"
+    )
+
+
+def test_a_signal_while_a_checkpoint_is_saved_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own: Any = LanguageModelSAETrainingRunner.save_checkpoint
+    saved: list[str] = []
+
+    def save(self: Any, checkpoint_path: Path) -> None:
+        if not saved:
+            signal.raise_signal(signal.SIGTERM)
+        own(self, checkpoint_path)
+        saved.append(checkpoint_path.name)
+
+    monkeypatch.setattr(LanguageModelSAETrainingRunner, "save_checkpoint", save)
+    fields = {"checkpoint_path": tmp_path / "checkpoints", "n_checkpoints": 3}
+    assert train(flags_in(tmp_path), **fields) == 130
+    assert [int(name) for name in saved] == [11 * 64, 12 * 64]
+    assert newest(tmp_path).name == str(12 * 64)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stage", ["__init__", "run"])
+def test_a_signal_before_the_first_step_is_one_line(
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LanguageModelSAETrainingRunner, stage, interrupted)
+    assert train(flags_in(tmp_path), checkpoint_path=tmp_path / "checkpoints") == 130
+    assert capsys.readouterr().err.endswith(
+        "interrupted. It had no checkpoint yet: start it again.\n"
+    )
+
+
+def test_a_signal_while_it_is_measured_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "sae_lens_auxk.cli.train.run_evals", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    )
+    assert train(flags_in(tmp_path), output_path=tmp_path / "output") == 130
+    assert (tmp_path / "output" / "sae_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("n_bytes", [0, 6_000, 10_000])
+def test_a_full_disk_is_one_line(
+    n_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At the weights' config, the weights, and the trainer's state: Python's, Rust's, torch's."""
+    own: Any = SAETrainer.save_checkpoint
+
+    def save(self: Any, **keywords: Any) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+        try:
+            own(self, **keywords)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(SAETrainer, "save_checkpoint", save)
+    fields = {"n_checkpoints": 1, "checkpoint_path": tmp_path / "checkpoints"}
+    assert train(flags_in(tmp_path), **fields) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("sae-lens-auxk: error: ")
+    assert last.endswith("It had no checkpoint yet: start it again.")
