@@ -163,6 +163,7 @@ OPTIMIZERS_STEP = ("tests/step/test_optimizers_step.py",)
 SWAPPED_CLASS = ("tests/saelens/test_swapped_class.py", "-k", "not 200_steps")
 DEVICES = ("tests/step/test_devices.py", "-k", "auxk-topk or auxk-gated-pre_activation")
 INTERRUPTED = ("tests/cli/test_train.py",)
+DATA = ("tests/sharded/test_data.py",)
 SHARED_RUN = (
     "tests/sharded/test_command.py",
     "-k",
