@@ -1,14 +1,24 @@
-"""Files that are never half written, and errors that name the file."""
+"""Files that are never half written, and errors that name the file.
+
+All files of the package are written here. A link under one of their names is replaced, and a link
+in the place of a folder is refused, so that nothing is written where a link leads.
+"""
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import secrets
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save
 
 from sae_lens_auxk.checks import reject
+
+PARTIAL = ".{}.{}.partial"
 
 
 def read_json(path: Path) -> Any:
@@ -29,15 +39,28 @@ def write_json(path: Path, content: Any) -> None:
 
     Mappings have a line for each entry, and so have lists with mappings; other lists have one line.
     """
-    text = _text(_without_nan(content), "\n")
-    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text(path, _text(_without_nan(content), "\n"))
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file, then rename it to ``path``, which is never half written."""
-    beside = partial_file(path)
+def write_text(path: Path, text: str) -> None:
+    with replace_file(path) as file:
+        file.write(text.encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a small safetensors file."""
+    with replace_file(path) as file:
+        file.write(save(tensors))
+
+
+@contextmanager
+def replace_file(path: Path) -> Generator[BinaryIO]:
+    """A new file, which gets the name ``path`` once the block has written it."""
+    beside = path.with_name(PARTIAL.format(path.name, secrets.token_hex(8)))
+    file = beside.open("xb")  # never one that is there, nor what a link leads to
     try:
-        write(beside)
+        with file:
+            yield file
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -66,9 +89,36 @@ def require_writable_folder(name: str, folder: str | Path) -> None:
                 part.rmdir()
 
 
-def partial_file(path: Path) -> Path:
-    """The file that :func:`replace_file` writes first; a killed process leaves it behind."""
-    return path.with_name(f".{path.stem}.partial{path.suffix}")
+def left_behind(path: Path) -> list[Path]:
+    """What :func:`replace_file` of this file left behind in processes that were killed."""
+    found = path.parent.glob(PARTIAL.format(path.name, "?" * 16))
+    return [path for path in found if path.is_file()]
+
+
+def open_no_link(path: Path) -> BinaryIO:
+    """Open a file as it is, or make an empty one.
+
+    Raises:
+        ValueError: there is a link of that name.
+    """
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError(f"{path} must not be a link: remove it.") from error
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder in one that exists, if it is not there; raise as :func:`require_no_link`."""
+    require_no_link(path)
+    path.mkdir(exist_ok=True)
+
+
+def require_no_link(path: Path) -> None:
+    """Raise a ValueError if what is there, if anything, is no folder or is a link to one."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path} must be a folder and no link: move it away.")
 
 
 def _without_nan(value: Any) -> Any:

@@ -18,6 +18,7 @@ from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison, Resolved
 from sae_lens_auxk.compare.files import RESULTS_FILENAME, read_results
+from sae_lens_auxk.compare.locks import claim
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.report.summary import answer, troubles
 from sae_lens_auxk.compare.run import plan_comparison, run_comparison
@@ -93,9 +94,10 @@ def _conclude(report: Path) -> int:
 
 
 def _report_again(folder: Path) -> Path:
-    results = read_results(folder)
+    read_results(folder)  # before anything in the folder is touched
     try:
-        return write_report(results, folder)
+        with claim(folder):
+            return write_report(read_results(folder), folder)
     except (LookupError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder / RESULTS_FILENAME} is malformed: {what}") from error

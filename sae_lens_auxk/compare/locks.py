@@ -7,13 +7,14 @@ lock, so nothing is claimed there: use one process at a time in such a folder.
 
 import errno
 import os
-import platform
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
+
+from sae_lens_auxk.files import open_no_link
 
 LOCK_FILENAME = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -26,6 +27,9 @@ def claim(folder: Path) -> Generator[None]:
     """Hold the results in a folder, to read and write them; make it if there is none.
 
     Waits for a process that holds them; none holds them for long.
+
+    Raises:
+        ValueError: a link has the name of the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -40,7 +44,10 @@ def claim(folder: Path) -> Generator[None]:
 def claim_if_free(path: Path) -> Generator[bool]:
     """Claim the file at ``path`` unless another process holds it; yield whether it is held.
 
-    The file exists as long as the claim.
+    The file exists as long as the claim, and is empty.
+
+    Raises:
+        ValueError: there is a link at ``path``.
     """
     if sys.platform == "win32":
         yield True
@@ -50,25 +57,27 @@ def claim_if_free(path: Path) -> Generator[bool]:
         yield False
         return
     try:
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
         yield True
     finally:
         path.unlink(missing_ok=True)  # still locked, so it is not yet another's
         file.close()
 
 
-def _locked(path: Path) -> TextIO | None:
-    """The file at this path, empty and locked; None where another process has locked it."""
+def is_lock(path: Path) -> bool:
+    """Whether this may be the lock of a folder that a killed process left."""
+    return path.name == LOCK_FILENAME and path.is_file() and path.lstat().st_size == 0
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """The file at this path, locked; None where another process has locked it."""
     import fcntl  # not on Windows
 
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = open_no_link(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file after it was opened here.
             if _is_at(path, file):
-                file.truncate(0)  # the name of a process that was killed
                 return file
         except BlockingIOError:
             file.close()
@@ -80,7 +89,7 @@ def _locked(path: Path) -> TextIO | None:
         file.close()
 
 
-def _is_at(path: Path, file: TextIO) -> bool:
+def _is_at(path: Path, file: BinaryIO) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -22,13 +22,15 @@ from typing import Any, Literal
 
 import torch
 from sae_lens import SAE, TrainingSAE
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
 from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.compare.files import (
+    FIGURES_FOLDER,
     LIVES_FILENAME,
+    MARKDOWN_FILENAME,
+    PAGE_FILENAME,
     PASS_FILENAME,
     RESULTS_FILENAME,
     RUNS_FOLDER,
@@ -39,10 +41,10 @@ from sae_lens_auxk.compare.files import (
     write_results,
 )
 from sae_lens_auxk.compare.locks import (
-    LOCK_FILENAME,
     SECONDS_BETWEEN_TRIES,
     claim,
     claim_if_free,
+    is_lock,
 )
 from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import FirstSteps, plan_of
@@ -51,7 +53,7 @@ from sae_lens_auxk.compare.reproducibility import with_reproducibility
 from sae_lens_auxk.compare.schema import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
-from sae_lens_auxk.files import partial_file
+from sae_lens_auxk.files import left_behind, make_folder, require_no_link, write_tensors
 from sae_lens_auxk.saelens.names import SPARSITY_FILENAME
 from sae_lens_auxk_cli import printable
 
@@ -94,7 +96,11 @@ def run_comparison(
     Raises:
         ValueError: the folder holds the results of another comparison, or something else.
     """
+    _require_own(folder)
     with claim(folder):
+        for name in (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME):
+            for left in left_behind(folder / name):
+                left.unlink()
         results = _load_or_begin(comparison, folder, command)
         for seed in comparison.seeds if not results["runs"] else ():
             runs = _runs_of(folder, seed)
@@ -114,8 +120,8 @@ def run_comparison(
 
 def plan_comparison(comparison: Resolved, folder: Path) -> str:
     """What :func:`run_comparison` would say first. Raises the same errors, and writes nothing."""
-    if folder.exists():
-        _load_or_begin(comparison, folder, "")
+    _require_own(folder)
+    _load_or_begin(comparison, folder, "")
     return plan_of(comparison, folder, _n_finished(comparison, folder))
 
 
@@ -128,7 +134,7 @@ def _train_missing(
     n_samples = comparison.training_samples
     at_start = {seed: _written(folder, seed) for seed in comparison.seeds}
     n_done = _n_finished(comparison, folder)
-    (folder / RUNS_FOLDER).mkdir(exist_ok=True)
+    make_folder(folder / RUNS_FOLDER)
     with tqdm(
         desc="comparing",
         total=len(comparison.seeds) * n_samples,
@@ -195,7 +201,7 @@ def _lock_of(folder: Path, seed: int) -> Path:
 
 def _is_at_work(folder: Path) -> bool:
     """Whether a process is training a pass there."""
-    for path in (folder / RUNS_FOLDER).glob("*.lock"):
+    for path in (folder / RUNS_FOLDER).glob("seed-*.lock"):
         with claim_if_free(path) as is_own:
             if not is_own:
                 return True
@@ -219,7 +225,7 @@ def _train_pass(
     final = pass_folder(folder, seed)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
 
     cases = folders_of(cases_of(comparison))
     before = (run for run in _runs_of(folder, seed) if run["status"] == "finished")
@@ -306,10 +312,10 @@ def _train(
     for slug, sae in trainer.fit().items():
         sae.save_inference_model(partial / slug)
         sparsity = trainer.trainers[slug].log_feature_sparsity
-        save_file({"sparsity": sparsity}, partial / slug / SPARSITY_FILENAME)
+        write_tensors(partial / slug / SPARSITY_FILENAME, {"sparsity": sparsity})
         log = trainer.logs[slug]
         lives = {"dead": log.dead, "ever_dead": log.ever_dead, "alive_since": log.alive_since}
-        save_file(lives, partial / slug / LIVES_FILENAME)
+        write_tensors(partial / slug / LIVES_FILENAME, lives)
     return trainer.logs
 
 
@@ -334,7 +340,8 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
 def _runs_of(folder: Path, seed: int) -> list[Run]:
     """The runs of the pass, if it exists. Raises a ValueError if something else has its name."""
     path = pass_folder(folder, seed)
-    return read_pass(path) if path.exists() else []
+    # A link that leads nowhere is there, too.
+    return read_pass(path) if os.path.lexists(path) else []
 
 
 def _is_finished(folder: Path, seed: int) -> bool:
@@ -350,15 +357,26 @@ def _n_finished(comparison: Resolved, folder: Path) -> int:
 # --- results ---------------------------------------------------------------------------------
 
 
-def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
-    partial_results = partial_file(folder / RESULTS_FILENAME)
-    if (folder / RESULTS_FILENAME).exists():
+def _require_own(folder: Path) -> None:
+    """Refuse a folder that holds something else, before anything in it is touched."""
+    for name in (RUNS_FOLDER, FIGURES_FOLDER):
+        require_no_link(folder / name)
+    found = {*folder.iterdir()} if folder.exists() else set[Path]()
+    if folder / RESULTS_FILENAME in found:
         results = read_results(folder)
         if not Results.__required_keys__ <= {*results} or "seeds" not in results["comparison"]:
             raise ValueError(
                 f"{folder / RESULTS_FILENAME} was not written by this command: give another "
                 "--output."
             )
+    # After a kill at the very first write, only our own files are here.
+    elif found - {*left_behind(folder / RESULTS_FILENAME), *filter(is_lock, found)}:
+        raise ValueError(f"{folder} does not hold a comparison: give another --output.")
+
+
+def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
+    if (folder / RESULTS_FILENAME).exists():
+        results = read_results(folder)
         are_there = (folder / RUNS_FOLDER).is_dir()
         if not are_there and any(run.get("status") == "finished" for run in results["runs"]):
             raise ValueError(
@@ -371,9 +389,6 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
         if any(run["status"] == "finished" for run in runs) or _is_at_work(folder):
             _require_same(comparison.to_dict(), results["comparison"], folder)
             return results
-    # After a kill or a full disk at the very first write, only our own files are here.
-    elif {path.name for path in folder.iterdir()} - {LOCK_FILENAME, partial_results.name}:
-        raise ValueError(f"{folder} does not hold a comparison: give another --output.")
     return {
         "version": VERSION,
         "name": folder.resolve().name,

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from sae_lens import ActivationsStore
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typing_extensions import override
 
+from sae_lens_auxk.files import write_tensors
 from sae_lens_auxk.processes import agree
 from sae_lens_auxk.saelens.names import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens_auxk.sharded.collectives import gather
@@ -108,7 +109,7 @@ def save_position(store: ActivationsStore, group: Any, device: str, checkpoint: 
     if group.rank() == 0:
         # SAELens counts a row when it asks for the next one, so each store is one behind.
         state = {"n_dataset_processed": (by_rank + 1).sum() - 1, BY_RANK: by_rank}
-        save_file(state, checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
+        write_tensors(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME, state)
 
 
 def load_position(store: ActivationsStore, group: Any, checkpoint: Path) -> None:
@@ -120,6 +121,6 @@ def load_position(store: ActivationsStore, group: Any, checkpoint: Path) -> None
     else:
         n_rows = math.ceil((int(state["n_dataset_processed"]) + 1) / group.size()) - 1
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/{ACTIVATIONS_STORE_STATE_FILENAME}"
-        save_file({"n_dataset_processed": torch.tensor(n_rows)}, path)
-        store.load(path)
+        path = Path(folder, ACTIVATIONS_STORE_STATE_FILENAME)
+        write_tensors(path, {"n_dataset_processed": torch.tensor(n_rows)})
+        store.load(str(path))

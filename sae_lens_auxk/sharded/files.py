@@ -85,16 +85,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], held: Sha
         dtype = _DTYPES[tensors[name].dtype]
         header[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end]}
 
-    def write(beside: Path) -> None:
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with beside.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                for block in _blocks(tensors[name], SHARDED_DIM.get(name), held):
-                    _write_block(file, block)
-
-    replace_file(path, write)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replace_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for block in _blocks(tensors[name], SHARDED_DIM.get(name), held):
+                _write_block(file, block)
 
 
 def _write_block(file: BinaryIO, block: torch.Tensor) -> None:

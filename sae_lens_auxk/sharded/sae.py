@@ -11,6 +11,7 @@ from sae_lens import TrainingSAE
 from typing_extensions import override
 
 from sae_lens_auxk.architectures import ARCHITECTURES
+from sae_lens_auxk.files import write_text
 from sae_lens_auxk.losses.record import AuxLossInputs
 from sae_lens_auxk.ops.encoder import Encoder, SelectedActivations
 from sae_lens_auxk.ops.selection import Pairs
@@ -213,7 +214,7 @@ class Sharded(_Base):
         weights, cfg = path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
         if self.shard.rank == 0:
             path.mkdir(parents=True, exist_ok=True)
-            cfg.write_text(json.dumps(config))
+            write_text(cfg, json.dumps(config))
         write_safetensors(weights, state, self.shard)
         return weights, cfg
 

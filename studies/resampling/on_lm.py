@@ -210,7 +210,8 @@ def kept_activations(args: argparse.Namespace) -> torch.Tensor:
     kept = args.text / "activations.npy"
     if not kept.exists():
         x = activations(args.model, args.text, args.activations)
-        replace_file(kept, lambda path: np.save(path, x.numpy()))
+        with replace_file(kept) as file:
+            np.save(file, x.numpy())
     x = torch.from_numpy(np.load(kept))[: args.activations]
     return x * x.shape[1] ** 0.5 / x.norm(dim=1).mean()
 

@@ -14,6 +14,7 @@ from sae_lens_auxk.compare import plan, run
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
 from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.report.summary import answer
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.compare.conftest import tiny
@@ -252,6 +253,8 @@ def test_a_report_alone_trains_nothing(
     reported: list[Any] = []
 
     def write(results: Any, folder: Path) -> Path:
+        with claim_if_free(folder / ".lock") as is_own:
+            assert not is_own, "a running comparison could write meanwhile"
         reported.append((results, folder))
         return folder / "report.html"
 

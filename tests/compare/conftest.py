@@ -2,8 +2,8 @@
 
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from io import BytesIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -35,12 +35,12 @@ def _each_figure_is_drawn_once() -> Iterator[None]:
     drawn: dict[bytes, bytes] = {}
     draw = report.png
 
-    def png(figure: Any, path: Path) -> None:
+    def png(figure: Any, file: BinaryIO) -> None:
         key = pickle.dumps(figure)
         if key not in drawn:
-            draw(figure, path)
-            drawn[key] = path.read_bytes()
-        path.write_bytes(drawn[key])
+            draw(figure, image := BytesIO())
+            drawn[key] = image.getvalue()
+        file.write(drawn[key])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "png", png)

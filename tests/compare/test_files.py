@@ -1,6 +1,5 @@
 """The files of a comparison, and the table of metrics that everything else follows."""
 
-import json
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
 from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.compare.schema import METRICS, PEEKING, Metric, Run
-from sae_lens_auxk.files import replace_file, write_json
+from sae_lens_auxk.files import write_json
 from sae_lens_auxk.hub.model_card import comparison_part
 from studies.compact import compact
 from tests.compare.fake_results import fake_results
@@ -168,64 +167,3 @@ def test_files_that_are_not_results(text: str | None, message: str, tmp_path: Pa
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_results(tmp_path)
-
-
-def test_no_nan_is_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": [float("nan"), float("inf"), 1.0, (2,)]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.0, [2]]}
-
-
-def test_json_has_a_line_for_each_entry_and_one_for_a_list_without_mappings(tmp_path: Path) -> None:
-    content = {
-        "runs": [{"name": 'a "[b]" {ü}\n', "history": {"samples": [1, 2.5, None]}}, {}],
-        "nested": [[1, 2], (3, [])],
-        "words": ["x", "y, [z"],
-        "mixed": [1, [{"deep": True}]],
-        "empty": {},
-        7: 0.1 + 0.2,
-    }
-    write_json(tmp_path / "x.json", content)
-    text = (tmp_path / "x.json").read_text()
-    assert (
-        text
-        == r"""{
- "runs": [
-  {
-   "name": "a \"[b]\" {\u00fc}\n",
-   "history": {
-    "samples": [1, 2.5, null]
-   }
-  },
-  {}
- ],
- "nested": [[1, 2], [3, []]],
- "words": ["x", "y, [z"],
- "mixed": [
-  1,
-  [
-   {
-    "deep": true
-   }
-  ]
- ],
- "empty": {},
- "7": 0.30000000000000004
-}"""
-    )
-    assert json.loads(text) == json.loads(json.dumps(content))
-
-
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "report.md"
-    path.write_text("old")
-
-    def crash(beside: Path) -> None:
-        beside.write_text("half of the n")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(path, crash)
-    assert path.read_text() == "old"
-    replace_file(path, lambda beside: beside.write_text("new"))
-    assert path.read_text() == "new"
-    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]

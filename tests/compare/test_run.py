@@ -11,6 +11,7 @@ import pytest
 import torch
 from sae_lens.saes.sae import SAE
 
+from sae_lens_auxk import files
 from sae_lens_auxk.compare import run
 from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.locks import claim_if_free
@@ -311,9 +312,11 @@ with claim_if_free(Path(sys.argv[1])):
     assert read_results(tmp_path)["finished"]
 
 
-@pytest.mark.parametrize("left", [".results.partial.json", ".lock"])
-def test_a_kill_at_the_first_write_is_gone_on_from(tmp_path: Path, left: str) -> None:
-    (tmp_path / left).write_text("{half of th")
+@pytest.mark.parametrize(
+    ("left", "content"), [(".results.json.0123456789abcdef.partial", "{half of th"), (".lock", "")]
+)
+def test_a_kill_at_the_first_write_is_gone_on_from(left: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / left).write_text(content)
     run_comparison(tiny(), tmp_path)
     assert read_results(tmp_path)["finished"]
     assert not list(tmp_path.glob(".*"))
@@ -322,12 +325,11 @@ def test_a_kill_at_the_first_write_is_gone_on_from(tmp_path: Path, left: str) ->
 def test_a_full_disk_at_the_first_write_is_gone_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, text: str, **_: Any) -> None:
-        path.touch()
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             run_comparison(tiny(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -25,19 +25,19 @@ COMMAND = (
 FORK = multiprocessing.get_context("fork")  # imports take longer than a comparison
 
 
-def start(folder: Path) -> BaseProcess:
+def start(folder: Path, command: str = COMMAND) -> BaseProcess:
     """A process that runs the command in the folder."""
-    process = FORK.Process(target=_run, args=(folder,))
+    process = FORK.Process(target=_run, args=(folder, command))
     process.start()
     return process
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, command: str) -> None:
     os.chdir(folder)
     said = os.open(f"{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    os._exit(compare(COMMAND.split()))
+    os._exit(compare(command.split()))
 
 
 def comparable(folder: Path) -> Any:
@@ -86,3 +86,22 @@ def test_a_killed_comparison_is_finished_by_the_same_command(tmp_path: Path) -> 
     print("\n" + ", ".join(f"{n} {what}" for what, n in counts.items()))
     assert counts["equal"] == counts["killed"]
     assert counts["with a pass done"]
+
+
+def test_reports_beside_a_running_comparison(tmp_path: Path) -> None:
+    statuses: list[int | None] = []
+    for i in range(LENGTH):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        running = start(folder)
+        while not (folder / "out" / "results.json").exists():
+            time.sleep(0.01)
+        while running.is_alive():
+            both = [start(folder, "--report_only out") for _ in range(2)]
+            for process in both:
+                process.join()
+                statuses.append(process.exitcode)
+        running.join()
+        statuses.append(running.exitcode)
+    print(f"\n{statuses.count(0)} of {len(statuses)} ended well")
+    assert {*statuses} == {0}

@@ -5,7 +5,6 @@ what to say and show, ``groups`` has what they share, and ``markdown`` and ``pag
 down, with the figures that ``drawing`` draws.
 """
 
-from functools import partial
 from pathlib import Path
 
 from sae_lens_auxk.compare.files import FIGURES_FOLDER, MARKDOWN_FILENAME, PAGE_FILENAME
@@ -14,7 +13,7 @@ from sae_lens_auxk.compare.report.figures import FIGURES, figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
 from sae_lens_auxk.compare.schema import Results
-from sae_lens_auxk.files import replace_file
+from sae_lens_auxk.files import make_folder, replace_file, write_text
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -26,18 +25,16 @@ def write_report(results: Results, folder: Path) -> Path:
     """
     folder = Path(folder)
     figures = folder / FIGURES_FOLDER
-    figures.mkdir(parents=True, exist_ok=True)
+    make_folder(figures)
     drawn = figures_of(results)
     images = {figures / f"{figure.name}.png": figure for figure in drawn}
     # Of an earlier report. Other files in the folder are not ours.
     for stale in {figures / f"{name}.png" for name in FIGURES} - {*images}:
         stale.unlink(missing_ok=True)
     for path, figure in images.items():
-        replace_file(path, partial(png, figure))
-    page, markdown = folder / PAGE_FILENAME, folder / MARKDOWN_FILENAME
-    for path, text in (
-        (markdown, markdown_of(results, drawn)),
-        (page, page_of(results, drawn)),
-    ):
-        replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
+        with replace_file(path) as file:
+            png(figure, file)
+    page = folder / PAGE_FILENAME
+    write_text(folder / MARKDOWN_FILENAME, markdown_of(results, drawn))
+    write_text(page, page_of(results, drawn))
     return page

@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from io import StringIO
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib import rc_context
@@ -44,11 +43,11 @@ LOOK: dict[Any, Any] = {
 }
 
 
-def png(figure: Figure, path: Path) -> None:
+def png(figure: Figure, file: BinaryIO) -> None:
     with rc_context(LOOK):
         image = drawn(figure)
         image.suptitle(figure.title, x=0.01, ha="left", fontsize=11, weight="bold")
-        image.savefig(path, format="png")
+        image.savefig(file, format="png")
 
 
 def svg(figure: Figure) -> str:

@@ -1,0 +1,123 @@
+"""What a comparison writes stays in its folder, and a folder that is not its own stays as it is."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_lens_auxk import cli
+from sae_lens_auxk.compare.run import run_comparison
+from tests.compare.conftest import tiny
+
+COMMAND = (
+    "compare --aux_variant none --k 2 --seeds 0 1 --d_sae 24 --training_samples 320 "
+    "--batch_size 32 --dead_after 128 --eval_samples 64 --n_features 32 --d_in 12"
+)
+FINISHED = ("runs/seed-0/*", "runs/seed-0/*/*")
+"""Never written again."""
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """What there is, with its time and content."""
+    return {
+        str(path): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """A comparison with one seed done, and every name that one with two seeds opens or renames."""
+    names: set[str] = set()
+    folder = tmp_path_factory.mktemp("made") / "out"
+    one_seed = tiny(aux_variant=["none"], training_samples=320, eval_samples=64)
+    run_comparison(one_seed, folder)
+    both = folder.with_name("both")
+    shutil.copytree(folder, both)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "replace", "rename", "mkdir"):
+            patch.setattr(os, name, _noted(getattr(os, name), both, names))
+        assert cli.main([*COMMAND.split(), "--output", str(both)]) == 0
+    names |= {str(path.relative_to(both)) for path in both.rglob("*")}
+    random = re.compile(r"\.[0-9a-f]{16}\.partial$")
+    return folder, {
+        name
+        for name in names - {"."}
+        if not random.search(name) and not any(Path(name).match(done) for done in FINISHED)
+    }
+
+
+def _noted(function: Any, folder: Path, names: set[str]) -> Any:
+    def noted(*args: Any, **keywords: Any) -> Any:
+        for path in args:
+            if isinstance(path, str | Path) and Path(path).is_relative_to(folder):
+                names.add(str(Path(path).relative_to(folder)))
+        return function(*args, **keywords)
+
+    return noted
+
+
+def test_no_link_in_a_comparison_is_followed_out_of_it(
+    made: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, names = made
+    known = {".lock", "results.json", "report.md", "report.html", "figures", "runs"}
+    known |= {f"runs/seed-1{end}" for end in ("", ".lock", ".partial")}
+    assert known <= names
+    assert any(name.startswith("figures/") for name in names)
+    statuses: dict[str, list[int]] = {}
+    for i, name in enumerate(sorted(names)):
+        for j, kind in enumerate(("file", "folder", "nowhere", "hard")):
+            there, outside = tmp_path / f"{i} {j}", tmp_path / f"{i} {j} outside"
+            shutil.copytree(folder, there)
+            for inner in ("file", "folder/results.json", "folder/seed-0.lock", "folder/pareto.png"):
+                (outside / inner).parent.mkdir(parents=True, exist_ok=True)
+                (outside / inner).write_text("theirs")
+            path = there / name
+            if not path.parent.is_dir():
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if kind == "hard":
+                path.hardlink_to(outside / "file")
+            else:
+                path.symlink_to(outside / kind)
+            before = state(outside)
+            for args in (["compare", "--report_only"], [*COMMAND.split(), "--output"]):
+                statuses.setdefault(f"{name} {kind}", []).append(cli.main([*args, str(there)]))
+                assert state(outside) == before, (name, kind, args)
+                error = capsys.readouterr().err
+                assert error.count("\n") == statuses[f"{name} {kind}"][-1] // 2, error
+    assert {status for pair in statuses.values() for status in pair} == {0, 2}
+    # A link under the name of a report is replaced, and one in the place of a folder refused.
+    assert statuses["report.md file"] == [0, 0]
+    assert statuses["figures folder"] == statuses[".lock file"] == [2, 2]
+    assert statuses["report.md hard"] == statuses[".lock hard"] == [0, 0]
+    assert statuses["runs folder"] == statuses["runs/seed-1.lock nowhere"] == [0, 2]
+
+
+@pytest.mark.parametrize("option", ["--output", "--report_only"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".lock": "theirs", "thesis.tex": ""},
+        {".lock": "theirs"},
+        {".lock": "", "thesis.tex": ""},
+        {".lock": "", "results.json": "[]"},
+        {".lock": "", "results.json": '{"version": 1, "runs": []}', "runs/seed-0.lock": ""},
+        {"runs/seed-0.lock": "", ".results.json.mine.partial": "theirs"},
+    ],
+)
+def test_a_foreign_folder_stays_as_it_is(
+    option: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    before = state(tmp_path)
+    assert cli.main(["compare", option, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    if '"runs"' not in files.get("results.json", "") or option == "--output":
+        assert state(tmp_path) == before
