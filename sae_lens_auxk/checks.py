@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from difflib import SequenceMatcher
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 
@@ -109,6 +109,38 @@ def require_number(
         is_finite = False
     if not is_finite or isinstance(value, bool) or not is_allowed(value):
         raise reject(name, value, allowed)
+
+
+def require_type(name: str, value: Any, kind: Any) -> None:
+    """Raise a ValueError that names the place unless a value read from JSON has this type.
+
+    ``kind`` is made of TypedDict, dict, list, ``|``, Literal, Any and JSON's own types. Numbers are
+    finite, and a mapping may have more entries than its TypedDict.
+    """
+    arguments = get_args(kind)
+    if kind is Any:
+        return
+    if is_typeddict(kind):
+        require_type(name, value, dict)
+        for key, inner in get_type_hints(kind).items():
+            if key in value:
+                require_type(f"{name}.{key}", value[key], inner)
+            elif key in kind.__required_keys__:
+                raise ValueError(f"{name} has no {key}.")
+    elif get_origin(kind) in (dict, list):
+        require_type(name, value, get_origin(kind))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            require_type(f"{name}.{key}", item, arguments[-1])
+    elif get_origin(kind) is Literal:
+        require_choice(name, value, arguments)
+    elif type(None) in arguments:
+        if value is not None:
+            require_type(name, value, arguments[0])
+    elif kind is float:
+        require_number(name, value, "a finite number", lambda _: True)
+    elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise reject(name, value, f"of type {kind.__name__}")
 
 
 def require_list(name: str, values: Any) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from sae_lens_auxk.checks import reject
 
 PARTIAL = ".{}.{}.partial"
+MAX_DEPTH = 32
 
 
 def read_json(path: Path) -> Any:
@@ -28,10 +29,14 @@ def read_json(path: Path) -> Any:
         ValueError: there is no such file, or it is not JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     # Deeply nested lists exceed Python's recursion limit.
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+    # So that nothing that reads or writes the content exceeds it.
+    if _is_deeper(content, MAX_DEPTH):
+        raise ValueError(f"{path} cannot be read: it is nested more than {MAX_DEPTH} levels deep.")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -119,6 +124,13 @@ def require_no_link(path: Path) -> None:
     """Raise a ValueError if what is there, if anything, is no folder or is a link to one."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} must be a folder and no link: move it away.")
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return False
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
 
 
 def _without_nan(value: Any) -> Any:

@@ -20,7 +20,7 @@ def upload(args: Sequence[str]) -> int:
             overwrite=options.overwrite,
             dry_run=options.dry_run,
         )
-    except HubError as error:
+    except (HubError, OSError) as error:  # the latter for a full disk, or a file that vanished
         return refuse(str(error))
     if options.dry_run:
         print(listing(options.repo, done))

@@ -16,8 +16,9 @@ A comparison's folder:
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+from sae_lens_auxk.checks import require_type
 from sae_lens_auxk.compare.schema import (
     METRICS,
     PEEKING,
@@ -59,9 +60,14 @@ def read_results(folder: Path) -> Results:
     if not path.is_file():
         raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
     content = read_json(path)
-    values = content if isinstance(content, dict) else {}
-    if values.get("version") != VERSION or not _are_mappings(values.get("runs")):
+    if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
+    try:
+        require_type("results", content, Results)
+        for run in content["runs"]:
+            _require_whole(run)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return cast(Results, content)
 
 
@@ -85,10 +91,15 @@ def read_pass(folder: Path) -> list[Run]:
     path = folder / PASS_FILENAME
     try:
         runs = read_json(path)
-        if not runs or not _are_mappings(runs) or any(Run.__required_keys__ - {*r} for r in runs):
-            raise ValueError(f"{path} is not the runs of a pass.")
+        if not runs:
+            raise ValueError(f"{path} has no runs.")
+        require_type("runs", runs, list[Run])
+        for run in runs:
+            _require_whole(run)
     except ValueError as error:
-        raise ValueError(f"{error} Move {folder} away to train the pass again.") from error
+        raise ValueError(
+            f"{path} is damaged: {error} Move {folder} away to train the pass again."
+        ) from error
     # An earlier version may have measured a metric that is no longer in the table.
     for run in runs:
         run["metrics"] = _in_table(run["metrics"], METRICS)
@@ -102,8 +113,15 @@ def _in_table(numbers: Numbers, table: Mapping[str, Metric]) -> Numbers:
     return {key: value for key, value in numbers.items() if key in table}
 
 
-def _are_mappings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+def _require_whole(run: Run) -> None:
+    """Raise a ValueError unless a run's parts have the lengths and entries that belong together."""
+    if run["status"] != "finished":
+        return
+    history, density = run["history"], run["density"]
+    if len({len(points) for points in history.values()}) > 1:
+        raise ValueError(f"the lists in the history of {run['name']!r} are not equally long.")
+    if density is not None and len(density["log10_edges"]) != len(density["counts"]) + 1:
+        raise ValueError(f"the density of {run['name']!r} must have one edge more than counts.")
 
 
 def write_pass(folder: Path, runs: list[Run]) -> None:

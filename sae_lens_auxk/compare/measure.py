@@ -7,7 +7,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_auxk.compare.peeking import measure_peeking
-from sae_lens_auxk.compare.schema import DENSE, JUNK, Measured, Numbers, require_in_table
+from sae_lens_auxk.compare.schema import DENSE, JUNK, Density, Measured, Numbers, require_in_table
 from sae_lens_auxk.compare.sources import Pass
 from sae_lens_auxk.compare.train import TrainingLog
 from sae_lens_auxk.saelens.names import (
@@ -99,7 +99,7 @@ def coverage(decoder: torch.Tensor, true_features: torch.Tensor) -> Numbers:
     }
 
 
-def density_histogram(rates: torch.Tensor) -> dict[str, list[float]]:
+def density_histogram(rates: torch.Tensor) -> Density:
     """Histogram of log10 of the firing rates (d_sae,); latents that never fire are left out."""
     log10 = rates[rates > 0].log10().clamp(LOG10_EDGES[0], LOG10_EDGES[-1])
     edges = torch.tensor(LOG10_EDGES)

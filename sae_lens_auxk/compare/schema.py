@@ -283,18 +283,25 @@ def require_in_table(metrics: Iterable[str], peeking: Iterable[str] = ()) -> Non
 # --- the format ------------------------------------------------------------------------------
 
 
+class Density(TypedDict):
+    """A histogram; there is one edge more than counts."""
+
+    log10_edges: list[float]
+    counts: list[float]
+
+
 class Measured(TypedDict):
     """The measurements of a run; until it is finished, ``metrics`` is empty and the rest None.
 
-    ``density`` is a histogram, ``log10_edges`` and ``counts``, of the firing rates.
-    ``silent_latents`` is a number of latents. ``peeking`` has the numbers of ``revived`` latents
-    and of the ``never_died`` ones that they are compared with, and of the halves of both by age,
-    ``revived_young``, ``never_died_young``, ``revived_old`` and ``never_died_old``.
+    ``density`` is a histogram of the firing rates. ``silent_latents`` is a number of latents.
+    ``peeking`` has the numbers of ``revived`` latents and of the ``never_died`` ones that they are
+    compared with, and of the halves of both by age, ``revived_young``, ``never_died_young``,
+    ``revived_old`` and ``never_died_old``.
     """
 
     metrics: Numbers
-    density: Any
-    silent_latents: Any
+    density: Density | None
+    silent_latents: int | None
     peeking: dict[str, Numbers] | None
 
 
@@ -331,7 +338,7 @@ class Run(Measured, AcrossSeeds, Failure):
     sae_config: dict[str, Any]
     folder: str | None
     training_samples: int
-    history: dict[str, list[Any]]
+    history: dict[str, list[float | None]]
 
 
 class MeanAndStd(TypedDict):

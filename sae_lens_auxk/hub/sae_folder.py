@@ -1,6 +1,5 @@
 """Find the SAEs in a local folder that can be published, in SAELens's own format."""
 
-import json
 import re
 import shutil
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from sae_lens import SAE, TrainingSAE
 
+from sae_lens_auxk import files
 from sae_lens_auxk.compare.files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
 from sae_lens_auxk.compare.schema import Results, Run
 from sae_lens_auxk.hub.errors import HubError
@@ -96,8 +96,6 @@ def _comparison(folder: Path, prefix: str | None) -> Publishable:
         results = read_results(folder)
     except ValueError as error:
         raise HubError(str(error)) from error
-    if not all(isinstance(run, dict) for run in results["runs"]):
-        raise HubError(f"{path}: each of its runs must be an object.")
     prefix = f"{_free_id(prefix)}/" if prefix else ""
     saes: dict[str, Path] = {}
     for run in results["runs"]:
@@ -234,9 +232,9 @@ def read_json(path: Path) -> dict[str, Any]:
         HubError: the file cannot be read, or does not hold an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HubError(f"{path} cannot be read: {error}") from error
+        content = files.read_json(path)
+    except ValueError as error:
+        raise HubError(str(error)) from error
     if not isinstance(content, dict):
         raise HubError(f"{path} does not hold a JSON object.")
     return content

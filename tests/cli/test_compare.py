@@ -16,8 +16,10 @@ from sae_lens_auxk.compare.config import Comparison
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.report.summary import answer
+from sae_lens_auxk.files import write_json
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.compare.conftest import tiny
+from tests.compare.fake_results import fake_results
 
 
 @pytest.fixture
@@ -210,8 +212,8 @@ def test_refusals_are_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"version": 1, "runs": []}', "malformed: "),
-        ('{"version": 1, "runs": [5], "groups": {}}', "not the results of a comparison"),
+        ('{"version": 1, "runs": []}', "damaged: results has no name"),
+        ('{"runs": [5], "groups": {}}', "not the results of a comparison"),
     ],
 )
 def test_results_that_cannot_be_reported(
@@ -250,6 +252,8 @@ def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_report_alone_trains_nothing(
     asked_for: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    results = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))
+    write_json(tmp_path / "results.json", results)
     reported: list[Any] = []
 
     def write(results: Any, folder: Path) -> Path:
@@ -260,7 +264,7 @@ def test_a_report_alone_trains_nothing(
 
     monkeypatch.setattr(command, "write_report", write)
     assert cli.main(["compare", "--report_only", str(tmp_path)]) == 0
-    assert reported == [({"runs": [], "groups": []}, tmp_path)]
+    assert reported == [(results, tmp_path)]
     assert asked_for == []
 
 

@@ -107,6 +107,7 @@ def _run(
         "seed": seed,
         "status": "finished",
         "error": None,
+        "folder": None,
         "sae_config": {"d_in": 768, "d_sae": 4096, "k": k, "architecture": architecture},
         "training_samples": samples[-1],
         "history": {

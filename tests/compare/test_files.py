@@ -1,5 +1,6 @@
 """The files of a comparison, and the table of metrics that everything else follows."""
 
+import json
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -158,12 +159,42 @@ def test_every_definition_is_a_sentence() -> None:
         ("[" * 100_000, "results.json cannot be read"),
         ("[]", "is not the results of a comparison, version 1"),
         ('{"version": 2, "runs": []}', "is not the results of a comparison, version 1"),
-        ('{"version": 1, "runs": [5]}', "is not the results of a comparison, version 1"),
-        ('{"version": 1}', "is not the results of a comparison, version 1"),
+        ('{"version": 1, "runs": [5]}', "results.json is damaged: results has no name"),
+        ("[" * 33 + "]" * 33, "cannot be read: it is nested more than 32 levels deep"),
     ],
 )
 def test_files_that_are_not_results(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"seed": True}, "0.seed=True is not allowed: it must be of type int"),
+        ({"k": "3"}, "0.k='3' is not allowed: it must be a finite number"),
+        ({"status": "done"}, "0.status='done' is not allowed: it must be one of finished"),
+        ({"metrics": {"l0": float("inf")}}, "0.metrics.l0=inf is not allowed"),
+        ({"peeking": {"revived": [1]}}, "0.peeking.revived="),
+        ({"history": {"samples": [1], "l0": []}}, "history of .* are not equally long"),
+        ({"density": {"log10_edges": [1.0], "counts": [1.0]}}, "one edge more than counts"),
+        ({"error": ...}, "0 has no error"),
+    ],
+)
+def test_a_damaged_pass_or_results_is_named(
+    damage: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    results: Any = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))
+    run = results["runs"][0]
+    run |= {"folder": None} | damage
+    for key in [key for key, value in run.items() if value is ...]:
+        del run[key]
+    # As json.dumps writes it: write_json would write null for infinity.
+    (tmp_path / PASS_FILENAME).write_text(json.dumps([run]))
+    with pytest.raises(ValueError, match=f"is damaged: .*{message}.* to train the pass again"):
+        read_pass(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=f"results.json is damaged: .*{message}"):
         read_results(tmp_path)

@@ -48,6 +48,8 @@ def train(folder: Path, **fields: Any) -> dict[str, Path]:
 
 def comparison(folder: Path, n_seeds: int = 3) -> Path:
     """A comparison's folder as ``sae-lens-auxk compare`` leaves it, with made-up figures."""
+    empty: dict[str, Any] = {"error": None, "sae_config": {}, "history": {}, "metrics": {}}
+    empty |= {"density": None, "silent_latents": None, "peeking": None, "training_samples": 0}
     runs: list[dict[str, Any]] = []
     for seed in range(n_seeds):
         torch.manual_seed(seed)
@@ -58,16 +60,26 @@ def comparison(folder: Path, n_seeds: int = 3) -> Path:
         metrics = {"explained_variance": 0.9 + seed / 100, "l0": 3.0, "f1": None}
         run = {"name": f"auxk, seed {seed}", "case": "auxk", "architecture": "auxk-topk", "k": 3}
         runs.append(
-            {**run, "seed": seed, "status": "finished", "folder": relative, "metrics": metrics}
-            | {"training_samples": 400_000}
+            {**empty, **run, "seed": seed, "status": "finished", "folder": relative}
+            | {"metrics": metrics, "training_samples": 400_000}
         )
-    unfinished = {"name": "none, seed 0", "status": "unfinished", "folder": None, "metrics": {}}
-    group = {"case": "auxk", "architecture": "auxk-topk", "k": 3, "n_seeds": n_seeds}
+    unfinished = {**runs[0], **empty, "status": "unfinished", "folder": None}
+    unfinished |= {"name": "none, seed 0", "case": "none"}
+    group: dict[str, Any] = {
+        "case": "auxk",
+        "architecture": "auxk-topk",
+        "k": 3,
+        "n_seeds": n_seeds,
+    }
     group["mean"] = {"explained_variance": 0.91, "l0": 3.0, "f1": None}
+    group["peeking"] = {}
     group["std"] = {"explained_variance": 0.01, "l0": 0.0, "f1": None}
     results = {
         "version": 1,
         "name": "three seeds",
+        "created": "2026-11-22T01:00:00+00:00",
+        "finished": False,
+        "packages": {},
         "machine": "a test",
         "comparison": {"variants": ["auxk"], "seeds": list(range(n_seeds))},
         "command": "sae-lens-auxk compare --output three",

@@ -192,7 +192,7 @@ def _dead(results: Results) -> Iterator[Series]:
         values: dict[float, list[float]] = {}
         for history in runs:
             for at, dead in zip(history["samples"], history["dead_fraction"], strict=True):
-                if dead is not None:
+                if at is not None and dead is not None:
                     values.setdefault(at, []).append(dead)
         x = sorted(at for at, of_runs in values.items() if len(of_runs) == len(runs))
         if not x:
@@ -207,13 +207,13 @@ def _dead(results: Results) -> Iterator[Series]:
 
 def _density(results: Results) -> Iterator[Series]:
     for group in compared(results):
-        runs = finished_runs(results, group)
-        edges, *others = (run["density"]["log10_edges"] for run in runs)
+        found = (run["density"] for run in finished_runs(results, group))
+        densities = [density for density in found if density is not None]
+        edges, *others = (density["log10_edges"] for density in densities)
         if any(other != edges for other in others):
             continue
-        counts = [
-            mean(column) for column in zip(*(run["density"]["counts"] for run in runs), strict=True)
-        ]
+        columns = zip(*(density["counts"] for density in densities), strict=True)
+        counts = [mean(column) for column in columns]
         yield _line(group, results, edges, [*counts, counts[-1]], steps=True)
 
 
