@@ -1,58 +1,74 @@
-"""AuxK on GPT-2 small: a SAELens run with one of this package's architectures.
+"""GPT-2 small: the losses of `auxk-topk` side by side, the report, and what an upload would send.
 
-    python examples/gpt2.py
+    python examples/gpt2.py --dry_run                        # says what it would train
+    python examples/gpt2.py --output gpt2                    # needs a GPU and some hours
+    python examples/gpt2.py --training_samples 20000000 --seeds 0 --aux_variant auxk pursuit
 
-The same run from the shell:
-
-    sae-lens-auxk train --architecture auxk-topk --aux_variant auxk --k 32 --d_in 768 \
-        --d_sae 24576 --model_name gpt2 --hook_name blocks.6.hook_resid_pre \
-        --dataset_path Skylion007/openwebtext --is_dataset_tokenized false ...
-
-It needs the Hugging Face Hub for the model and the text, and a GPU to finish within hours.
+Its flags are those of `sae-lens-auxk compare`. The text is OpenWebText, tokenised for GPT-2 in rows
+of 1,024 tokens. SAELens takes the first `context_size` tokens of a row and drops the others, so a
+smaller context would read the same text for less. (The test reads a folder in this format with a
+random model of this shape; the machines that it was written on cannot reach the Hub.)
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+from simple_parsing import ArgumentParser
 
-from sae_lens_auxk import runner_config
+from sae_lens_auxk.cli.upload import listing
+from sae_lens_auxk.compare.cases import cases_of
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.hub import upload_sae
 
-
-def config(**changes: Any) -> LanguageModelSAERunnerConfig[Any]:
-    """The run's config; ``changes`` are fields of the SAE's, the run's or the logger's config."""
-    fields: dict[str, Any] = {
-        # the model and where its activations are read
-        "model_name": "gpt2",
-        "hook_name": "blocks.6.hook_resid_pre",
-        "dataset_path": "Skylion007/openwebtext",
-        "is_dataset_tokenized": False,
-        "context_size": 128,
-        "exclude_special_tokens": True,
-        # the SAE and its auxiliary loss
-        "d_in": 768,
-        "d_sae": 24_576,
-        "k": 32,
-        "aux_variant": "auxk",
-        "aux_bias": "none",
-        "dead_threshold_tokens": 10_000_000,
-        # training
-        "training_tokens": 200_000_000,
-        "train_batch_size_tokens": 4096,
+GPT2 = Comparison(
+    # the model and where its activations are read
+    model_name="gpt2",
+    hook_name="blocks.6.hook_resid_pre",
+    dataset_path="apollo-research/Skylion007-openwebtext-tokenizer-gpt2",
+    context_size=1024,
+    language_model={
+        "store_batch_size_prompts": 8,
         "n_batches_in_buffer": 64,
-        "lr": 3e-4,
-        "lr_warm_up_steps": 1000,
-        "lr_decay_steps": 10_000,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "autocast": True,
-        # what is kept
-        "n_checkpoints": 4,
-        "checkpoint_path": "checkpoints",
-        "output_path": "output/gpt2-auxk-topk",
-        "log_to_wandb": False,
-    }
-    return runner_config("auxk-topk", **{**fields, **changes})
+        # GPT-2 has activations some thirty times as long at the first token of every prompt.
+        "seqpos_slice": [1, None],
+    },
+    # the SAEs: SAELens's own topk, and auxk-topk with each of these losses
+    preset=["saelens"],
+    architecture=["auxk-topk"],
+    aux_variant=["none", "auxk", "pursuit"],
+    d_sae=24_576,
+    k=[32],
+    # training
+    seeds=[0, 1, 2],
+    training_samples=200_000_000,
+    batch_size=4096,
+    lr=3e-4,
+    device="cuda" if torch.cuda.is_available() else "cpu",
+    autocast=True,
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description="Auxiliary losses side by side on GPT-2 small.")
+    parser.add_arguments(Comparison, dest="comparison", default=GPT2)
+    parser.add_argument("--output", type=Path, default=Path("gpt2"), help="folder of the results")
+    parser.add_argument("--repo", default="me/gpt2-saes", help="where an upload would go")
+    parser.add_argument("--dry_run", action="store_true", help="train nothing, say what it would")
+    options = parser.parse_args(args)
+    # simple-parsing forgets the default of a field that is not a flag.
+    comparison = resolve(replace(options.comparison, language_model=GPT2.language_model))
+    if options.dry_run:
+        for case in cases_of(comparison):
+            print(f"{case.title}: seeds {', '.join(map(str, comparison.seeds))}")
+        print(f"{comparison.training_samples:,} tokens each, into {options.output}")
+        return
+    print(f"report  {run_comparison(comparison, options.output)}")
+    print(listing(options.repo, upload_sae(options.output, options.repo, dry_run=True)))
 
 
 if __name__ == "__main__":
-    LanguageModelSAETrainingRunner(config()).run()
+    main()

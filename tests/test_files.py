@@ -13,6 +13,7 @@ from sae_lens_auxk.files import (
     left_behind,
     make_folder,
     open_no_link,
+    read_json,
     replace_file,
     write_json,
     write_tensors,
@@ -196,3 +197,10 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize("text", ["{", '"\\ud800"', "[" * 33 + "]" * 33, "[" * 100_000])
+def test_what_cannot_be_written_again_is_not_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match="x.json cannot be read: "):
+        read_json(tmp_path / "x.json")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -183,15 +184,11 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
             warnings.simplefilter("ignore")  # they are meant for users of the SAE
             SAE.load_from_disk(folder)
     except Exception as error:  # whatever it is, nobody else could open the SAE either
-        raise HubError(
-            f"SAELens cannot open the SAE in {folder}: {type(error).__name__}: {error}"
-        ) from error
+        raise HubError(f"SAELens cannot open the SAE in {folder}: {_shown(error)}") from error
     try:
         silent_latents(folder)
     except Exception as error:  # safetensors' own, or another content
-        raise HubError(
-            f"{folder / SPARSITY_FILENAME} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise HubError(f"{folder / SPARSITY_FILENAME} cannot be read: {_shown(error)}") from error
     return folder
 
 
@@ -203,11 +200,16 @@ def _convert(checkpoint: Path, target: Path) -> None:
     except Exception as error:  # an unknown architecture, other weights, a half-written file
         raise HubError(
             f"{checkpoint} is a training checkpoint that cannot be converted to an inference "
-            f"model: {type(error).__name__}: {error}"
+            f"model: {_shown(error)}"
         ) from error
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, target / name)
+
+
+def _shown(error: Exception) -> str:
+    """In one line; torch's own have many."""
+    return f"{type(error).__name__}: {shorten(str(error), 300)}"
 
 
 def samples_trained(folder: Path) -> int | None:
@@ -222,7 +224,7 @@ def samples_trained(folder: Path) -> int | None:
     try:
         return torch.load(path, map_location="cpu", mmap=True)["n_training_samples"]
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise HubError(f"{path} cannot be read: {error}") from error
+        raise HubError(f"{path} cannot be read: {_shown(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

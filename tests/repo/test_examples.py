@@ -1,15 +1,21 @@
 """The examples: the same code that the README points at, made small."""
 
+import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from sae_lens import SAE, LanguageModelSAETrainingRunner
+import torch
+from datasets import Dataset, Features, Sequence, Value
+from sae_lens import SAE
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from sae_lens_auxk.compare import sources
+from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.losses.registry import AUX_LOSSES
-from tests import tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -18,23 +24,65 @@ def load(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / name))
 
 
-def test_gpt2(tmp_path: Path) -> None:
-    changes = tiny_model.run_fields(
-        output_path=str(tmp_path),
-        n_checkpoints=0,
-        device="cpu",
-        lr_warm_up_steps=2,
-        lr_decay_steps=2,
-        exclude_special_tokens=False,
-        is_dataset_tokenized=True,
-        dead_threshold_tokens=200,
-    )
-    cfg = load("gpt2.py")["config"](**changes)
-    runner = LanguageModelSAETrainingRunner(
-        cfg, override_model=tiny_model.gpt2(), override_dataset=tiny_model.tokens()
-    )
-    runner.run()
-    assert SAE.load_from_disk(tmp_path).cfg.metadata.training_architecture == "auxk-topk"
+@pytest.fixture
+def openwebtext(tmp_path: Path) -> Path:
+    """A folder as SAELens's pretokenizer pushes one: Parquet, rows of 1,024 tokens of GPT-2."""
+    folder = tmp_path / "text"
+    rows = torch.randint(0, 50_257, (64, 1024), generator=torch.manual_seed(0)).tolist()
+    features = Features({"input_ids": Sequence(Value("int32"))})
+    parquet = folder / "data" / "train-00000-of-00001.parquet"
+    Dataset.from_dict({"input_ids": rows}, features=features).to_parquet(parquet)
+    metadata = {"tokenizer_name": "gpt2", "context_size": 1024, "shuffled": True}
+    (folder / "sae_lens.json").write_text(json.dumps(metadata))
+    return folder
+
+
+def random_gpt2(*_: Any, **__: Any) -> HookedTransformer:
+    """GPT-2 small's shape, but for its number of layers."""
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=768, n_ctx=1024, n_heads=12, d_head=64, d_mlp=3072, d_vocab=50_257,
+        act_fn="gelu_new", model_name="gpt2", seed=0,
+    )  # fmt: skip
+    return HookedTransformer(config)
+
+
+def test_gpt2(
+    openwebtext: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sources, "load_model", random_gpt2)
+    example = load("gpt2.py")
+    small = f"--dataset_path {openwebtext} --hook_name blocks.0.hook_resid_post --autocast false "
+    small += "--device cpu --d_sae 256 --training_samples 8184 --batch_size 1023 --seeds 0 "
+    small += f"--aux_variant auxk pursuit --eval_samples 2046 --output {tmp_path / 'out'}"
+    example["GPT2"].language_model.update(n_batches_in_buffer=4, n_eval_batches=1, streaming=False)
+    example["GPT2"].language_model.update(store_batch_size_prompts=2, eval_batch_size_prompts=1)
+    example["main"]([*small.split(), "--dry_run"])
+    assert not (tmp_path / "out").exists()
+    assert "auxk" in capsys.readouterr().out
+    read: list[torch.Size] = []
+    forward = HookedTransformer.forward
+
+    def noted(self: Any, tokens: torch.Tensor, *args: Any, **keywords: Any) -> Any:
+        read.append(tokens.shape)
+        return forward(self, tokens, *args, **keywords)
+
+    monkeypatch.setattr(HookedTransformer, "forward", noted)
+    example["main"](small.split())
+    # The whole of each row, and nothing of it twice.
+    assert {shape[1] for shape in read if shape[1] > 1} == {1024}
+    runs = read_results(tmp_path / "out")["runs"]
+    assert [run["status"] for run in runs] == ["finished"] * 3
+    assert {run["architecture"] for run in runs} == {"topk", "auxk-topk"}
+    said = capsys.readouterr().out
+    assert "report.html" in said
+    assert "would go to me/gpt2-saes:" in said
+    assert len(re.findall("sae_weights.safetensors", said)) == 3
+    sae = SAE.load_from_disk(tmp_path / "out" / str(runs[1]["folder"]))
+    assert sae.cfg.metadata.training_architecture == "auxk-topk"
+    assert (sae.cfg.d_in, sae.cfg.metadata.context_size) == (768, 1024)
 
 
 @pytest.mark.filterwarnings("ignore")
