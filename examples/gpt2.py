@@ -1,7 +1,7 @@
 """GPT-2 small: the losses of `auxk-topk` side by side, the report, and what an upload would send.
 
     python examples/gpt2.py --dry_run                        # says what it would train
-    python examples/gpt2.py --output gpt2                    # needs a GPU and some hours
+    python examples/gpt2.py                                  # needs a GPU and some hours
     python examples/gpt2.py --training_samples 20000000 --seeds 0 --aux_variant auxk pursuit
 
 Its flags are those of `sae-lens-auxk compare`. The text is OpenWebText, tokenised for GPT-2 in rows
@@ -55,7 +55,7 @@ GPT2 = Comparison(
 def main(args: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="Auxiliary losses side by side on GPT-2 small.")
     parser.add_arguments(Comparison, dest="comparison", default=GPT2)
-    parser.add_argument("--output", type=Path, default=Path("gpt2"), help="folder of the results")
+    parser.add_argument("--output", type=Path, default=Path("gpt2-saes"), help="folder")
     parser.add_argument("--repo", default="me/gpt2-saes", help="where an upload would go")
     parser.add_argument("--dry_run", action="store_true", help="train nothing, say what it would")
     options = parser.parse_args(args)
