@@ -17,7 +17,6 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     SAETrainer,
     TrainingSAE,
-    run_evals,
 )
 from typing_extensions import override
 
@@ -26,6 +25,7 @@ from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.processes import n_processes, prefer_own_gpu
 from sae_lens_auxk.saelens.checkpoints import silent_latents
+from sae_lens_auxk.saelens.evaluation import evaluate, shown, write_evaluation
 from sae_lens_auxk.saelens.interruption import (
     INTERRUPTED,
     fit,
@@ -35,8 +35,6 @@ from sae_lens_auxk.saelens.interruption import (
 )
 from sae_lens_auxk.saelens.names import (
     SAE_TRAINING_CLASS_REGISTRY,
-    ActivationScaler,
-    EvalConfig,
     InterruptedException,
     _parse_cfg_args,
 )
@@ -177,39 +175,17 @@ def _parser_of_ours() -> Generator[None]:
         ArgumentParser.error, ArgumentParser.format_help = own
 
 
-@torch.no_grad()
 def summary(runner: _Runner, sae: TrainingSAE[Any]) -> str:
-    """Summarise a finished run in a few lines, measured by SAELens's own evaluator.
+    """Evaluate a finished run, keep the numbers beside the SAE, and say them in a few lines.
 
-    Explained variance, L0 and the latents that stay silent are over ``n_eval_batches`` batches
-    of prompts that follow the training text; the latents silent in training are over the samples
-    that SAELens's saved sparsity is of, which it counts anew every ``feature_sampling_window``.
+    The latents silent in training are over the samples that SAELens's saved sparsity is of, which
+    it counts anew every ``feature_sampling_window``.
     """
     cfg = runner.cfg
-    excluded = runner.activations_store.exclude_special_tokens
-    metrics, features = run_evals(
-        sae,
-        runner.activations_store,
-        runner.model,
-        ActivationScaler(),  # the runner has folded any scaling into the weights
-        EvalConfig(
-            batch_size_prompts=cfg.eval_batch_size_prompts,
-            n_eval_sparsity_variance_batches=cfg.n_eval_batches,
-            compute_sparsity_metrics=True,
-            compute_variance_metrics=True,
-            compute_featurewise_density_statistics=True,
-        ),
-        model_kwargs=cfg.model_kwargs,
-        exclude_special_tokens=False if excluded is None else excluded.tolist(),
-    )
-    n_tokens = metrics["token_stats"]["total_tokens_eval_sparsity_variance"]
-    silent = sum(density == 0 for density in features["feature_density"])
-    lines = [
-        f"explained variance  {metrics['reconstruction_quality']['explained_variance']:.3f}",
-        f"L0                  {metrics['sparsity']['l0']:.1f}",
-        f"silent latents      {silent} of {sae.cfg.d_sae} in {n_tokens} evaluated tokens",
-    ]
+    found = evaluate(runner, sae)
+    lines = [f"{name:20}{value}" for name, value in shown(found, sae.cfg.d_sae).items()]
     if cfg.output_path is not None:
+        write_evaluation(Path(cfg.output_path), found)
         n_silent = silent_latents(Path(cfg.output_path))
         n_train = runner.n_sparsity_samples
         lines[-1] += f", {n_silent} in the last {n_train} of training"

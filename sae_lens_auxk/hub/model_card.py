@@ -20,9 +20,10 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens_auxk.compare.schema import METRICS, Group, Numbers, Results
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.hub.errors import HubError
+from sae_lens_auxk.hub.private import public_command, public_fields, public_name
 from sae_lens_auxk.hub.sae_folder import read_json, sae_id_of
 from sae_lens_auxk.losses.registry import AUX_LOSSES
-from sae_lens_auxk.saelens.checkpoints import silent_latents
+from sae_lens_auxk.saelens.evaluation import read_evaluation, shown
 from sae_lens_auxk.saelens.names import (
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
@@ -97,7 +98,11 @@ def sae_part(repo_id: str, sae_id: str, folder: Path, samples: int | None) -> st
     sections = [
         f"## {sae_id}",
         f"A training checkpoint, after {samples:,} tokens." if samples else "",
-        _description(folder, samples or (runner_cfg or {}).get("training_tokens")),
+        _description(
+            folder,
+            samples or (runner_cfg or {}).get("training_tokens"),
+            shown(read_evaluation(folder), read_json(folder / SAE_CFG_FILENAME)["d_sae"]),
+        ),
         "### How to load it",
         _load(repo_id, sae_id, folder),
         "### How to train it again",
@@ -129,7 +134,7 @@ def comparison_part(
     sections = [
         f"## {_text(results['name'])}",
         f"{n_finished} of {len(runs)} runs, trained side by side on "
-        f"{_text(data.get('description') or data.get('kind', 'the same activations'))}. "
+        f"{_text(_data(data))}. "
         "Mean ± standard deviation over the seeds of each group.",
         _groups_table(groups),
         _definitions(groups),
@@ -146,10 +151,10 @@ def comparison_part(
         "### How to load one",
         _load(repo_id, first, saes[first]),
         "### How to train them again",
-        _fenced("bash", results["command"]) if results.get("command") else "",
+        _fenced("bash", public_command(results["command"])) if results["command"] else "",
         _folded(
             "The whole configuration",
-            _fenced("yaml", yaml.safe_dump(results.get("comparison"), sort_keys=False)),
+            _fenced("yaml", yaml.safe_dump(public_fields(results["comparison"]), sort_keys=False)),
         ),
         f"Trained on {_text(results['machine'])}." if results.get("machine") else "",
         "### The SAEs",
@@ -160,14 +165,22 @@ def comparison_part(
         sections += [
             f"#### {sae_id}",
             f"{_text(run['name'])}: {_figures(run['metrics'])}",
-            _folded("What it is", _description(folder, run.get("training_samples"))),
+            _folded("What it is", _description(folder, run["training_samples"], {})),
         ]
     return "\n\n".join(section for section in sections if section)
 
 
-def _description(folder: Path, samples: int | None) -> str:
+def _data(data: dict[str, Any]) -> str:
+    text = str(data.get("description") or data.get("kind", "the same activations"))
+    for name in ("model_name", "dataset_path"):
+        if isinstance(path := data.get(name), str) and path:
+            text = text.replace(path, public_name(path))
+    return text
+
+
+def _description(folder: Path, samples: int | None, measured: dict[str, str]) -> str:
     cfg = read_json(folder / SAE_CFG_FILENAME)
-    metadata: dict[str, Any] = cfg.get("metadata", {})
+    metadata = public_fields(cfg.get("metadata", {}))
     details: dict[str, Any] = dict(metadata.get("training_architecture_details") or {})
     trained_as = metadata.get("training_architecture")
     hook_name = metadata.get("hook_name")
@@ -185,9 +198,9 @@ def _description(folder: Path, samples: int | None) -> str:
         "dtype": cfg.get("dtype"),
         "normalize_activations": cfg.get("normalize_activations"),
         "trained with SAELens": metadata.get("sae_lens_training_version"),
-        **_measured(folder, metadata),
     }
     rows = [(name, _code(value)) for name, value in facts.items() if value is not None]
+    rows += measured.items()
     sections = [_table(("", ""), rows)]
     aux = {f.name: details.pop(f.name) for f in fields(AuxConfig) if f.name in details}
     if aux:
@@ -198,15 +211,6 @@ def _description(folder: Path, samples: int | None) -> str:
         rows = [(name, _code(value)) for name, value in details.items()]
         sections.append(_folded("Other fields of its training", _table(("field", "value"), rows)))
     return "\n\n".join(sections)
-
-
-def _measured(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    l0, n_dead = metadata.get("l0"), metadata.get("num_dead_features")
-    return {
-        "L0 at the end of training": None if l0 is None else f"{l0:.1f}",
-        "latents silent for more than `dead_feature_window` steps": n_dead,
-        "latents silent since the last `feature_sampling_window` began": silent_latents(folder),
-    }
 
 
 def _resolved(name: str, aux: dict[str, Any], fitted: dict[str, Any]) -> str:
@@ -245,7 +249,7 @@ def _reproduce(runner_cfg: dict[str, Any] | None) -> str:
     sae_class = SAE_TRAINING_CLASS_REGISTRY[sae["architecture"]][1]
     keywords = {
         "architecture": sae["architecture"],
-        **_changed(LanguageModelSAERunnerConfig, runner_cfg),
+        **public_fields(_changed(LanguageModelSAERunnerConfig, runner_cfg)),
         **_changed(sae_class, sae),
     }
     arguments = "".join(

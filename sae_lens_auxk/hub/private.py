@@ -3,8 +3,10 @@
 import getpass
 import html
 import re
+import shlex
 import tempfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from sae_lens_auxk.hub.errors import HubError
 
@@ -23,6 +25,9 @@ _SECRET_FIELD = re.compile(
     )\\*\1\s*:\s*(?!null|none|true|false|\\*(["'])\\*\3)\S""",
     re.IGNORECASE | re.VERBOSE,
 )
+
+# Fields and flags that may name a local file or folder.
+_PATH_FIELD = re.compile("path$|^(?:model_name|synthetic_model|output|config)$")
 
 # With what JSON and Markdown escape in a name.
 _NAME = r"""(?:[^/\s"'<>\\]|\\u[0-9a-f]{4}|\\_)+"""
@@ -49,6 +54,42 @@ def without_user_name(text: str) -> str:
         return text
     # Such as /scratch/anna/texts.
     return re.sub(rf"({_ROOT}){name}(?![^/\\\s\"'<>])", r"\1USER", text)
+
+
+def public_name(name: str) -> str:
+    """The name of a model or data set on the Hub; of a local path only the last part.
+
+    Example:
+        >>> [public_name(name) for name in ("openai-community/gpt2", "/data/texts", "/home/anna")]
+        ['openai-community/gpt2', 'PATH/TO/texts', 'PATH/TO/USER']
+    """
+    path = Path(name)
+    is_local = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or path.exists()
+    return f"PATH/TO/{PureWindowsPath(without_user_name(name)).name}" if is_local else name
+
+
+def public_command(command: str) -> str:
+    """A command, with :func:`public_name` of the paths in it.
+
+    Example:
+        >>> public_command("compare --k 8 --dataset_path ../anna/texts --output=/data/anna/out")
+        'compare --k 8 --dataset_path PATH/TO/texts --output=PATH/TO/out'
+    """
+    words = [""]
+    for word in shlex.split(command):
+        flag, is_flag, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        name = (flag or words[-1]).lstrip("-")
+        is_path = _PATH_FIELD.search(name) or Path(value).is_absolute()
+        words.append(flag + is_flag + (public_name(value) if is_path else value))
+    return shlex.join(words[1:])
+
+
+def public_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """A config, with :func:`public_name` of the paths in it."""
+    return {
+        name: public_name(value) if isinstance(value, str) and _PATH_FIELD.search(name) else value
+        for name, value in values.items()
+    }
 
 
 def publishable_file(path: Path, workspace: Path) -> Path:

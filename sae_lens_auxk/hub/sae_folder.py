@@ -17,6 +17,7 @@ from sae_lens_auxk.compare.files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOL
 from sae_lens_auxk.compare.schema import Results, Run
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.saelens.checkpoints import fold_scaling_beside, silent_latents
+from sae_lens_auxk.saelens.evaluation import EVALUATION_FILENAME
 from sae_lens_auxk.saelens.names import (
     RUNNER_CFG_FILENAME,
     RUNNER_CONFIG_FILENAME,
@@ -32,6 +33,7 @@ SAE_FILES = (
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
     RUNNER_CFG_FILENAME,
+    EVALUATION_FILENAME,
     RUNNER_CONFIG_FILENAME,  # SAELens's synthetic runs name it so
 )
 

@@ -30,7 +30,8 @@ def runner_config(architecture: str, **keywords: Any) -> LanguageModelSAERunnerC
     Example:
         >>> cfg = runner_config(
         ...     architecture="auxk-topk", model_name="gpt2", hook_name="blocks.6.hook_resid_pre",
-        ...     dataset_path="apollo-research/Skylion007-openwebtext-tokenizer-gpt2", context_size=1024,
+        ...     dataset_path="apollo-research/Skylion007-openwebtext-tokenizer-gpt2",
+        ...     context_size=1024,
         ...     d_in=768, d_sae=12288, k=32, aux_variant="pursuit",
         ...     training_tokens=100_000_000, n_batches_in_buffer=64,
         ...     log_to_wandb=False, verbose=False,

@@ -34,7 +34,7 @@ def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     output = capsys.readouterr().out
     explained_variance = float(output.split("explained variance")[1].split()[0])
     assert explained_variance > 0.3
-    assert "of 2304 in 2048 evaluated tokens" in output
+    assert "of 2,304 in 2,048 tokens" in output
     sae = SAE.load_from_disk(tmp_path / "sae")
     assert sae.cfg.architecture() == "topk"
     assert sae.cfg.metadata.hook_name == "model.layers.6"

@@ -12,6 +12,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.hub import HubError, upload_sae
 from sae_lens_auxk.hub.model_card import TAGS, sae_part, with_part
+from sae_lens_auxk.saelens.evaluation import Evaluation, write_evaluation
 from tests import tiny_model
 from tests.helpers import ARCHITECTURES, build_sae
 from tests.hub.saes import PNG, comparison
@@ -52,6 +53,65 @@ def test_it_says_what_was_fitted_to_the_run(tmp_path: Path) -> None:
     assert row(part, "dead_threshold_tokens") == "`None`, fitted to the run: `1280`"
     assert row(part, "resample_stop_step") == "`None`, fitted to the run: `70`"
     assert row(part, "resample_every_steps") == "`10`"
+
+
+def test_it_says_what_train_measured_of_these_weights(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a")
+    names = ("explained variance", "CE loss score", "CE loss", "L0", "silent latents")
+    part = sae_part(REPO, "a", folder, None)
+    assert [row(part, name) for name in names] == ["not measured"] * 5
+    found: Evaluation = {
+        "explained_variance": 0.8125,
+        "l0": 3.0,
+        "silent_latents": 5,
+        "tokens": 4096,
+        "ce_loss": 3.5,
+        "ce_loss_with_sae": 3.75,
+        "ce_loss_score": 0.9,
+        "ce_tokens": 2048,
+    }
+    write_evaluation(folder, found)
+    part = sae_part(REPO, "a", folder, None)
+    losses = "3.750, and 3.500 without the SAE, in 2,048 tokens"
+    values = ["0.812", "0.900", losses, "3.0", "5 of 24 in 4,096 tokens"]
+    assert [row(part, name) for name in names] == values
+    assert part.count("silent") == 1
+    assert "a/evaluation.json" in upload_sae(folder, REPO, dry_run=True).sizes
+    save(folder)  # other weights
+    assert row(sae_part(REPO, "a", folder, None), "L0") == "not measured"
+    (folder / "evaluation.json").write_text('{"l0": "x"}')
+    with pytest.raises(HubError, match="evaluation.json has no explained_variance"):
+        upload_sae(folder, REPO, dry_run=True)
+
+
+def test_local_paths_are_not_in_it(tmp_path: Path) -> None:
+    made = comparison(tmp_path / "made", n_seeds=1)
+    texts = tmp_path / "secret" / "texts"
+    texts.mkdir(parents=True)
+    results: Any = json.loads((made / "results.json").read_text())
+    results["command"] = f"sae-lens-auxk compare --dataset_path {texts} --output={tmp_path}/out"
+    results["comparison"] |= {"model_name": "../secret/gpt", "dataset_path": str(texts)}
+    results["data"] |= {"model_name": "../secret/gpt", "dataset_path": str(texts)}
+    results["data"]["description"] = f"../secret/gpt, blocks.1.hook_resid_pre, text {texts}"
+    (made / "results.json").write_text(json.dumps(results))
+    folder = made / "runs/seed-0/auxk-k3"
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"] |= {"model_name": "openai-community/gpt2", "dataset_path": str(texts)}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    fields = tiny_model.run_fields(model_name=str(texts), dataset_path=str(texts))
+    (folder / "runner_cfg.json").write_text(json.dumps(runner_config("topk", **fields).to_dict()))
+    for card in (
+        upload_sae(made, REPO, dry_run=True).card,
+        upload_sae(folder, REPO, dry_run=True).card,
+    ):
+        assert "secret" not in card
+        assert row(card, "dataset") == "`PATH/TO/texts`"
+        assert row(card, "model") == "`openai-community/gpt2`"
+    assert (
+        "compare --dataset_path PATH/TO/texts --output=PATH/TO/out\n"
+        in upload_sae(made, REPO, dry_run=True).card
+    )
+    assert "    dataset_path='PATH/TO/texts',\n" in card
 
 
 def test_another_dtype_is_part_of_how_to_load_it(tmp_path: Path) -> None:
