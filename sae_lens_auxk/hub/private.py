@@ -60,7 +60,7 @@ def public_name(name: str) -> str:
     """The name of a model or data set on the Hub; of a local path only the last part.
 
     Example:
-        >>> [public_name(name) for name in ("openai-community/gpt2", "/data/texts", "/home/anna")]
+        >>> [*map(public_name, ("openai-community/gpt2", "/data/texts", "/home/anna"))]
         ['openai-community/gpt2', 'PATH/TO/texts', 'PATH/TO/USER']
     """
     path = Path(name)

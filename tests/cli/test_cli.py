@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.config import AuxConfig
+from sae_lens_auxk.hub import upload as hub_upload
 from sae_lens_auxk_cli import refuse
-from tests.helpers import ARCHITECTURES
+from tests.helpers import ARCHITECTURES, build_sae
 
 
 @pytest.mark.oldest
@@ -146,3 +148,18 @@ def test_a_run_that_cannot_start_is_one_line(
     *_, line, end = capsys.readouterr().err.split("\n")
     assert line.startswith(f"sae-lens-auxk: error: {message}")
     assert (end, len(line) < 500) == ("", True)
+
+
+def test_an_upload_on_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_sae("auxk-topk").save_inference_model(tmp_path)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub_upload, "TemporaryDirectory", full)
+    assert cli.main(["upload", str(tmp_path), "me/saes", "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
