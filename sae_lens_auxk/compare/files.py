@@ -16,7 +16,7 @@ A comparison's folder:
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from sae_lens_auxk.checks import require_type
 from sae_lens_auxk.compare.schema import (
@@ -62,12 +62,7 @@ def read_results(folder: Path) -> Results:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
-    try:
-        require_type("results", content, Results)
-        for run in content["runs"]:
-            _require_whole(run)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    _require_format(path, "results", content, Results)
     return cast(Results, content)
 
 
@@ -91,15 +86,11 @@ def read_pass(folder: Path) -> list[Run]:
     path = folder / PASS_FILENAME
     try:
         runs = read_json(path)
+        _require_format(path, "runs", runs, list[Run])
         if not runs:
-            raise ValueError(f"{path} has no runs.")
-        require_type("runs", runs, list[Run])
-        for run in runs:
-            _require_whole(run)
+            raise ValueError(f"{path} is damaged: it has no runs.")
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged: {error} Move {folder} away to train the pass again."
-        ) from error
+        raise ValueError(f"{error} Move {folder} away to train the pass again.") from error
     # An earlier version may have measured a metric that is no longer in the table.
     for run in runs:
         run["metrics"] = _in_table(run["metrics"], METRICS)
@@ -113,15 +104,18 @@ def _in_table(numbers: Numbers, table: Mapping[str, Metric]) -> Numbers:
     return {key: value for key, value in numbers.items() if key in table}
 
 
-def _require_whole(run: Run) -> None:
-    """Raise a ValueError unless a run's parts have the lengths and entries that belong together."""
-    if run["status"] != "finished":
-        return
-    history, density = run["history"], run["density"]
-    if len({len(points) for points in history.values()}) > 1:
-        raise ValueError(f"the lists in the history of {run['name']!r} are not equally long.")
-    if density is not None and len(density["log10_edges"]) != len(density["counts"]) + 1:
-        raise ValueError(f"the density of {run['name']!r} must have one edge more than counts.")
+def _require_format(path: Path, name: str, content: Any, kind: Any) -> None:
+    """Raise a ValueError unless the file holds what it should, in lists of fitting lengths."""
+    try:
+        require_type(name, content, kind)
+        for run in content if isinstance(content, list) else content["runs"]:
+            history, density = run["history"], run["density"]
+            if len({len(points) for points in history.values()}) > 1:
+                raise ValueError(f"the lists in history of {run['name']!r} are not equally long.")
+            if density and len(density["log10_edges"]) != len(density["counts"]) + 1:
+                raise ValueError(f"density of {run['name']!r} must have one edge more than counts.")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def write_pass(folder: Path, runs: list[Run]) -> None:

@@ -363,12 +363,11 @@ def _require_own(folder: Path) -> None:
         require_no_link(folder / name)
     found = {*folder.iterdir()} if folder.exists() else set[Path]()
     if folder / RESULTS_FILENAME in found:
-        results = read_results(folder)
-        if "seeds" not in results["comparison"]:
-            raise ValueError(
-                f"{folder / RESULTS_FILENAME} was not written by this command: give another "
-                "--output."
-            )
+        try:
+            if "seeds" not in read_results(folder)["comparison"]:
+                raise ValueError(f"{folder / RESULTS_FILENAME} was not written by this command.")
+        except ValueError as error:
+            raise ValueError(f"{error} Give another --output.") from error
     # After a kill at the very first write, only our own files are here.
     elif found - {*left_behind(folder / RESULTS_FILENAME), *filter(is_lock, found)}:
         raise ValueError(f"{folder} does not hold a comparison: give another --output.")

@@ -178,7 +178,7 @@ def test_files_that_are_not_results(text: str | None, message: str, tmp_path: Pa
         ({"status": "done"}, "0.status='done' is not allowed: it must be one of finished"),
         ({"metrics": {"l0": float("inf")}}, "0.metrics.l0=inf is not allowed"),
         ({"peeking": {"revived": [1]}}, "0.peeking.revived="),
-        ({"history": {"samples": [1], "l0": []}}, "history of .* are not equally long"),
+        ({"history": {"samples": [1], "l0": []}}, "lists in history of .* are not equally long"),
         ({"density": {"log10_edges": [1.0], "counts": [1.0]}}, "one edge more than counts"),
         ({"error": ...}, "0 has no error"),
     ],

@@ -190,9 +190,9 @@ def test_fewer_seeds_drop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         (None, "cannot be read"),
         ("[{", "cannot be read"),
-        ("[]", "is not the runs of a pass"),
-        ("[1]", "is not the runs of a pass"),
-        ('[{"case": "auxk"}]', "is not the runs of a pass"),
+        ("[]", "is damaged: it has no runs"),
+        ("[1]", "is damaged: runs.0=1 is not allowed"),
+        ('[{"case": "auxk"}]', "is damaged: runs.0 has no metrics"),
     ],
 )
 def test_a_pass_that_cannot_be_read_is_named_before_anything_is_trained(
@@ -226,7 +226,7 @@ def test_results_of_something_else_are_left_alone(tmp_path: Path, text: str) -> 
     (tmp_path / "figures").mkdir()
     for name in ("results.json", "report.md", "figures/mine.png"):
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=r"results.json (is|was) not"):
+    with pytest.raises(ValueError, match=r"results.json is .* Give another --output"):
         run_comparison(tiny(), tmp_path)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
     assert files == {"results.json", "report.md", "figures/mine.png"}
