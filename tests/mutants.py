@@ -149,6 +149,7 @@ HUB_PRIVATE = ("tests/hub/test_private.py", "-k", "not real_report")
 SHARED_COMMAND = ("tests/sharded/test_command.py", "-k", "d_sae")
 COMPARE_LANGUAGE_MODEL = ("tests/compare/test_language_model.py",)
 COMPARE_COMMAND = ("tests/cli/test_compare.py",)
+COMPARE_NORMS = ("tests/compare/test_norms.py",)
 COMPARE_REPORT = ("tests/compare/test_report.py",)
 EVALUATION = ("tests/step/test_evaluation.py",)
 OWN_METHODS = ("tests/step/test_own_methods.py",)
@@ -899,8 +900,29 @@ MUTANTS = [
     Mutant(
         "compare",
         "measured_on_training_data",
-        "torch.manual_seed(self.seed + HELD_OUT_SEED)",
-        "torch.manual_seed(self.seed)",
+        "torch.manual_seed(seed + HELD_OUT_SEED)",
+        "torch.manual_seed(seed)",
+    ),
+    Mutant(
+        "compare",
+        "long_rows_trained_on",
+        "kept.append(batch[self.keeps(batch)])",
+        "kept.append(batch)",
+        COMPARE_NORMS,
+    ),
+    Mutant(
+        "compare",
+        "long_rows_replaced_in_the_ce_loss",
+        "torch.where(kept, replaced, rows)",
+        "torch.where(kept, replaced, replaced)",
+        COMPARE_NORMS,
+    ),
+    Mutant(
+        "compare",
+        "long_rows_measured",
+        "self._held_out = held_out[self._row_filter.keeps(held_out)]",
+        "self._held_out = held_out",
+        COMPARE_NORMS,
     ),
     Mutant("compare", "rates_not_logarithmic", "log = firings.log()", "log = firings"),
     Mutant(

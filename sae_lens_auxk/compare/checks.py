@@ -125,6 +125,10 @@ def _validate(comparison: Resolved) -> None:
         )
         raise reject("dead_after", comparison.dead_after, allowed)
     require_number("lr", comparison.lr, "a finite number > 0", lambda lr: lr > 0)
+    if comparison.max_norm_multiple is not None:
+        allowed = "None or a finite number > 1"
+        multiple = comparison.max_norm_multiple
+        require_number("max_norm_multiple", multiple, allowed, lambda multiple: multiple > 1)
     require_bool("autocast", comparison.autocast)
     for name, minimum in (("seeds", 0), ("k", 1)):
         require_list(name, getattr(comparison, name))

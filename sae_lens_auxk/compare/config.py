@@ -49,6 +49,9 @@ class Comparison:
             loss. None: 10 million or a twentieth of training_samples, whichever is less.
         eval_samples (int | None): Held-out activations to measure on. None: 10000, for a
             language model 65536.
+        max_norm_multiple (float | None): Rows whose norm is above this many times the median norm
+            of the held-out rows are left out of training and measuring, in all cases alike. None:
+            no row is; dictionary_learning takes 10.
         device (str): Where to train: "cpu", "cuda", "cuda:1".
         autocast (bool): Train in bfloat16 where autocast allows it.
         n_features (int | None): Number of true features of the synthetic model. None: 256.
@@ -83,6 +86,7 @@ class Comparison:
     lr: float | None = None
     dead_after: int | None = None
     eval_samples: int | None = None
+    max_norm_multiple: float | None = None
     device: str = "cpu"
     autocast: bool = False
     n_features: int | None = None

@@ -4,9 +4,12 @@ SAELens's own sources would move on to new data for each SAE.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from sae_lens_auxk.compare.norms import RowFilter
 
 
 class SameFeatures:
@@ -47,10 +50,14 @@ class Float32Losses:
     SAELens averages the losses of all tokens in the dtype of the model. A bfloat16 mean near 3 has
     steps of 0.016, and the share of the CE loss recovered then has steps of about 0.002, which is
     more than most SAEs differ by.
+
+    Rows that ``row_filter`` leaves out are not replaced, neither by zero nor by a reconstruction:
+    no SAE was trained on them.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, row_filter: RowFilter | None = None):
         self._model = model
+        self._row_filter = row_filter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -60,7 +67,21 @@ class Float32Losses:
         logits, losses = self._model(*args, **kwargs)
         return logits, losses.float()
 
-    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+    def run_with_hooks(self, *args: Any, fwd_hooks: list[tuple[str, Any]], **kwargs: Any) -> Any:
         """The same under hooks."""
-        logits, losses = self._model.run_with_hooks(*args, **kwargs)
+        if self._row_filter is not None:
+            fwd_hooks = [(name, _sparing(hook, self._row_filter)) for name, hook in fwd_hooks]
+        logits, losses = self._model.run_with_hooks(*args, fwd_hooks=fwd_hooks, **kwargs)
         return logits, losses.float()
+
+
+def _sparing(replace: Callable[..., torch.Tensor], row_filter: RowFilter) -> Any:
+    """A hook that replaces only the rows that stay; a row may be several heads."""
+
+    def hook_fn(activations: torch.Tensor, hook: Any) -> torch.Tensor:
+        rows = activations.flatten(2)
+        kept = row_filter.keeps(rows)[..., None]
+        replaced = replace(activations, hook=hook).flatten(2)
+        return torch.where(kept, replaced, rows).view_as(activations)
+
+    return hook_fn

@@ -165,6 +165,13 @@ METRICS = {
         "E|x - x_hat|^2, summed over d_in and averaged over samples (SAELens's training loss).",
         better="down",
     ),
+    "rows_left_out": Metric(
+        "rows left out",
+        2,
+        "Share of the training rows left out because their norm is above max_norm_multiple times "
+        "the median norm of the held-out rows. Held-out rows above it are left out too.",
+        percent=True,
+    ),
     "ms_per_step": Metric(
         "ms/step",
         1,

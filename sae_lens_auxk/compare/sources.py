@@ -7,7 +7,6 @@ the pass share, held-out activations, and the metrics that need more than activa
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from sae_lens import (
 
 from sae_lens_auxk.checks import nearest, reject
 from sae_lens_auxk.compare.config import Resolved
+from sae_lens_auxk.compare.norms import RowFilter
 from sae_lens_auxk.compare.peeking import MAX_LATENTS, NEIGHBOURS
 from sae_lens_auxk.compare.saelens_evals import Float32Losses, SameFeatures, SamePrompts
 from sae_lens_auxk.compare.split import SPLIT_TENSORS
@@ -153,8 +153,29 @@ class Synthetic:
             logger=LoggingConfig(log_to_wandb=False),
         )
         model = self._load(seed)
+        held_out, row_filter = self._hold_out(model, seed)
         torch.manual_seed(seed)
-        return SyntheticPass(comparison, seed, model, config.to_sae_trainer_config())
+        return SyntheticPass(
+            comparison, model, config.to_sae_trainer_config(), held_out, row_filter
+        )
+
+    @torch.no_grad()
+    def _hold_out(
+        self, model: SyntheticModel, seed: int
+    ) -> tuple[list[torch.Tensor], RowFilter | None]:
+        """The features' activations in the held-out samples that stay, and what leaves out rows."""
+        comparison = self._comparison
+        torch.manual_seed(seed + HELD_OUT_SEED)
+        sizes = map(len, torch.arange(comparison.eval_samples).split(comparison.batch_size))
+        features = [model.activation_generator(size).to_sparse() for size in sizes]
+        if comparison.max_norm_multiple is None:
+            return features, None
+        rows = [model.feature_dict(batch.to_dense()) for batch in features]
+        row_filter = RowFilter(torch.cat(rows), comparison.max_norm_multiple)
+        stay = map(row_filter.keeps, rows)
+        return [
+            batch.to_dense()[mask].to_sparse() for batch, mask in zip(features, stay, strict=True)
+        ], row_filter
 
 
 @dataclass
@@ -162,9 +183,10 @@ class SyntheticPass:
     """A synthetic model and the samples of one seed."""
 
     comparison: Resolved
-    seed: int
     model: SyntheticModel
     trainer_config: SAETrainerConfig
+    held_out_features: list[torch.Tensor]
+    row_filter: RowFilter | None = None
     hook_name: str = "synthetic"
 
     @property
@@ -172,25 +194,14 @@ class SyntheticPass:
         return self.model.feature_dict.feature_vectors.detach()
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        batches = SyntheticActivationIterator(
+        batches: Iterator[torch.Tensor] = SyntheticActivationIterator(
             self.model.feature_dict,
             self.model.activation_generator,
             batch_size=self.trainer_config.train_batch_size_samples,
         )
+        if self.row_filter is not None:
+            batches = self.row_filter.full_batches(batches)
         return ({self.hook_name: batch} for batch in batches)
-
-    @cached_property
-    @torch.no_grad()
-    def _held_out_features(self) -> list[torch.Tensor]:
-        """Batches (n, n_features) of the held-out samples' feature activations, sparse."""
-        torch.manual_seed(self.seed + HELD_OUT_SEED)
-        rows = torch.arange(self.comparison.eval_samples)
-        batches = rows.split(self.trainer_config.train_batch_size_samples)
-        return [self.model.activation_generator(len(batch)).to_sparse() for batch in batches]
-
-    @property  # a cached one is no property of the protocol's
-    def held_out_features(self) -> list[torch.Tensor]:
-        return self._held_out_features
 
     @torch.no_grad()
     def held_out(self) -> torch.Tensor:
@@ -221,6 +232,7 @@ class SyntheticPass:
             "precision": result.classification.precision,
             "recall": result.classification.recall,
             "uniqueness": result.uniqueness,
+            **_left_out(self.row_filter),
         }
 
 
@@ -331,7 +343,7 @@ class LanguageModelPass:
         self._runner = runner
         store: Any = runner.activations_store
         try:
-            self._held_out, self._tokens = self._hold_out(comparison.eval_samples)
+            held_out, self._tokens = self._hold_out(comparison.eval_samples)
             store.dataset = _after(store.n_dataset_processed + 1, store.dataset)
         except StopIteration as error:
             path, n = comparison.dataset_path, comparison.eval_samples
@@ -339,6 +351,10 @@ class LanguageModelPass:
                 f"dataset_path={path!r} is too short: after eval_samples={n} tokens and the "
                 "prompts of the CE loss are held out, no row is left to train on."
             ) from error
+        self._held_out, self._row_filter = held_out, None
+        if comparison.max_norm_multiple is not None:
+            self._row_filter = RowFilter(held_out, comparison.max_norm_multiple)
+            self._held_out = held_out[self._row_filter.keeps(held_out)]
         # SAELens does not give its seed to the data set.
         store.shuffle_input_dataset(runner.cfg.seed, SHUFFLED_ROWS)
         store.iterable_sequences = store._iterate_tokenized_sequences()
@@ -356,7 +372,10 @@ class LanguageModelPass:
         return torch.cat(rows)[:n_rows], prompts
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        return iter(self._batches)
+        if self._row_filter is None:
+            return iter(self._batches)
+        rows = (batch[self.hook_name] for batch in self._batches)
+        return ({self.hook_name: kept} for kept in self._row_filter.full_batches(rows))
 
     def held_out(self) -> torch.Tensor:
         return self._held_out
@@ -372,14 +391,18 @@ class LanguageModelPass:
         metrics, _ = run_evals(
             sae,
             SamePrompts(self._tokens),  # type: ignore[arg-type]
-            Float32Losses(self._runner.model),  # type: ignore[arg-type]
+            Float32Losses(self._runner.model, self._row_filter),  # type: ignore[arg-type]
             ActivationScaler(),  # any scaling has been folded into the weights
             EvalConfig(compute_ce_loss=True, n_eval_reconstruction_batches=len(self._tokens)),
             model_kwargs=cfg.model_kwargs,
             exclude_special_tokens=False if excluded is None else excluded.tolist(),
         )
         score = metrics["model_performance_preservation"]["ce_loss_score"]
-        return {"ce_loss_recovered": score}
+        return {"ce_loss_recovered": score, **_left_out(self._row_filter)}
+
+
+def _left_out(row_filter: RowFilter | None) -> dict[str, float]:
+    return {} if row_filter is None else {"rows_left_out": row_filter.share_left_out}
 
 
 def _after(n_rows: int, dataset: Any) -> Any:
