@@ -149,6 +149,7 @@ HUB_PRIVATE = ("tests/hub/test_private.py", "-k", "not real_report")
 SHARED_COMMAND = ("tests/sharded/test_command.py", "-k", "d_sae")
 COMPARE_LANGUAGE_MODEL = ("tests/compare/test_language_model.py",)
 COMPARE_COMMAND = ("tests/cli/test_compare.py",)
+COMPARE_EFFECT = ("tests/compare/test_effect.py",)
 COMPARE_NORMS = ("tests/compare/test_norms.py",)
 COMPARE_REPORT = ("tests/compare/test_report.py",)
 EVALUATION = ("tests/step/test_evaluation.py",)
@@ -923,6 +924,62 @@ MUTANTS = [
         "self._held_out = held_out[self._row_filter.keeps(held_out)]",
         "self._held_out = held_out",
         COMPARE_NORMS,
+    ),
+    Mutant(
+        "compare",
+        "effect_of_all_latents_at_once",
+        "torch.unique(together * len(self._tokens) + prompts,",
+        "torch.unique(0 * together + prompts,",
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "effect_on_the_token_itself",
+        "self._tokens[prompts[at], position + 1]",
+        "self._tokens[prompts[at], position]",
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "error_not_kept",
+        "(2 * error * change + change**2).sum(dim=1)",
+        "(change**2).sum(dim=1)",
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "one_firing_too_few",
+        "fires &= fires.cumsum(dim=0) <= left",
+        "fires &= fires.cumsum(dim=0) < left",
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "pairs_alike_in_one_thing",
+        "(apart <= log(FACTOR) + 1e-6).all(dim=0)",
+        "(apart <= log(FACTOR) + 1e-6).any(dim=0)",
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "few_pairs_compared",
+        "            if len(latents) < MIN_PAIRS:",
+        "            if len(latents) < MIN_PAIRS - 1:",
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "found_again_by_the_dead",
+        '"found": alive & found,',
+        '"found": found,',
+        COMPARE_EFFECT,
+    ),
+    Mutant(
+        "compare",
+        "effects_before_all_seeds",
+        'if not results["finished"]:',
+        "if False:",
+        COMPARE_EFFECT,
     ),
     Mutant("compare", "rates_not_logarithmic", "log = firings.log()", "log = firings"),
     Mutant(

@@ -130,6 +130,7 @@ def _validate(comparison: Resolved) -> None:
         multiple = comparison.max_norm_multiple
         require_number("max_norm_multiple", multiple, allowed, lambda multiple: multiple > 1)
     require_bool("autocast", comparison.autocast)
+    require_bool("effect", comparison.effect)
     for name, minimum in (("seeds", 0), ("k", 1)):
         require_list(name, getattr(comparison, name))
         for value in getattr(comparison, name):

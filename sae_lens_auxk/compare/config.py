@@ -52,6 +52,8 @@ class Comparison:
         max_norm_multiple (float | None): Rows whose norm is above this many times the median norm
             of the held-out rows are left out of training and measuring, in all cases alike. None:
             no row is; dictionary_learning takes 10.
+        effect (bool): Also measure what single latents do: how the loss of the language model and
+            the MSE rise where a latent is taken out.
         device (str): Where to train: "cpu", "cuda", "cuda:1".
         autocast (bool): Train in bfloat16 where autocast allows it.
         n_features (int | None): Number of true features of the synthetic model. None: 256.
@@ -87,6 +89,7 @@ class Comparison:
     dead_after: int | None = None
     eval_samples: int | None = None
     max_norm_multiple: float | None = None
+    effect: bool = False
     device: str = "cpu"
     autocast: bool = False
     n_features: int | None = None

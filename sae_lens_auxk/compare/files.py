@@ -6,7 +6,7 @@ A comparison's folder:
     report.html, report.md     the report, and figures/*.png
     runs/seed-0/pass.json      the runs of a finished pass
     runs/seed-0/<case>/        an SAE as SAELens saves it for inference, with its sparsity and
-                               the lives of its latents
+                               the lives of its latents and the effects of some
     runs/seed-0.partial/       a pass that is running or was interrupted
     runs/seed-0.lock           the process that is working on the pass
     .lock                      the process that is writing the results
@@ -36,6 +36,8 @@ PASS_FILENAME = "pass.json"
 LIVES_FILENAME = "lives.safetensors"
 """Of an SAE's latents: ``dead`` and ``ever_dead``, (d_sae,) bool, and ``alive_since``, (d_sae,)
 int64, the training sample at which it last came back to life, 0 for one that never died."""
+EFFECTS_FILENAME = "effects.safetensors"
+"""Of ``latents``, (n,) int64: ``mse_rise`` and, on a language model, ``ce_rise``, (n,)."""
 PAGE_FILENAME = "report.html"
 MARKDOWN_FILENAME = "report.md"
 FIGURES_FOLDER = "figures"

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
 from sae_lens_auxk.compare.config import Resolved
+from sae_lens_auxk.compare.effect import effects_of_pass
 from sae_lens_auxk.compare.files import (
     FIGURES_FOLDER,
     LIVES_FILENAME,
@@ -50,15 +51,25 @@ from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import FirstSteps, plan_of
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.reproducibility import with_reproducibility
-from sae_lens_auxk.compare.schema import VERSION, Group, MeanAndStd, Measured, Numbers, Results, Run
+from sae_lens_auxk.compare.schema import (
+    VERSION,
+    EffectOfGroup,
+    Group,
+    MeanAndStd,
+    Measured,
+    Numbers,
+    Results,
+    Run,
+)
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from sae_lens_auxk.files import left_behind, make_folder, require_no_link, write_tensors
 from sae_lens_auxk.saelens.names import SPARSITY_FILENAME
 from sae_lens_auxk_cli import printable
 
-EXTENDABLE = ("seeds",)
-"""Fields that may change when a comparison is continued: each pass has one seed."""
+EXTENDABLE = ("seeds", "effect")
+"""Fields that may change when a comparison is continued: each pass has one seed, and effects are
+measured when all passes are finished."""
 NOT_MEASURED: Measured = {
     "metrics": {},
     "density": None,
@@ -110,11 +121,14 @@ def run_comparison(
         write_results(folder, results)
         say(plan_of(comparison, folder, _n_finished(comparison, folder)))
     data: dict[str, Any] = {}
+    effects: dict[str, dict[str, Numbers]] = {}
     try:
         data = _train_missing(comparison, folder, wait, say)
+        if comparison.effect:
+            effects = _measure_effects(comparison, folder)
     finally:
         with claim(folder):
-            report = _write_all(comparison, folder, data)
+            report = _write_all(comparison, folder, data, effects)
     return report
 
 
@@ -174,10 +188,51 @@ def _train_missing(
             time.sleep(SECONDS_BETWEEN_TRIES)
 
 
-def _write_all(comparison: Resolved, folder: Path, data: dict[str, Any]) -> Path:
+def _measure_effects(comparison: Resolved, folder: Path) -> dict[str, dict[str, Numbers]]:
+    """The effects of single latents by the folders of runs; none before all passes are finished.
+
+    Other processes may measure the effects of other passes at the same time.
+    """
+    results = _collect(read_results(folder), comparison, folder)
+    runs = [run for run in results["runs"] if run["status"] == "finished"]
+    effects: dict[str, dict[str, Numbers]] = {}
+    if not results["finished"]:
+        return effects
+    source = source_of(comparison)
+    # A pass is not opened without an SAE.
+    config = cases_of(comparison)[0].sae_config(comparison, source.d_in)
+    left = list(dict.fromkeys(run["seed"] for run in runs))
+    while left:
+        for seed in [*left]:
+            with claim_if_free(_lock_of(folder, seed)) as is_own:
+                if is_own:
+                    left.remove(seed)
+                    own = [run for run in runs if run["seed"] == seed]
+                    effects |= effects_of_pass(
+                        own,
+                        runs if comparison.has_one_model else own,
+                        source.open(seed, {"": build_sae(config, seed)}),
+                        folder,
+                        comparison.device,
+                    )
+        if left:
+            time.sleep(SECONDS_BETWEEN_TRIES)
+    return effects
+
+
+def _write_all(
+    comparison: Resolved,
+    folder: Path,
+    data: dict[str, Any],
+    effects: Mapping[str, dict[str, Numbers]],
+) -> Path:
     """Write the results of all finished passes, and the report."""
     results = _collect(read_results(folder), comparison, folder)
     results["data"] = data or results["data"]
+    for run in results["runs"]:
+        if (run["folder"] or "") in effects:
+            run["effect"] = effects[run["folder"] or ""]
+    results["groups"] = list(groups_of(results["runs"]))
     try:
         if comparison.has_one_model:
             # Not kept in a pass: a seed that is added later changes the numbers of all others.
@@ -464,7 +519,20 @@ def groups_of(runs: list[Run]) -> Iterator[Group]:
                 which: _mean_and_std([measured[which] for measured in peeking])
                 for which in (peeking[0] if peeking else ())
             },
+            **_effect_of(members),
         }
+
+
+def _effect_of(members: list[Run]) -> EffectOfGroup:
+    effects = [effect for run in members if (effect := run.get("effect"))]
+    if not effects:
+        return {}
+    names = dict.fromkeys(name for effect in effects for name in effect)
+    return {
+        "effect": {
+            name: _mean_and_std([effect.get(name, {}) for effect in effects]) for name in names
+        }
+    }
 
 
 def _mean_and_std(rows: list[Numbers]) -> MeanAndStd:

@@ -267,6 +267,43 @@ PEEKING = {
 }
 """Means over a group of latents, the entry ``peeking`` of a run; see docs/peeking.md."""
 
+EFFECT = {
+    "n_pairs": Metric(
+        "pairs",
+        0,
+        "Number of latents of the group, each paired with one of the group below or above it that "
+        "differs by at most a factor of 1.25 in firing rate and in mean activation. Fewer than 100 "
+        "are not compared.",
+    ),
+    "firing_rate": Metric(
+        "firing rate", 4, "Median share of the tokens that a latent of the group fires on."
+    ),
+    "mean_activation": Metric(
+        "activation",
+        3,
+        "Median of the mean activation of a latent where it fires, times the length of its decoder "
+        "row.",
+    ),
+    "ce_rise": Metric(
+        "CE rise",
+        4,
+        "Rise of the cross-entropy of the next token, in nats, where a latent is taken out: its "
+        "activation times its decoder row is subtracted from the model's activations at the tokens "
+        "where it fires, and all else stays, the SAE's error too. Mean over the group.",
+    ),
+    "mse_rise": Metric(
+        "MSE rise",
+        2,
+        "Rise of the SAE's squared error at the same tokens without the latent, as a share of the "
+        "variance of the activations.",
+        percent=True,
+    ),
+    "ce_per_mse": Metric(
+        "CE / MSE", 3, "CE rise divided by MSE rise. A corrector of errors has a small one."
+    ),
+}
+"""Means over a group of latents, the entry ``effect`` of a run."""
+
 
 def require_in_table(metrics: Iterable[str], peeking: Iterable[str] = ()) -> None:
     """Check that every metric has a row.
@@ -329,7 +366,17 @@ class Failure(TypedDict, total=False):
     traceback: str
 
 
-class Run(Measured, AcrossSeeds, Failure):
+class EffectOfRun(TypedDict, total=False):
+    """The numbers of EFFECT of groups that are compared in pairs, where they were asked for.
+
+    The groups are ``revived`` and ``never_died``; with another seed ``found``, again by one, and
+    ``not_found``; with true features ``feature``, and ``junk`` that is none.
+    """
+
+    effect: dict[str, Numbers]
+
+
+class Run(Measured, AcrossSeeds, Failure, EffectOfRun):
     """One SAE: an entry of ``runs`` in results.json.
 
     ``folder`` is relative to that of the results. The lists in ``history`` are equally long.
@@ -355,7 +402,13 @@ class MeanAndStd(TypedDict):
     std: Numbers
 
 
-class Group(MeanAndStd):
+class EffectOfGroup(TypedDict, total=False):
+    """As in a run, over the seeds."""
+
+    effect: dict[str, MeanAndStd]
+
+
+class Group(MeanAndStd, EffectOfGroup):
     """The finished runs of one case at one k: an entry of ``groups`` in results.json."""
 
     case: str

@@ -25,6 +25,7 @@ from sae_lens_auxk.checks import nearest, reject
 from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.compare.norms import RowFilter
 from sae_lens_auxk.compare.peeking import MAX_LATENTS, NEIGHBOURS
+from sae_lens_auxk.compare.prompts import Prompts
 from sae_lens_auxk.compare.saelens_evals import Float32Losses, SameFeatures, SamePrompts
 from sae_lens_auxk.compare.split import SPLIT_TENSORS
 from sae_lens_auxk.saelens.names import (
@@ -75,6 +76,10 @@ class Pass(Protocol):
 
     def held_out(self) -> torch.Tensor:
         """(eval_samples, d_in): activations that are not trained on."""
+        ...
+
+    def prompts(self) -> Prompts | None:
+        """Held-out prompts of the language model, the same for every seed."""
         ...
 
     @property
@@ -207,6 +212,9 @@ class SyntheticPass:
     def held_out(self) -> torch.Tensor:
         features = (batch.to_dense() for batch in self.held_out_features)
         return torch.cat([self.model.feature_dict(batch) for batch in features])
+
+    def prompts(self) -> None:
+        return None
 
     @property
     def measured_at_once(self) -> int:
@@ -379,6 +387,23 @@ class LanguageModelPass:
 
     def held_out(self) -> torch.Tensor:
         return self._held_out
+
+    def prompts(self) -> Prompts:
+        """Those of the CE loss, and of them the tokens that an SAE is trained on."""
+        cfg, store = self._runner.cfg, self._runner.activations_store
+        tokens = torch.cat(self._tokens)
+        trained_on = torch.zeros_like(tokens, dtype=torch.bool)
+        trained_on[:, slice(*cfg.seqpos_slice)] = True
+        if store.exclude_special_tokens is not None:
+            trained_on &= ~torch.isin(tokens, store.exclude_special_tokens.to(tokens.device))
+        return Prompts(
+            self._runner.model,
+            self.hook_name,
+            tokens,
+            trained_on,
+            self._row_filter,
+            cfg.model_kwargs,
+        )
 
     @property
     def measured_at_once(self) -> int:

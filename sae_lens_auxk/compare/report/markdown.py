@@ -4,13 +4,19 @@ from collections.abc import Sequence
 
 from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
-from sae_lens_auxk.compare.report.tables import Cell, Table, main_table, peeking_table
+from sae_lens_auxk.compare.report.tables import (
+    Cell,
+    Table,
+    effect_table,
+    main_table,
+    peeking_table,
+)
 from sae_lens_auxk.compare.schema import Results
 from sae_lens_auxk_cli import printable
 
 
 def markdown_of(results: Results, drawn: Sequence[Figure]) -> str:
-    tables = [main_table(results), peeking_table(results)]
+    tables = [main_table(results), peeking_table(results), effect_table(results)]
     parts = [f"# {_escaped(results['name'])}", _escaped(results["data"].get("description", ""))]
     parts += ["\n".join(f"- **{head}**: {_escaped(text)}" for head, text in answer(results))]
     parts += ["\n".join(f"- {_escaped(trouble)}" for trouble in troubles(results))]

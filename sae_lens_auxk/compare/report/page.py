@@ -7,7 +7,13 @@ from html import escape
 from sae_lens_auxk.compare.report.drawing import svg
 from sae_lens_auxk.compare.report.figures import Figure
 from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
-from sae_lens_auxk.compare.report.tables import TEXT_COLUMNS, Table, main_table, peeking_table
+from sae_lens_auxk.compare.report.tables import (
+    TEXT_COLUMNS,
+    Table,
+    effect_table,
+    main_table,
+    peeking_table,
+)
 from sae_lens_auxk.compare.schema import Results
 
 # Forbids the browser to load anything, because the page holds all that it needs.
@@ -106,6 +112,8 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
         )
         if figure.name == "peeking":
             sections.append(_table(peeking))
+    if (effect := effect_table(results)).rows:
+        sections.append(f"<h2>Effects of single latents</h2>{_table(effect)}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">

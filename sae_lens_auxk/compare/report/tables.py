@@ -1,4 +1,4 @@
-"""The tables of a report: every number, and residual peeking's."""
+"""The tables of a report: every number, residual peeking's, and effects of single latents."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sae_lens_auxk.compare.report.groups import (
     number,
     with_revived,
 )
-from sae_lens_auxk.compare.schema import PEEKING, Group, Metric, Results
+from sae_lens_auxk.compare.schema import EFFECT, PEEKING, Group, Metric, Results
 
 TEXT_COLUMNS = 2
 """Number of columns at the left that hold text; the others hold numbers."""
@@ -76,6 +76,35 @@ def peeking_table(results: Results) -> Table:
         for group in groups
         for latents in ("revived", "revived_young", "revived_old")
         if latents in group["peeking"]
+    ]
+    labels = [metric.label for metric in metrics.values()]
+    return Table(["case", "group", *labels], rows, [*metrics.values()])
+
+
+def effect_table(results: Results) -> Table:
+    """A row for each group of latents, two and two: the latents of both are matched."""
+    colour = colours(results)
+    found = [
+        (group, latents, numbers)
+        for group in results["groups"]
+        for latents, numbers in group.get("effect", {}).items()
+    ]
+    metrics = {
+        key: metric
+        for key, metric in EFFECT.items()
+        if any(numbers["mean"].get(key) is not None for *_, numbers in found)
+    }
+    rows = [
+        [
+            Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
+            Cell(latents.replace("_", " ")),
+            *(
+                Cell(metric.show(mean, numbers["std"].get(key)), mean)
+                for key, metric in metrics.items()
+                for mean in [numbers["mean"].get(key)]
+            ),
+        ]
+        for group, latents, numbers in found
     ]
     labels = [metric.label for metric in metrics.values()]
     return Table(["case", "group", *labels], rows, [*metrics.values()])
