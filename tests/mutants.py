@@ -956,8 +956,8 @@ MUTANTS = [
     Mutant(
         "compare",
         "pairs_alike_in_one_thing",
-        "(apart <= log(FACTOR) + 1e-6).all(dim=0)",
-        "(apart <= log(FACTOR) + 1e-6).any(dim=0)",
+        "(apart <= log(ALIKE) + 1e-6).all(dim=0)",
+        "(apart <= log(ALIKE) + 1e-6).any(dim=0)",
         COMPARE_EFFECT,
     ),
     Mutant(

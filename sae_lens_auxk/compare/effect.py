@@ -24,18 +24,23 @@ from sae_lens_auxk.compare.files import EFFECTS_FILENAME, LIVES_FILENAME
 from sae_lens_auxk.compare.latents import ROWS_PER_CHUNK, has_signed_rows
 from sae_lens_auxk.compare.prompts import Prompts
 from sae_lens_auxk.compare.reproducibility import alive_latents, best_cosines
-from sae_lens_auxk.compare.schema import FOUND_AGAIN, JUNK, MATCHED, Numbers, Run
+from sae_lens_auxk.compare.schema import (
+    ALIKE,
+    EFFECT,
+    FOUND_AGAIN,
+    JUNK,
+    MATCHED,
+    MIN_PAIRS,
+    Numbers,
+    Run,
+)
 from sae_lens_auxk.compare.sources import Pass
 from sae_lens_auxk.files import replace_file
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 CONTRASTS = (("revived", "never_died"), ("found", "not_found"), ("feature", "junk"))
 """The groups that are compared, the last two where true features are known."""
-FACTOR = 1.25
-"""The latents of a pair differ by no more, in firing rate and in mean activation."""
 MAX_PAIRS = 500
-MIN_PAIRS = 100
-"""Fewer pairs are not compared."""
 MAX_FIRINGS = 200
 """The first firings of a latent, in the order of the text, that it is taken out at."""
 LATENTS_AT_ONCE = 10
@@ -107,10 +112,7 @@ def effects_of(
     effects: dict[str, Numbers] = {}
     for pair, found in pairs.items():
         for name, latents in zip(pair, found.T.contiguous(), strict=True):
-            effects[name] = dict.fromkeys(
-                ("n_pairs", "firing_rate", "mean_activation", "ce_rise", "mse_rise", "ce_per_mse")
-            )
-            effects[name]["n_pairs"] = len(latents)
+            effects[name] = {**dict.fromkeys(EFFECT), "n_pairs": len(latents)}
             if len(latents) < MIN_PAIRS:
                 continue
             at = torch.searchsorted(measured["latents"], latents)
@@ -131,7 +133,7 @@ def matched_pairs(
 ) -> torch.Tensor:
     """(p, 2) int64: latents of ``a`` (n,) with one of ``b`` (m,) each, every latent once.
 
-    No pair differs by more than FACTOR in rate or in size (d_sae,). There are as many pairs as
+    No pair differs by more than ALIKE in rate or in size (d_sae,). There are as many pairs as
     possible, and of all such matchings this is the one whose pairs differ least. Latents that
     never fire are left out. MATCHED latents are drawn from a larger group, and MAX_PAIRS from more
     pairs.
@@ -147,7 +149,7 @@ def matched_pairs(
         [(values[a].double().log()[:, None] - values[b].double().log()).abs()
          for values in (rate, size)]
     )  # fmt: skip
-    alike = (apart <= log(FACTOR) + 1e-6).all(dim=0)  # float32 is not more exact
+    alike = (apart <= log(ALIKE) + 1e-6).all(dim=0)  # float32 is not more exact
     cost = apart.sum(dim=0).where(alike, FORBIDDEN).numpy()
     rows, columns = map(torch.from_numpy, linear_sum_assignment(cost))
     kept = alike[rows, columns]

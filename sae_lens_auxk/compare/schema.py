@@ -27,6 +27,11 @@ FOUND_AGAIN = 0.7
 MATCHED = 2048
 """The most latents used in the one-to-one matching, whose time grows with the cube of their number;
 from more, this many are drawn."""
+ALIKE = 1.25
+"""Latents are alike if neither their firing rates nor their mean activations differ by a larger
+factor."""
+MIN_PAIRS = 100
+"""Groups with fewer pairs of like latents are not compared."""
 AGES = 10
 """Number of equal parts of training that latents are grouped by."""
 
@@ -271,9 +276,9 @@ EFFECT = {
     "n_pairs": Metric(
         "pairs",
         0,
-        "Number of latents of the group, each paired with one of the group below or above it that "
-        "differs by at most a factor of 1.25 in firing rate and in mean activation. Fewer than 100 "
-        "are not compared.",
+        "Number of latents of the group, each paired with one of its counterpart that differs by "
+        f"at most a factor of {ALIKE} in firing rate and in mean activation. Groups with fewer "
+        f"than {MIN_PAIRS} pairs are not compared.",
     ),
     "firing_rate": Metric(
         "firing rate", 4, "Median share of the tokens that a latent of the group fires on."
@@ -369,8 +374,9 @@ class Failure(TypedDict, total=False):
 class EffectOfRun(TypedDict, total=False):
     """The numbers of EFFECT of groups that are compared in pairs, where they were asked for.
 
-    The groups are ``revived`` and ``never_died``; with another seed ``found``, again by one, and
-    ``not_found``; with true features ``feature``, and ``junk`` that is none.
+    The groups, all of alive latents, are ``revived`` and ``never_died``; with other seeds
+    ``found``, again by at least one of them, and ``not_found``; with true features ``feature``,
+    with a cosine of at least JUNK to one, and ``junk``.
     """
 
     effect: dict[str, Numbers]

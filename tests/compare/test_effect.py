@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_auxk.compare import effect, prompts, run, sources
 from sae_lens_auxk.compare.checks import resolve
@@ -59,7 +61,7 @@ def one_by_one(
     mse: list[float] = []
     ce: list[float] = []
     for row in text[:, None]:
-        before, cache = model.run_with_cache(row)
+        before, cache = model.run_with_cache(row, names_filter=[hook_name])
         x = cache[hook_name].flatten(2)[0]
         without_all = x.clone()
         fired: list[int] = []
@@ -118,6 +120,25 @@ def test_the_rises_are_those_of_one_latent_and_token_at_a_time(
         found = (measured["mse_rise"][i].item(), measured["ce_rise"][i].item())
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert measured["ce_rise"].abs().max() > 1e-3
+
+
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=CONTEXT_SIZE, n_embd=D_MODEL, n_layer=2, n_head=2,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = HookedProxyLM(GPT2LMHeadModel(config).eval(), None)  # type: ignore[arg-type]
+    sae = inference("auxk-topk", tmp_path)
+    hook_name = "transformer.h.0"
+    text_prompts, text = small_prompts(model, hook_name, n=3)
+    rate, _ = habits(sae, text_prompts.rows)
+    latent = int(rate.argmax())
+    measured = rises(sae, text_prompts.rows, torch.tensor([latent]), text_prompts)
+    mse, ce = one_by_one(sae, model, hook_name, text, latent, 200)
+    assert measured["mse_rise"].item() == pytest.approx(mse, rel=1e-3, abs=1e-4)
+    assert measured["ce_rise"].item() == pytest.approx(ce, rel=1e-3, abs=1e-5)
+    assert abs(ce) > 1e-4
 
 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
@@ -372,7 +393,7 @@ def test_a_comparison_on_a_language_model(
     on_text: Resolved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(effect, "MIN_PAIRS", 1)
-    monkeypatch.setattr(effect, "FACTOR", 3)
+    monkeypatch.setattr(effect, "ALIKE", 3)
     run_comparison(replace(on_text, effect=False), tmp_path / "out")
     assert not any("effect" in entry for entry in read_results(tmp_path / "out")["runs"])
     # Asked for later, with a seed more.
