@@ -85,24 +85,39 @@ class Prompts:
         rows, together = rows.to(self.rows.device), together.to(self.rows.device)
         prompts, positions = self.prompt[rows], self._position[rows]
         keys, which = torch.unique(together * len(self._tokens) + prompts, return_inverse=True)
-        which, order = which.sort()
+        # No token sees those after it, so a pass ends with the last one that is asked for.
+        last = torch.zeros_like(keys).scatter_reduce(0, which, positions, "amax")
+        last, by_length = last.sort()
+        keys, (which, order) = keys[by_length], by_length.argsort()[which].sort()
         starts = torch.arange(0, len(keys) + self._n_at_once, self._n_at_once, device=which.device)
         bounds = torch.searchsorted(which, starts).tolist()
         risen = torch.empty(len(rows), device=self.rows.device)
         for first, begin, end in zip(starts.tolist(), bounds, bounds[1:], strict=False):
             at = order[begin:end]
             run, position = which[begin:end] - first, positions[at]
-            of_runs = keys[first : first + self._n_at_once] % len(self._tokens)
-            scores = self._scores(of_runs, run, position, changes[at.to(changes.device)])
+            of_runs = slice(first, first + self._n_at_once)
+            scores = self._scores(
+                keys[of_runs] % len(self._tokens),
+                int(last[of_runs].max()) + 1,
+                run,
+                position,
+                changes[at.to(changes.device)],
+            )
             targets = self._tokens[prompts[at], position + 1]
             before = self._losses[prompts[at], position]
             risen[at] = cross_entropy(scores, targets, reduction="none") - before
         return risen
 
     def _scores(
-        self, prompts: torch.Tensor, run: torch.Tensor, position: torch.Tensor, change: torch.Tensor
+        self,
+        prompts: torch.Tensor,
+        length: int,
+        run: torch.Tensor,
+        position: torch.Tensor,
+        change: torch.Tensor,
     ) -> torch.Tensor:
-        """(j, n_tokens) at the places where a change (j, d_in) is subtracted."""
+        """(j, n_tokens) at the places where a change (j, d_in) is subtracted from the first
+        ``length`` tokens of prompts; ``run`` and ``position`` (j,) say where."""
 
         def subtract(activations: torch.Tensor, **_: Any) -> torch.Tensor:
             changed = activations.flatten(2).clone()
@@ -111,7 +126,7 @@ class Prompts:
             return changed.view(activations.shape)
 
         logits = self._model.run_with_hooks(
-            self._inputs[prompts.to(self._inputs.device)],
+            self._inputs[prompts.to(self._inputs.device), :length],
             fwd_hooks=[(self._hook_name, subtract)],
             **self._kwargs,
         )

@@ -185,6 +185,16 @@ def test_prompts_measure_tokens_that_have_a_next_one_and_stay() -> None:
     assert text.shape == (7, CONTEXT_SIZE)
 
 
+def test_a_forward_pass_ends_with_the_last_token_that_is_asked_for() -> None:
+    model = gpt2()
+    text_prompts, _ = small_prompts(model)
+    lengths: list[int] = []
+    model.blocks[1].hook_resid_post.add_hook(lambda x, hook: lengths.append(x.shape[1]))
+    at = torch.tensor([0, 14 + 2])  # the tokens 1 and 3 of the first two prompts
+    text_prompts.rise(at, torch.ones(2, D_MODEL), together=at)
+    assert lengths == [4]
+
+
 def test_nothing_taken_out_changes_nothing() -> None:
     text_prompts, _ = small_prompts(gpt2())
     at = torch.arange(len(text_prompts.rows))
