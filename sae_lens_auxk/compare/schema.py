@@ -355,14 +355,20 @@ class Measured(TypedDict):
 
 
 class AcrossSeeds(TypedDict, total=False):
-    """Measurements that need a second seed and are not part of a pass.
+    """Measurements of finished passes that are not part of a pass; most need a second seed.
 
     ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
     of training, from the first on. Latents that never died belong to the first. None where there
     are too few.
+
+    ``effect`` has the numbers of EFFECT of groups of alive latents that are compared in pairs,
+    where they were asked for: ``revived`` and ``never_died``; ``found`` again by at least one other
+    seed, and ``not_found``; where true features are known, ``feature``, with a cosine of at least
+    JUNK to one, and ``junk``.
     """
 
     found_again_by_age: list[float | None]
+    effect: dict[str, Numbers]
 
 
 class Failure(TypedDict, total=False):
@@ -371,18 +377,7 @@ class Failure(TypedDict, total=False):
     traceback: str
 
 
-class EffectOfRun(TypedDict, total=False):
-    """The numbers of EFFECT of groups that are compared in pairs, where they were asked for.
-
-    The groups, all of alive latents, are ``revived`` and ``never_died``; with other seeds
-    ``found``, again by at least one of them, and ``not_found``; with true features ``feature``,
-    with a cosine of at least JUNK to one, and ``junk``.
-    """
-
-    effect: dict[str, Numbers]
-
-
-class Run(Measured, AcrossSeeds, Failure, EffectOfRun):
+class Run(Measured, AcrossSeeds, Failure):
     """One SAE: an entry of ``runs`` in results.json.
 
     ``folder`` is relative to that of the results. The lists in ``history`` are equally long.
