@@ -2,8 +2,10 @@
 
 import html
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison, Resolved
 from sae_lens_auxk.compare.effect import effects_of, habits, matched_pairs, rises
 from sae_lens_auxk.compare.files import EFFECTS_FILENAME, LIVES_FILENAME, read_results
+from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.norms import RowFilter
 from sae_lens_auxk.compare.prompts import Prompts
 from sae_lens_auxk.compare.report import write_report
@@ -435,6 +438,29 @@ def test_it_waits_for_all_seeds(
     assert asked == []
     run_comparison(replace(on_text, seeds=[0]), tmp_path / "out")
     assert len(asked) == 1
+
+
+def test_two_processes_share_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is held comes last, when it is free."""
+    run_comparison(tiny(seeds=[0, 1]), tmp_path)
+    asked: list[int] = []
+
+    def ask(runs: Any, *_: Any) -> Any:
+        asked.append(runs[0]["seed"])
+        return {}
+
+    monkeypatch.setattr(run, "effects_of_pass", ask)
+    with ThreadPoolExecutor() as pool:
+        with claim_if_free(run._lock_of(tmp_path, 0)) as is_own:
+            assert is_own
+            other = pool.submit(run_comparison, tiny(seeds=[0, 1], effect=True), tmp_path)
+            while not asked:
+                assert not other.done()
+                sleep(0.05)
+            sleep(0.3)
+            assert asked == [1]
+        other.result(timeout=60)
+    assert asked == [1, 0]
 
 
 def test_a_comparison_on_a_synthetic_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
