@@ -753,7 +753,7 @@ MUTANTS = [
     Mutant(
         "saelens", "no_checkpoint_when_told_to_stop", "if told_to_stop:", "if False:", INTERRUPTED
     ),
-    Mutant("saelens", "full_disks_not_known", "of_torch = ", "of_torch = False and ", INTERRUPTED),
+    Mutant("saelens", "full_disks_not_known", 'or "inline_container" in text', "", INTERRUPTED),
     Mutant("saelens", "signals_not_given_back", "before.items():", "{}.items():", INTERRUPTED),
     Mutant("saelens", "folders_left_behind", "reversed(made):", "():", START),
     Mutant("saelens", "last_buffer_too_small", "buffer < smallest", "buffer < smallest - 1", START),
@@ -828,6 +828,9 @@ MUTANTS = [
         "of_all_padded_backwards",
         "(self.start, self.d_sae - self.start - self.n)",
         "(self.d_sae - self.start - self.n, self.start)",
+    ),
+    Mutant(
+        "sharded", "rows_dealt_one_by_one", "rows // min(block, len(dataset) // n)", "rows", DATA
     ),
     Mutant(
         "sharded",

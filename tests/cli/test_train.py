@@ -165,14 +165,14 @@ def test_a_signal_while_it_is_measured_is_one_line(
     assert (tmp_path / "output" / "sae_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("n_bytes", [0, 6_000, 10_000])
+@pytest.mark.parametrize("n_bytes", [0, 10_000])
 def test_a_full_disk_is_one_line(
     n_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """At the weights' config, the weights, and the trainer's state: Python's, Rust's, torch's."""
+    """At the weights, and at the trainer's state: an error of Rust's, and one of torch's."""
     own: Any = SAETrainer.save_checkpoint
 
     def save(self: Any, **keywords: Any) -> None:
