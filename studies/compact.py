@@ -2,78 +2,60 @@
 
     python studies/compact.py studies/pursuit/heldout
 
-Rewrites results.json in these folders. What was measured keeps five significant digits, histories
-keep 50 points; settings stay as they are. The report and the tables say the same: a number that
-they would show differently keeps all its digits, and so do found_again_by_age, of which they show
-means, and all means of cases that the report would rank differently.
+Rewrites results.json in these folders. What was measured keeps five significant digits, or as many
+more as the report needs to say the same. Histories keep 50 points, settings stay as they are.
 """
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
-from sae_lens_auxk.compare.schema import METRICS, PEEKING, Group, Metric, Numbers, Results, Run
+from sae_lens_auxk.compare.schema import Results, Run
+from sae_lens_auxk.compare.seeds import groups_of
 
 POINTS = 50
+DIGITS = 5
+MEASURED = ("metrics", "peeking", "found_again_by_age", "pairs")
 
 
 def compact(results: Results) -> Results:
     """The same results with fewer digits and points."""
-    small: Results = {
-        **results,
-        "runs": [_run(run) for run in results["runs"]],
-        "groups": [_group(group) for group in results["groups"]],
-    }
-    if _report(small) != _report(results):
-        small["groups"] = results["groups"]
-    return small
+    report, digits = _report(results), DIGITS
+    while True:
+        runs = [_run(run, digits) for run in results["runs"]]
+        small: Results = {**results, "runs": runs, "groups": list(groups_of(runs))}
+        if _report(small) == report:
+            return small
+        digits += 1
 
 
 def _report(results: Results) -> str:
     return markdown_of(results, figures_of(results))
 
 
-def _run(run: Run) -> Run:
+def _run(run: Run, digits: int) -> Run:
     small: Any = {
-        key: _rounded(value) if key in ("history", "density") else value
-        for key, value in run.items()
+        **run,
+        "history": _rounded(run["history"], DIGITS),
+        "density": _rounded(run["density"], DIGITS),
+        **{part: _rounded(run[part], digits) for part in MEASURED if part in run},
     }
-    small["metrics"] = _numbers(run["metrics"], METRICS)
-    if run["peeking"]:
-        small["peeking"] = {name: _numbers(n, PEEKING) for name, n in run["peeking"].items()}
     if run["status"] == "finished":
         small["history"] = {name: _thinned(points) for name, points in small["history"].items()}
     return small
 
 
-def _group(group: Group) -> Group:
-    def both(of: Any, table: Mapping[str, Metric]) -> Any:
-        return {part: _numbers(of[part], table) for part in ("mean", "std")}
-
-    peeking = {name: both(part, PEEKING) for name, part in group["peeking"].items()}
-    return {**group, **both(group, METRICS), "peeking": peeking}
-
-
-def _numbers(numbers: Numbers, table: Mapping[str, Metric]) -> Numbers:
-    """Rounded, where the report shows the rounded number as it shows the number."""
-    return {
-        key: short if table[key].show(short := _rounded(value)) == table[key].show(value) else value
-        for key, value in numbers.items()
-    }
-
-
-def _rounded(value: Any) -> Any:
-    """Five significant digits; whole numbers, which may be counts, stay as they are."""
+def _rounded(value: Any, digits: int) -> Any:
+    """Whole numbers, which may be counts, stay as they are."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [_rounded(item, digits) for item in value]
     if isinstance(value, float) and not value.is_integer():
-        return float(f"{value:.5g}")
+        return float(f"{value:.{digits}g}")
     return value
 
 

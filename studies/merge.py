@@ -12,8 +12,8 @@ from typing import Any
 
 from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.report import write_report
-from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.compare.schema import Results, Run
+from sae_lens_auxk.compare.seeds import groups_of
 
 MAY_DIFFER = (
     "architecture",

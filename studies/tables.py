@@ -79,8 +79,8 @@ def of_both(key: str) -> Column:
 def of_part(part: int) -> Column:
     """The share found again of the latents that last came alive in this part of training."""
 
-    def cell(results: Results, group: Group) -> str:
-        return METRICS["found_again"].show(*found_again_by_age(results, group)[part])
+    def cell(_: Results, group: Group) -> str:
+        return METRICS["found_again"].show(*found_again_by_age(group)[part])
 
     return f"{100 * part // AGES}–{100 * (part + 1) // AGES}%", cell
 

@@ -152,6 +152,7 @@ COMPARE_COMMAND = ("tests/cli/test_compare.py",)
 COMPARE_EFFECT = ("tests/compare/test_effect.py",)
 COMPARE_NORMS = ("tests/compare/test_norms.py",)
 COMPARE_REPORT = ("tests/compare/test_report.py",)
+COMPARE_SEEDS = ("tests/compare/test_seeds.py",)
 EVALUATION = ("tests/step/test_evaluation.py",)
 OWN_METHODS = ("tests/step/test_own_methods.py",)
 B_DEC = ("tests/step/test_bias.py",)
@@ -881,9 +882,39 @@ MUTANTS = [
     Mutant("compare", "suppressor_splits", "(new <= 0) | (of_own <= 0)", "(new <= 0)"),
     Mutant(
         "compare",
-        "found_by_any_seed",
-        "(best > FOUND_AGAIN).float().mean(dim=0)",
-        "(best > FOUND_AGAIN).float().amax(dim=0)",
+        "found_of_the_alive",
+        "found.sum().item() / run.d_sae",
+        "found.mean().item()",
+    ),
+    Mutant(
+        "compare",
+        "pairs_as_if_independent",
+        "n * mean(everywhere) - (n - 1) * rest for rest in without",
+        "2 * mean(everywhere) - rest for rest in without",
+        COMPARE_SEEDS,
+    ),
+    Mutant(
+        "compare",
+        "normal_for_students_interval",
+        "stdev(differences) / sqrt(n)",
+        "stdev(differences) / n",
+        COMPARE_SEEDS,
+    ),
+    Mutant("compare", "two_seeds_tell_apart", "MIN_SEEDS = 3", "MIN_SEEDS = 2", COMPARE_SEEDS),
+    Mutant("compare", "any_l0", "0 < high <= MAX_L0_RATIO * low", "0 < high", COMPARE_SEEDS),
+    Mutant(
+        "compare",
+        "winner_of_three_latents",
+        "n_found(group) < MIN_LATENTS",
+        "n_found(group) < 0",
+        COMPARE_SEEDS,
+    ),
+    Mutant(
+        "compare",
+        "spread_of_run_means",
+        "spread(over_pairs(runs, key, latents) if key in ACROSS_SEEDS else values)",
+        "spread(values)",
+        COMPARE_SEEDS,
     ),
     Mutant("compare", "worst_matching", "maximize=True", "maximize=False"),
     Mutant("compare", "revived_not_alive", 'alive = ~lived["dead"]', 'alive = ~lived["ever_dead"]'),

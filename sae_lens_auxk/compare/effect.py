@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
 from sae_lens_auxk.compare.files import EFFECTS_FILENAME, LIVES_FILENAME
@@ -35,7 +35,7 @@ from sae_lens_auxk.compare.schema import (
     Run,
 )
 from sae_lens_auxk.compare.sources import Pass
-from sae_lens_auxk.files import replace_file
+from sae_lens_auxk.files import write_tensors
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 CONTRASTS = (("revived", "never_died"), ("found", "not_found"), ("feature", "junk"))
@@ -252,7 +252,7 @@ def _measured(
             name: torch.cat([known.get(name, values[:0]), values])[order]
             for name, values in found.items()
         }
-        replace_file(path, lambda beside: save_file(known, beside))
+        write_tensors(path, known)
     return known
 
 

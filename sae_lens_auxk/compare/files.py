@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sae_lens_auxk.checks import require_type
+from sae_lens_auxk.compare.earlier import upgraded
 from sae_lens_auxk.compare.schema import (
     METRICS,
     PEEKING,
@@ -29,6 +30,7 @@ from sae_lens_auxk.compare.schema import (
     Run,
     require_in_table,
 )
+from sae_lens_auxk.compare.seeds import groups_of
 from sae_lens_auxk.files import read_json, write_json
 
 RESULTS_FILENAME = "results.json"
@@ -62,10 +64,13 @@ def read_results(folder: Path) -> Results:
     if not path.is_file():
         raise ValueError(f"{folder} holds no comparison: there is no {RESULTS_FILENAME} in it.")
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    values = content if isinstance(content, dict) else {}
+    if values.get("version") not in (1, VERSION):
         raise ValueError(f"{path} is not the results of a comparison, version {VERSION}.")
-    _require_format(path, "results", content, Results)
-    return cast(Results, content)
+    _require_format(path, "results", {**values, "groups": []}, Results)
+    runs = upgraded(values["runs"]) if values["version"] == 1 else values["runs"]
+    made = {"version": VERSION, "runs": runs, "groups": [*groups_of(runs)]}
+    return cast(Results, {**values, **made})
 
 
 def write_results(folder: Path, results: Results) -> None:
@@ -75,7 +80,8 @@ def write_results(folder: Path, results: Results) -> None:
         ValueError: a run has a metric that is not in the table.
     """
     _require_rows_of(results["runs"])
-    write_json(folder / RESULTS_FILENAME, results)
+    kept = {key: value for key, value in results.items() if key != "groups"}
+    write_json(folder / RESULTS_FILENAME, kept)
 
 
 def read_pass(folder: Path) -> list[Run]:

@@ -4,10 +4,11 @@ A direction that is learnt again from other weights and other samples is in the 
 not may be an accident of its run. docs/reproducibility.md has the sources, checks the measures on
 known features, and says where they fail.
 
-Only alive latents count, on both sides: those that were not dead when training ended.
+Only alive latents count, on both sides: those that were not dead when training ended. What is found
+again is a share of all latents, so that a run does not gain by killing those that nothing finds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +24,15 @@ from scipy.special import betainc
 from sae_lens_auxk.compare.files import LIVES_FILENAME
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.peeking import MIN_LATENTS
-from sae_lens_auxk.compare.schema import AGES, FOUND_AGAIN, MATCHED, Numbers, Run
+from sae_lens_auxk.compare.schema import (
+    AGES,
+    FOUND_AGAIN,
+    MATCHED,
+    AcrossSeeds,
+    Numbers,
+    Pair,
+    Run,
+)
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 ROWS_PER_CHUNK = 1024
@@ -39,34 +48,19 @@ class Alive:
         ever_dead: (n,) bool, those that were dead before.
         age: (n,) int64, the part of training, from 0 to AGES - 1, in which each last came alive;
             0 for a latent that never died.
+        d_sae: the number of all latents, dead ones included.
     """
 
     decoder: torch.Tensor
     ever_dead: torch.Tensor
     age: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Reproducibility:
-    """The measurements of one run; see ``METRICS``, ``PEEKING`` and ``AcrossSeeds``.
-
-    Attributes:
-        metrics: of all alive latents.
-        groups: of those that were "revived" and those that "never_died"; None for a group of
-            fewer than MIN_LATENTS.
-        found_again_by_age: AGES shares, None as in ``groups``.
-    """
-
-    metrics: Numbers
-    groups: dict[str, Numbers]
-    found_again_by_age: list[float | None]
+    d_sae: int
 
 
 def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list[Run]:
     """The runs; those whose case has another finished seed get the numbers of this module.
 
-    A run whose files are gone, or that has no alive latents, gets no numbers and does not count as
-    a seed.
+    A run whose files are gone gets no numbers and does not count as a seed.
 
     Args:
         runs: of all passes of a comparison. They are left as they are.
@@ -84,20 +78,26 @@ def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list
         if len(alive) < 2:
             continue
         signed = has_signed_rows(architecture)
-        for i, found in zip(alive, reproducibility([*alive.values()], signed), strict=True):
+        for i, pairs in zip(alive, reproducibility([*alive.values()], signed), strict=True):
+            others = [str(runs[j]["seed"]) for j in alive if j != i]
+            found = _over_pairs(pairs)
             peeking = runs[i]["peeking"] or {}
+            across: AcrossSeeds = {
+                "found_again_by_age": found["found_again_by_age"],
+                "pairs": dict(zip(others, pairs, strict=True)),
+            }
             measured[i] = {
                 **runs[i],
-                "metrics": runs[i]["metrics"] | found.metrics,
+                "metrics": runs[i]["metrics"] | found["metrics"],
                 "peeking": peeking
-                | {name: peeking.get(name, {}) | own for name, own in found.groups.items()},
-                "found_again_by_age": found.found_again_by_age,
+                | {name: peeking.get(name, {}) | own for name, own in found["peeking"].items()},
+                **across,
             }
     return measured
 
 
 def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
-    """The alive latents of a finished run; None if there are none or its files are gone.
+    """The alive latents of a finished run; None if its files are gone.
 
     Raises:
         ValueError: a file cannot be read; the message names the folder.
@@ -109,8 +109,6 @@ def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
     try:
         lived = load_file(lives)
         alive = ~lived["dead"]
-        if not alive.any():
-            return None
         with safe_open(weights, framework="pt") as file:
             decoder = file.get_tensor("W_dec")[alive].float()
     except (SafetensorError, KeyError) as error:
@@ -119,10 +117,11 @@ def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
             "pass again."
         ) from error
     age = AGES * lived["alive_since"][alive] // max(run["training_samples"], 1)
-    return Alive(decoder.to(device), lived["ever_dead"][alive], age.clamp(max=AGES - 1))
+    age = age.clamp(max=AGES - 1)
+    return Alive(decoder.to(device), lived["ever_dead"][alive], age, len(alive))
 
 
-def reproducibility(runs: Sequence[Alive], signed: bool = True) -> list[Reproducibility]:
+def reproducibility(runs: Sequence[Alive], signed: bool = True) -> list[list[Pair]]:
     """Compare each of two or more runs with all the others.
 
     Args:
@@ -130,29 +129,26 @@ def reproducibility(runs: Sequence[Alive], signed: bool = True) -> list[Reproduc
         signed: whether a row and its negative are two different latents.
 
     Returns:
-        For each run, numbers that are means over the other runs.
+        For each run, what it and each of the others have in common, in their order.
     """
-    best: list[list[torch.Tensor]] = [[] for _ in runs]
-    matched: list[list[float]] = [[] for _ in runs]
+    pairs: list[list[Pair]] = [[] for _ in runs]
     for i, j in combinations(range(len(runs)), 2):
         a, b = runs[i].decoder, runs[j].decoder
-        of_a, of_b = best_cosines(a, b, signed)
-        best[i].append(of_a.cpu())
-        best[j].append(of_b.cpu())
-        cosine = matched_cosine(a, b, signed)
-        matched[i].append(cosine)
-        matched[j].append(cosine)
-    return [
-        _summary(run, torch.stack(of_run), mean(of_pairs))
-        for run, of_run, of_pairs in zip(runs, best, matched, strict=True)
-    ]
+        matched = matched_cosine(a, b, signed)
+        for of_run, run, best in zip(
+            (pairs[i], pairs[j]), (runs[i], runs[j]), best_cosines(a, b, signed), strict=True
+        ):
+            of_run.append(_pair(run, best.cpu(), matched))
+    return pairs
 
 
 def best_cosines(
     a: torch.Tensor, b: torch.Tensor, signed: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row of ``a`` (n, d_in) its best cosine with a row of ``b`` (m, d_in), as (n,), and
-    for each row of ``b`` that with a row of ``a``, as (m,)."""
+    for each row of ``b`` that with a row of ``a``, as (m,); -1 where the other has no row."""
+    if not (len(a) and len(b)):
+        return a.new_full((len(a),), -1.0), b.new_full((len(b),), -1.0)
     of_a: list[torch.Tensor] = []
     of_b = a.new_full((b.shape[0],), -1.0)
     for rows in a.split(ROWS_PER_CHUNK):
@@ -162,7 +158,7 @@ def best_cosines(
     return torch.cat(of_a), of_b
 
 
-def matched_cosine(a: torch.Tensor, b: torch.Tensor, signed: bool = True) -> float:
+def matched_cosine(a: torch.Tensor, b: torch.Tensor, signed: bool = True) -> float | None:
     """Mean cosine of the one-to-one matching of rows (n, d_in) and (m, d_in) that makes it largest.
 
     It has min(n, m) pairs. If that is more than MATCHED, MATCHED rows of the smaller side are drawn
@@ -173,6 +169,8 @@ def matched_cosine(a: torch.Tensor, b: torch.Tensor, signed: bool = True) -> flo
     takes all latents of two SAEs of the same size.
     """
     few, many = sorted((a, b), key=len)
+    if not len(few):
+        return None
     if len(few) > MATCHED:
         order = torch.randperm(len(few), generator=torch.Generator().manual_seed(0))
         few = few[order[:MATCHED].to(few.device)]
@@ -209,23 +207,45 @@ def _cosines(a: torch.Tensor, b: torch.Tensor, signed: bool) -> torch.Tensor:
     return cosines if signed else cosines.abs()
 
 
-def _summary(run: Alive, best: torch.Tensor, matched: float) -> Reproducibility:
-    """``best`` (n_others, n) has each latent's best cosine with each of the other runs."""
-    found = (best > FOUND_AGAIN).float().mean(dim=0)
-    cosine = best.mean(dim=0)
+def _pair(run: Alive, best: torch.Tensor, matched: float | None) -> Pair:
+    """``best`` (n,) has each latent's best cosine with the other run, ``matched`` None if a run has
+    no latent."""
+    found = (best > FOUND_AGAIN).float()
 
     def of(values: torch.Tensor, group: torch.Tensor) -> float | None:
         return values[group].mean().item() if group.sum() >= MIN_LATENTS else None
 
-    return Reproducibility(
-        metrics={
-            "found_again": found.mean().item(),
-            "mean_best_cosine": cosine.mean().item(),
+    return {
+        "metrics": {
+            "found_again": found.sum().item() / run.d_sae,
+            "mean_best_cosine": None if matched is None else best.mean().item(),
             "matched_cosine": matched,
         },
-        groups={
-            name: {"found_again": of(found, group), "mean_best_cosine": of(cosine, group)}
+        "peeking": {
+            name: {"found_again": of(found, group), "mean_best_cosine": of(best, group)}
             for name, group in (("revived", run.ever_dead), ("never_died", ~run.ever_dead))
         },
-        found_again_by_age=[of(found, run.age == age) for age in range(AGES)],
-    )
+        "found_again_by_age": [of(found, run.age == age) for age in range(AGES)],
+    }
+
+
+def _over_pairs(pairs: Sequence[Pair]) -> Pair:
+    """Means over the other seeds, of those that have the number."""
+
+    def over(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return mean(known) if known else None
+
+    def numbers(of_pairs: Sequence[Numbers]) -> Numbers:
+        return {key: over(of[key] for of in of_pairs) for key in of_pairs[0]}
+
+    return {
+        "metrics": numbers([pair["metrics"] for pair in pairs]),
+        "peeking": {
+            name: numbers([pair["peeking"][name] for pair in pairs])
+            for name in ("revived", "never_died")
+        },
+        "found_again_by_age": [
+            over(ages) for ages in zip(*(p["found_again_by_age"] for p in pairs), strict=True)
+        ],
+    }

@@ -12,12 +12,11 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
@@ -51,16 +50,8 @@ from sae_lens_auxk.compare.measure import measure
 from sae_lens_auxk.compare.plan import FirstSteps, plan_of
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.reproducibility import with_reproducibility
-from sae_lens_auxk.compare.schema import (
-    VERSION,
-    EffectOfGroup,
-    Group,
-    MeanAndStd,
-    Measured,
-    Numbers,
-    Results,
-    Run,
-)
+from sae_lens_auxk.compare.schema import VERSION, Measured, Numbers, Results, Run
+from sae_lens_auxk.compare.seeds import groups_of
 from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, TrainingLog, build_sae
 from sae_lens_auxk.files import left_behind, make_folder, require_no_link, write_tensors
@@ -494,55 +485,6 @@ def _collect(results: Results, comparison: Resolved, folder: Path) -> Results:
         "runs": runs,
         "groups": list(groups_of(runs)),
     }
-
-
-def groups_of(runs: list[Run]) -> Iterator[Group]:
-    """Mean and standard deviation over the seeds of each case's finished runs.
-
-    A number that some runs do not have is averaged over the others. The standard deviation is
-    that of a sample, so it is None for a single run.
-    """
-    grouped: dict[tuple[str, str, float | None], list[Run]] = {}
-    for run in runs:
-        if run["status"] == "finished":
-            key = (run["case"], run["architecture"], run["k"])
-            grouped.setdefault(key, []).append(run)
-    for (case, architecture, k), members in grouped.items():
-        peeking = [run["peeking"] for run in members if run["peeking"]]
-        yield {
-            "case": case,
-            "architecture": architecture,
-            "k": k,
-            "n_seeds": len(members),
-            **_mean_and_std([run["metrics"] for run in members]),
-            "peeking": {
-                which: _mean_and_std([measured[which] for measured in peeking])
-                for which in (peeking[0] if peeking else ())
-            },
-            **_effect_of(members),
-        }
-
-
-def _effect_of(members: list[Run]) -> EffectOfGroup:
-    effects = [effect for run in members if (effect := run.get("effect"))]
-    if not effects:
-        return {}
-    names = dict.fromkeys(name for effect in effects for name in effect)
-    return {
-        "effect": {
-            name: _mean_and_std([effect.get(name, {}) for effect in effects]) for name in names
-        }
-    }
-
-
-def _mean_and_std(rows: list[Numbers]) -> MeanAndStd:
-    means: Numbers = {}
-    stds: Numbers = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [value for row in rows if (value := row.get(name)) is not None]
-        means[name] = mean(values) if values else None
-        stds[name] = stdev(values) if len(values) > 1 else None
-    return {"mean": means, "std": stds}
 
 
 def _machine(device: str) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-VERSION = 1
-"""Version of the format of results.json."""
+VERSION = 2
+"""Version of the format of results.json. ``earlier.py`` reads the one before."""
 
 Numbers = dict[str, float | None]
 """Numbers by metric. None where a number could not be measured."""
@@ -34,6 +34,8 @@ MIN_PAIRS = 100
 """Groups with fewer pairs of like latents are not compared."""
 AGES = 10
 """Number of equal parts of training that latents are grouped by."""
+ACROSS_SEEDS = ("found_again", "mean_best_cosine", "matched_cosine")
+"""The metrics, of a whole SAE and of a group of latents, that compare a run with other seeds."""
 
 
 @dataclass(frozen=True)
@@ -130,33 +132,36 @@ METRICS = {
     "found_again": Metric(
         "found again",
         1,
-        "Share of the alive latents (not dead when training ended) whose decoder row has a cosine "
-        f"above {FOUND_AGAIN} with that of an alive latent of another seed, mean over the other "
-        "seeds (after Paulo and Belrose 2025). AbsTopK: the absolute cosine.",
+        "Share of all d_sae latents that are alive (not dead when training ended) and whose "
+        f"decoder row has a cosine above {FOUND_AGAIN} with that of an alive latent of another "
+        "seed, mean ± standard deviation over the pairs of seeds (after Paulo and Belrose 2025). "
+        "AbsTopK: the absolute cosine. Pairs with a seed in common are not independent, so cases "
+        "are compared by one value for each of the n seeds, over the same pairs: n times the mean "
+        "over all pairs, less n - 1 times the mean over those without the seed (the jackknife, "
+        "which on average does not understate the variance).",
         percent=True,
         better="up",
     ),
     "mean_best_cosine": Metric(
         "best cosine",
         3,
-        'Mean over the alive latents of the best cosine that "found again" is based on.',
-        better="up",
+        'Mean over the alive latents of the best cosine that "found again" is based on. Fewer '
+        "alive latents can raise it, so no case is called better.",
     ),
     "matched_cosine": Metric(
         "matched cosine",
         3,
         "Mean cosine of the best one-to-one matching of the alive latents of two seeds, over as "
         "many pairs as the seed with fewer has, mean over the other seeds (PW-MCC of Song et al. "
-        f"2025). Of more than {MATCHED:,}, that many are drawn. AbsTopK: the absolute cosine.",
-        better="up",
+        f"2025). Of more than {MATCHED:,}, that many are drawn. AbsTopK: the absolute cosine. "
+        "Fewer alive latents can raise it, so no case is called better.",
     ),
     "junk_share": Metric(
         "junk",
         1,
         "Share of the latents that fire whose best absolute cosine with a true feature is below "
-        f"{JUNK}.",
+        f"{JUNK}. Fewer latents that fire can lower it, so no case is called better.",
         percent=True,
-        better="down",
     ),
     "dense_latents": Metric(
         "dense",
@@ -354,12 +359,23 @@ class Measured(TypedDict):
     peeking: dict[str, Numbers] | None
 
 
-class AcrossSeeds(TypedDict, total=False):
-    """Measurements of finished passes that are not part of a pass; most need a second seed.
+class Pair(TypedDict):
+    """What comparing a run with one other seed gives; ``peeking`` has "revived" and "never_died".
 
     ``found_again_by_age`` has AGES shares: that of the latents that last came alive in each part
     of training, from the first on. Latents that never died belong to the first. None where there
     are too few.
+    """
+
+    metrics: Numbers
+    peeking: dict[str, Numbers]
+    found_again_by_age: list[float | None]
+
+
+class AcrossSeeds(TypedDict, total=False):
+    """Measurements of finished passes that are not part of a pass; most need a second seed.
+
+    ``pairs`` is by the other seed, as text. The run's own numbers are means over it.
 
     ``effect`` has the numbers of EFFECT of groups of alive latents that are compared in pairs,
     where they were asked for: ``revived`` and ``never_died``; ``found`` again by at least one other
@@ -368,6 +384,7 @@ class AcrossSeeds(TypedDict, total=False):
     """
 
     found_again_by_age: list[float | None]
+    pairs: dict[str, Pair]
     effect: dict[str, Numbers]
 
 
@@ -397,7 +414,10 @@ class Run(Measured, AcrossSeeds, Failure):
 
 
 class MeanAndStd(TypedDict):
-    """Means and sample standard deviations over seeds; the latter is None for a single seed."""
+    """Means and sample standard deviations over seeds or, of ``ACROSS_SEEDS``, over pairs of seeds.
+
+    The latter are None for a single one.
+    """
 
     mean: Numbers
     std: Numbers
@@ -410,17 +430,18 @@ class EffectOfGroup(TypedDict, total=False):
 
 
 class Group(MeanAndStd, EffectOfGroup):
-    """The finished runs of one case at one k: an entry of ``groups`` in results.json."""
+    """The finished runs of one case at one k."""
 
     case: str
     architecture: str
     k: float | None
     n_seeds: int
     peeking: dict[str, MeanAndStd]
+    runs: list[Run]
 
 
 class Results(TypedDict):
-    """The content of results.json."""
+    """The content of results.json, and ``groups``, which are made of the runs when it is read."""
 
     version: int
     name: str

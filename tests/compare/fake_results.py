@@ -3,9 +3,11 @@
 import math
 import random
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
-from sae_lens_auxk.compare.run import groups_of
+from sae_lens_auxk.compare.schema import VERSION
+from sae_lens_auxk.compare.seeds import groups_of
 
 CASES = ("none", "SAELens topk", "auxk", "auxk, bias none", "straight_through", "reanimation")
 PEEKING = {
@@ -25,7 +27,6 @@ def fake_results(
 ) -> dict[str, Any]:
     runs = [
         _run(case, i / max(len(cases) - 1, 1), architecture, k, seed, ground_truth, peeking)
-        | (_ages(case, k, seed) if len(seeds) > 1 else {})
         for i, case in enumerate(cases)
         for architecture in architectures
         for k in ks
@@ -33,14 +34,18 @@ def fake_results(
     ]
     if len(seeds) > 1:
         for run in runs:
-            share = run["found_again_by_age"][0]
-            run["metrics"] |= {"found_again": share, "mean_best_cosine": 0.3 + share / 2,
-                               "matched_cosine": 0.2 + share / 2}  # fmt: skip
-            for group in (run["peeking"] or {}).values():
-                group["found_again"] = None if run["case"] == "none" else share
+            others = [seed for seed in seeds if seed != run["seed"]]
+            shares = {seed: _share_found(run["case"], run["k"], seed, run["seed"])
+                      for seed in others}  # fmt: skip
+            run["pairs"] = {str(seed): _pair(run["case"], share) for seed, share in shares.items()}
+            whole = _pair(run["case"], mean(shares.values()))
+            run["metrics"] |= whole["metrics"]
+            run["found_again_by_age"] = whole["found_again_by_age"]
+            for name, group in (run["peeking"] or {}).items():
+                group |= whole["peeking"]["revived" if "revived" in name else "never_died"]
     kind = "synthetic" if ground_truth else "language_model"
     return {
-        "version": 1,
+        "version": VERSION,
         "name": "SynthSAEBench, 4,096 latents",
         "created": "2026-11-22T01:00:00+00:00",
         "finished": True,
@@ -130,12 +135,23 @@ def _run(
     }
 
 
-def _ages(case: str, k: int | None, seed: int) -> dict[str, Any]:
-    start = 0.2 + 0.05 * len(case) + random.Random(f"{case} {k} {seed}").gauss(0, 0.01)
-    return {"found_again_by_age": [start * (1 - i / 12) for i in range(9)] + [None]}
+def _share_found(case: str, k: int | None, seed: int, other: int) -> float:
+    noise = random.Random(f"{case} {k} {sorted((seed, other))}").gauss(0, 0.01)
+    return 0.2 + 0.05 * len(case) + noise
+
+
+def _pair(case: str, share: float) -> dict[str, Any]:
+    found = {"found_again": None if case == "none" else share}
+    return {
+        "metrics": {"found_again": share, "mean_best_cosine": 0.3 + share / 2,
+                    "matched_cosine": 0.2 + share / 2},
+        "peeking": {"revived": found, "never_died": found},
+        "found_again_by_age": [share * (1 - i / 12) for i in range(9)] + [None],
+    }  # fmt: skip
 
 
 def failed(run: dict[str, Any], status: str, error: str | None) -> None:
     run.update(status=status, error=error, sae_config={}, history={}, metrics={}, density=None,
                silent_latents=None, peeking=None, training_samples=0)  # fmt: skip
-    run.pop("found_again_by_age", None)
+    for key in ("found_again_by_age", "pairs"):
+        run.pop(key, None)

@@ -28,8 +28,9 @@ from sae_lens_auxk.compare.norms import RowFilter
 from sae_lens_auxk.compare.prompts import Prompts
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.report.tables import effect_table
-from sae_lens_auxk.compare.run import groups_of, run_comparison
+from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.compare.schema import EFFECT
+from sae_lens_auxk.compare.seeds import groups_of
 from studies.peeking.planted import planted
 from tests.compare.conftest import tiny
 from tests.compare.fake_results import fake_results

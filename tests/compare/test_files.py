@@ -18,8 +18,8 @@ from sae_lens_auxk.compare.files import (
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
-from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.compare.schema import METRICS, PEEKING, Metric, Run
+from sae_lens_auxk.compare.seeds import groups_of
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.hub.model_card import comparison_part
 from studies.compact import compact

@@ -13,11 +13,11 @@ from sae_lens_auxk.compare.report.drawing import drawn, svg
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.groups import PALETTE, colours, reference_k
 from sae_lens_auxk.compare.report.page import STYLE
-from sae_lens_auxk.compare.report.summary import answer, footnote
+from sae_lens_auxk.compare.report.summary import answer, footnote, settings
 from sae_lens_auxk.compare.report.tables import main_table
-from sae_lens_auxk.compare.run import groups_of
 from sae_lens_auxk.compare.schema import METRICS
 from sae_lens_auxk.compare.schema import PEEKING as MEASURES
+from sae_lens_auxk.compare.seeds import groups_of
 from tests.compare.fake_results import PEEKING, failed, fake_results
 
 FIGURES = ["dead_latents", "density", "explained_variance", "found_again", "found_again_by_age",
@@ -178,7 +178,7 @@ def test_the_peeking_table_holds_the_numbers_of_the_runs(tmp_path: Path) -> None
         assert row[head.index("spread")] == text
 
 
-def test_every_case_is_in_every_figure_of_its_own_colour() -> None:
+def test_a_case_has_one_colour_and_six_are_lines() -> None:
     cases = [f"case {i}" for i in range(21)]
     results = fake_results(cases=cases, ks=(10, 25), seeds=(0,))
     colour = colours(results)
@@ -186,8 +186,23 @@ def test_every_case_is_in_every_figure_of_its_own_colour() -> None:
     assert [colour[case] for case in cases[:8]] == list(PALETTE)
     for figure in figures_of(results):
         for panel in figure.panels:
-            drawn = {series.label.split(",")[0]: series.colour for series in panel.series}
-            assert drawn == colour
+            drawn = {series.label: series.colour for series in panel.series}
+            n_lines = 21 if panel.categories else 6
+            assert drawn == {case: colour[case] for case in cases[:n_lines]}
+        named = "Left out, and in the table: case 6, case 7, " in figure.caption
+        assert named == (not figure.panels[0].categories)
+
+
+def test_the_lines_of_a_figure_are_the_first_rows_of_the_table() -> None:
+    """Of made-up cases the last are the best by F1."""
+    results = fake_results(cases=[f"case {i}" for i in range(8)], ks=(25,))
+    rows = [row[0].text for row in main_table(results).rows]
+    assert rows[0] == "case 7"
+    (figure,) = (f for f in figures_of(results) if f.name == "dead_latents")
+    assert [series.label for series in figure.panels[0].series] == rows[:6]
+    assert figure.caption.endswith(f"Left out, and in the table: {rows[6]}, {rows[7]}.")
+    (figure,) = (f for f in figures_of(results) if f.name == "explained_variance")
+    assert list(figure.panels[0].categories) == rows
 
 
 def test_images_are_written_and_stale_ones_removed(tmp_path: Path) -> None:
@@ -255,65 +270,157 @@ def test_the_markdown_cannot_steer_a_terminal(tmp_path: Path) -> None:
     """Names may come from a repository of anyone's, and report.md is read with cat."""
     results = fake_results(cases=("auxk", "\x1b[2Ja"), ks=(25,), seeds=(0, 1))
     failed(results["runs"][1], "failed", "no\x1b]0;title\x07")
+    results["groups"] = list(groups_of(results["runs"]))
     results["name"] = results["data"]["description"] = "\x9b31m"
     _, markdown = report(results, tmp_path)
     assert all(character.isprintable() or character == "\n" for character in markdown)
     assert r"\\x1b\[2Ja" in markdown
 
 
-def groups(**values: tuple[float, float | None]) -> dict[str, Any]:
-    """Results with nothing but groups: dead fraction and its spread by case."""
-    return {
-        "runs": [],
-        "groups": [
-            {"case": case, "architecture": "auxk-topk", "k": 8, "n_seeds": 1 if sd is None else 3,
-             "mean": {"dead_fraction": value}, "std": {"dead_fraction": sd}, "peeking": {}}
-            for case, (value, sd) in values.items()
-        ],
-    }  # fmt: skip
+def results_of(l0: float = 8, **cases: Any) -> Any:
+    """Results with nothing but explained variance by seed, or all metrics of each seed."""
+    runs = [
+        {"case": case, "architecture": "auxk-topk", "k": None, "seed": seed, "status": "finished",
+         "metrics": {"l0": l0, "dead_fraction": 0.25}
+         | (value if isinstance(value, dict) else {"explained_variance": value}),
+         "peeking": None, "sae_config": {"d_sae": 4096, "d_in": 64}}
+        for case, values in cases.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    groups = list(groups_of(runs))  # type: ignore[arg-type]
+    return {"runs": runs, "groups": groups, "comparison": {}, "data": {}}
 
 
 @pytest.mark.parametrize(
-    ("values", "text"),
+    ("cases", "text"),
     [
-        ({"a": (0.2, 0.01), "b": (0.1, 0.01)}, "b (10.0 ± 1.0%); most a (20.0 ± 1.0%)."),
-        ({"a": (0.2, 0.06), "b": (0.1, 0.05)}, "b (10.0 ± 5.0%), level with a (20.0 ± 6.0%)."),
-        ({"a": (0.2, None), "b": (0.1, None)}, "b (10.0%); most a (20.0%)."),
-        ({"a": (0.1, None), "b": (0.1, None)}, "a (10.0%), level with b (10.0%)."),
-        ({"a": (0.1, None)}, "a (10.0%)."),
+        (
+            {"a": (0.5, 0.51, 0.5), "b": (0.6, 0.61, 0.6), "c": (0.4, 0.42, 0.4)},
+            '"b", 0.603 ± 0.006 (L0 8.0, 25.0% of 4,096 latents dead), is better than each of '
+            'the others. Next is "a" (0.503 ± 0.006).',
+        ),
+        (
+            {"a": (0.5, 0.51, 0.5), "b": (0.6, 0.61, 0.6)},
+            '"b", 0.603 ± 0.006 (L0 8.0, 25.0% of 4,096 latents dead), is better than the other. '
+            'Next is "a" (0.503 ± 0.006).',
+        ),
+        (
+            {"a": (0.5, 0.7, 0.4), "b": (0.6, 0.61, 0.6), "c, d": (0.1, 0.12, 0.1)},
+            'Not told apart: "b" (0.603 ± 0.006) and "a" (0.533 ± 0.153). The other case is '
+            "worse than one of these.",
+        ),
+        (
+            {"a": (0.5, 0.5), "b": (0.6, 0.6)},
+            'Not told apart, as that takes 3 seeds; by their means: "b" (0.600 ± 0.000) and '
+            '"a" (0.500 ± 0.000).',
+        ),
+        (
+            {"a": (0.5,)},
+            'It is the only case: "a", 0.500 (L0 8.0, 25.0% of 4,096 latents dead).',
+        ),
     ],
 )
-def test_ties_within_the_spread_are_called_level(values: dict[str, Any], text: str) -> None:
-    assert answer(groups(**values))[0] == ("Fewest dead latents", text)
+def test_an_answer_by_hand(cases: dict[str, Any], text: str) -> None:
+    assert dict(answer(results_of(**cases)))["Best explained variance"] == text
 
 
-def test_peeking_is_the_difference_from_latents_that_never_died() -> None:
-    lines = dict(answer(fake_results(ks=(25,))))
-    assert re.search(r"least reanimation .*most SAELens topk", lines["Residual peeking"])
-    without_truth = dict(answer(fake_results(ks=(25,), ground_truth=False)))
-    assert "share of samples that vary along" in without_truth["Residual peeking"]
+def with_pairs(results: Any) -> Any:
+    """Each seed finds in each other what it finds in all."""
+    seeds = {run["seed"] for run in results["runs"]}
+    for run in results["runs"]:
+        pair = {"metrics": run["metrics"], "peeking": {}, "found_again_by_age": []}
+        run["pairs"] = {str(seed): pair for seed in seeds - {run["seed"]}}
+    return {**results, "groups": list(groups_of(results["runs"]))}
 
 
-def peeking_of(**junk: tuple[float, float, float]) -> str:
+def test_killing_latents_wins_nothing() -> None:
+    """faults.md, A5: 64% dead, and level with none; and two to four latents of 256."""
+    question = "Most latents found again by other seeds"
+
+    def said(d_sae: int, **shares: float) -> str:
+        cases = {
+            case: [{"found_again": share, "dead_fraction": 0.6, "l0": 8}] * 3
+            for case, share in shares.items()
+        }
+        results = results_of(**cases)
+        for run in results["runs"]:
+            run["sae_config"]["d_sae"] = d_sae
+        return dict(answer(with_pairs(results)))[question]
+
+    assert said(256, multi_topk=4 / 256, none=2 / 256) == (
+        "Not told apart, as fewer than 30 latents are found again: "
+        '"multi_topk" (1.6 ± 0.0%) and "none" (0.8 ± 0.0%).'
+    )
+    assert said(256, multi_topk=40 / 256, none=20 / 256).startswith('"multi_topk", 15.6 ± 0.0%')
+
+
+def test_cases_of_another_l0_are_named_and_not_ranked(tmp_path: Path) -> None:
+    """faults.md, A6: JumpReLU at L0 14.5 against TopK at L0 32."""
+    sparse = [{"explained_variance": value, "l0": 14.5} for value in (0.9, 0.91, 0.9)]
+    results = results_of(l0=32, jumprelu=sparse, a=(0.5, 0.51, 0.5), b=(0.6, 0.61, 0.6))
+    text = dict(answer(results))["Best explained variance"]
+    assert text.startswith('"b", 0.603 ± 0.006 (L0 32.0, ')
+    assert text.endswith('Not compared, as the L0 is more than 10% away: "jumprelu" (14.5).')
+    only = results_of(l0=32, jumprelu=sparse, a=(0.5, 0.51, 0.5))
+    text = dict(answer(only))["Best explained variance"]
+    assert text.startswith('No two cases have about the same L0: "jumprelu", 0.903 ± 0.006 (L0')
+
+
+def test_bold_rows_and_answers_agree() -> None:
+    """Of many made-up comparisons."""
+    for i in range(6):
+        cases = [f"{i} {j}" for j in range(4)]
+        results = fake_results(cases=cases, ks=(16, 25, None), architectures=("auxk-topk",))
+        table, answers = main_table(results), dict(answer(results))
+        for key, question in (("f1", "Best F1"), ("explained_variance", "Best explained")):
+            column = table.columns.index(METRICS[key].label)
+            bold = [row[0].text for row in table.rows if row[column].best and row[2].text != "16"]
+            (text,) = (text for head, text in answers.items() if head.startswith(question))
+            assert bold == [case for case in cases if text.startswith(f'"{case}", ')]
+
+
+def peeking_of(n: int = 90, **junk: Any) -> str:
     """The line on cases whose revived latents, and those that never died, are junk this often."""
-    results = groups(**dict.fromkeys(junk, (0.0, 0.01)))
-    for group in results["groups"]:
-        *shares, spread = junk[group["case"]]
-        for which, n, share in zip(("revived", "never_died"), (90, 30), shares, strict=True):
-            numbers = {"junk_share": share, "n_latents": n}
-            group["peeking"][which] = {"mean": numbers, "std": {"junk_share": spread}}
-    return dict(answer(results))["Residual peeking"]
+    results = results_of(**{case: (0.5,) * len(shares) for case, shares in junk.items()})
+    for run in results["runs"]:
+        both = junk[run["case"]][run["seed"]]
+        run["peeking"] = {
+            which: {"junk_share": share, "n_latents": n}
+            for which, share in zip(("revived", "never_died"), both, strict=True)
+        }
+    (text,) = (
+        text
+        for head, text in answer({**results, "groups": list(groups_of(results["runs"]))})
+        if head.startswith("Residual peeking")
+    )
+    return text
 
 
 def test_the_peeking_line_by_hand() -> None:
-    what = "revived latents that match no true feature, above latents that never died"
-    mixed = "a (50.0 ± 1.0% of 90; never died 49.0 ± 1.0% of 30)"
-    worse = "b (20.0 ± 1.0% of 90; never died 1.0 ± 1.0% of 30)"
-    assert peeking_of(b=(0.2, 0.01, 0.01), a=(0.5, 0.49, 0.01)) == (
-        f"{what}: least {mixed}; most {worse}."
+    more = "Latents that came back match no true feature more often than latents that never died"
+    worse, same = [(0.5, 0.2), (0.5, 0.21), (0.52, 0.2)], [(0.5, 0.2), (0.2, 0.5), (0.3, 0.3)]
+    assert peeking_of(a=worse, b=[share[::-1] for share in worse], c=same) == (
+        f'{more} and fire as often: "a" (50.7% and 20.3%). Less often: "b" (20.3% and 50.7%). '
+        'Not told apart: "c" (33.3% and 33.3%).'
     )
-    # The spreads of both groups of both cases: 0.18 <= 4 * 0.05.
-    assert "all level" in peeking_of(b=(0.2, 0.01, 0.05), a=(0.5, 0.49, 0.05))
+    assert peeking_of(a=worse[:2]) == (
+        f'{more} and fire as often: in no case. Not told apart: "a" (50.0% and 20.5%).'
+    )
+    assert "On fewer than 30 latents" in peeking_of(n=29, a=worse)
+    assert "On fewer than 30 latents" not in peeking_of(n=30, a=worse)
+
+
+def test_the_settings_stand_above_all_numbers(tmp_path: Path) -> None:
+    results = fake_results(cases=("auxk",), ks=(16, 25))
+    results["comparison"] |= {"training_samples": 8_000_000, "lr": 3e-4, "dead_after": 10_000,
+                              "batch_size": 4096, "eval_samples": 500}  # fmt: skip
+    assert dict(settings(results)) == {
+        "d_sae": "4,096", "d_in": "768", "k": "16, 25", "training samples": "8,000,000",
+        "batch size": "4,096", "learning rate": "0.0003", "held-out samples": "500",
+        "dead after": "10,000 silent samples", "seeds": "0, 1, 2", "architectures": "auxk-topk",
+    }  # fmt: skip
+    page, markdown = report(results, tmp_path)
+    for text, first in ((page.text, "All numbers"), (markdown, "## All numbers")):
+        assert text.index("0.0003") < text.index("Best F1") < text.index(first)
 
 
 def test_the_axes_of_peeking_have_zero() -> None:
@@ -327,32 +434,33 @@ def test_the_axes_of_peeking_have_zero() -> None:
 def test_cases_are_compared_at_one_k() -> None:
     results = fake_results(ks=(16, 25, 50, None))
     assert reference_k(results["groups"]) == 25
-    assert "compares at k 25" in footnote(results)
+    assert "compare at k 25" in footnote(results)
     ks = {group["k"] for group in results["groups"]}
     assert ks == {16, 25, 50, None}
 
 
-def test_the_best_of_a_column_is_bold_unless_another_is_level(tmp_path: Path) -> None:
+def test_the_best_of_a_column_is_bold(tmp_path: Path) -> None:
     results = fake_results(cases=("a", "b", "c"), ks=(16, 50))
-    values: Any = {
-        # case: explained variance, dead fraction, L0, MSE
-        "a": ((0.5, 0.01), (0.2, 0.02), (9.0, 0.0), (1.0, 0.1)),
-        "b": ((0.6, 0.01), (0.1, 0.02), (8.0, 0.0), (1.1, 0.1)),
-        "c": ((0.4, 0.01), (0.3, 0.02), (7.0, 0.0), (None, None)),
-    }
-    keys = ("explained_variance", "dead_fraction", "l0", "mse")
     for group in results["groups"]:
-        for key, (value, spread) in zip(keys, values[group["case"]], strict=True):
-            group["mean"][key], group["std"][key] = value, spread
+        for run in group["runs"]:
+            better, noise = "acb".index(group["case"]), run["seed"] / 1000
+            run["metrics"] |= {"explained_variance": 0.5 + better / 10 + noise,
+                               "dead_fraction": 0.5 - better / 10 + noise,
+                               "mse": 1.0 + noise if group["case"] == "a" else 0.9 + 70 * noise,
+                               "mcc": 0.5}  # fmt: skip
+    results["groups"] = list(groups_of(results["runs"]))
     _, markdown = report(results, tmp_path)
     head, *rows = markdown_tables(markdown)[0]
     for row in rows:  # of each k
         bold = [name for name, cell in zip(head, row, strict=True) if cell.startswith("**")]
         assert ("EV" in bold) == ("dead" in bold) == (row[0] == "b")
-        assert not {"L0", "MSE"} & set(bold)  # neither is better; a and b are level
-    assert "Bold: the best of its k" in footnote(results)
+        assert not {"L0", "MSE", "MCC"} & set(bold)
+    assert "Bold: better than every other case" in footnote(results)
     page = (tmp_path / "report.html").read_text()
     assert page.count('class="number best"') == markdown.count("**") // 2 - len(answer(results))
+    two = fake_results(cases=("a", "b", "c"), ks=(16,), seeds=(0, 1))
+    assert not any(cell.best for row in main_table(two).rows for cell in row)
+    assert "Bold" not in footnote(two)
 
 
 def test_without_true_features_reproducibility_comes_first(tmp_path: Path) -> None:
@@ -382,20 +490,13 @@ def test_what_it_takes_to_find_latents_again() -> None:
     assert shares_one not in footnote(two)
 
 
-def test_two_seeds_are_too_few_for_the_most_reproducible() -> None:
-    for seeds, some in (((0, 1), False), ((0, 1, 2), True)):
-        results = fake_results(cases=("a", "longer name"), ks=(25,), seeds=seeds)
-        table = main_table(results)
-        column = table.columns.index("found again")
-        assert any(row[column].best for row in table.rows) == some
-        assert ("Two seeds are one pair" in footnote(results)) != some
-
-
 def test_with_one_k_explained_variance_is_drawn_by_case() -> None:
     results = fake_results(ks=(25,))
     (figure,) = (f for f in figures_of(results) if f.name == "explained_variance")
-    assert figure.panels[0].categories == results["comparison"]["cases"]
-    for series, group in zip(figure.panels[0].series, results["groups"], strict=True):
+    assert {*figure.panels[0].categories} == {*results["comparison"]["cases"]}
+    groups = {group["case"]: group for group in results["groups"]}
+    for series in figure.panels[0].series:
+        group = groups[series.label]
         assert list(series.x) == [group["mean"]["explained_variance"]]
         assert list(series.x_error) == [group["std"]["explained_variance"]]
     for ks in ((16, 25), (None,), (25, None)):
@@ -419,15 +520,15 @@ def test_found_again_by_group_and_by_age() -> None:
     made = {figure.name: figure for figure in figures_of(results)}
     (panel,) = made["found_again"].panels
     assert panel.title == "found again, %"
-    assert panel.categories == results["comparison"]["cases"][1:]
+    assert {*panel.categories} == {*results["comparison"]["cases"][1:]}
     assert [series.filled for series in panel.series[:2]] == [False, True]
     assert (
         "Fewer than 0.01% of random directions would be found again." in made["found_again"].caption
     )
     assert "found again, %" not in {panel.title for panel in made["peeking"].panels}
-    for series, group in zip(
-        made["found_again_by_age"].panels[0].series, results["groups"], strict=True
-    ):
+    groups = {group["case"]: group for group in results["groups"]}
+    for series in made["found_again_by_age"].panels[0].series:
+        group = groups[series.label]
         assert list(series.x) == pytest.approx([0.05 + i / 10 for i in range(9)])
         assert series.y[0] == pytest.approx(group["mean"]["found_again"])
         assert series.band is not None
@@ -439,6 +540,32 @@ def test_the_page_defines_every_column_that_it_shows(tmp_path: Path) -> None:
     for metric in (*shown, MEASURES["direction_spread"]):
         assert page.text.count(metric.definition) == 1
     assert METRICS["ce_loss_recovered"].definition not in page.text
+
+
+def test_report_md_defines_every_column_that_it_shows(tmp_path: Path) -> None:
+    _, markdown = report(fake_results(ks=(25,)), tmp_path)
+    text = markdown.replace("\\", "")
+    for metric in (METRICS["found_again"], METRICS["f1"], MEASURES["direction_spread"]):
+        assert f"- {metric.label}: {metric.definition}" in text
+    assert METRICS["ce_loss_recovered"].definition not in text
+
+
+def test_a_page_can_be_read_without_seeing_and_without_a_mouse(tmp_path: Path) -> None:
+    report(fake_results(ks=(25,)), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    tables = re.findall("<table.*?</table>", page, flags=re.DOTALL)
+    for table in tables:
+        assert table.count("<caption>") == 1
+        n_rows = table.count("<tr>") - 1
+        assert table.count('scope="row"') == n_rows > 0
+        assert table.count('scope="col"') == table.count("<button ")
+    # What scrolls is reached by Tab, and says what it is.
+    scrolling = re.findall(r'<(?:div class="(?:wide|plot)"|pre)[^>]*>', page)
+    assert len(scrolling) > len(tables)
+    for element in scrolling:
+        assert 'tabindex="0"' in element
+        assert re.search('role="group" aria-label="[^"]+"', element)
+    assert page.count("<figure>") == page.count("<figcaption") == page.count("<svg ")
 
 
 def test_a_dark_page_has_no_colour_of_the_light_one() -> None:

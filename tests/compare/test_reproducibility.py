@@ -1,6 +1,7 @@
 """Reproducibility on decoders and records written by hand, and in whole comparisons."""
 
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from sae_lens_auxk.compare.reproducibility import (
     reproducibility,
     with_reproducibility,
 )
-from sae_lens_auxk.compare.run import groups_of, run_comparison
+from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING
+from sae_lens_auxk.compare.seeds import groups_of
 from tests.compare.conftest import tiny
 
 METRIC_KEYS = {"found_again", "mean_best_cosine", "matched_cosine"}
@@ -43,18 +45,23 @@ SEED_1 = torch.stack([*(2 * near(axis, 0.8) for axis in (1, 0, 2)), near(3, 0.6)
 SEED_2 = torch.stack([near(0, 1.0), near(1, 1.0), -near(2, 1.0), -near(3, 1.0)])
 
 
-def alive(decoder: torch.Tensor, ever_dead: int = 0, age: Any = 0) -> Alive:
-    """The first ``ever_dead`` latents were dead before."""
+def alive(decoder: torch.Tensor, ever_dead: int = 0, age: Any = 0, n_dead: int = 0) -> Alive:
+    """The first ``ever_dead`` latents were dead before; ``n_dead`` others still are."""
     n = len(decoder)
     ages = torch.as_tensor(age).expand(n)
-    return Alive(decoder, torch.arange(n) < ever_dead, ages)
+    return Alive(decoder, torch.arange(n) < ever_dead, ages, n + n_dead)
+
+
+def over_others(*runs: Alive, signed: bool = True) -> list[Any]:
+    """Of each run, the means over the others."""
+    return [module._over_pairs(pairs) for pairs in reproducibility(runs, signed)]
 
 
 def test_three_seeds_by_hand() -> None:
-    first, second, third = reproducibility([alive(SEED_0), alive(SEED_1), alive(SEED_2)])
+    first, second, third = over_others(alive(SEED_0), alive(SEED_1), alive(SEED_2))
     # Seed 0's best cosines are 0.8, 0.8, 0.8, 0.6, 0, 0 with seed 1 and 1, 1, 0, 0, 0, 0 with seed
     # 2, which has axes 2 and 3 negated.
-    assert first.metrics == pytest.approx(
+    assert first["metrics"] == pytest.approx(
         {
             "found_again": (3 / 6 + 2 / 6) / 2,
             "mean_best_cosine": (3.0 / 6 + 2 / 6) / 2,
@@ -62,33 +69,33 @@ def test_three_seeds_by_hand() -> None:
             "matched_cosine": (3.0 / 5 + 2 / 4) / 2,
         }
     )
-    assert second.metrics["found_again"] == pytest.approx((3 / 5 + 2 / 5) / 2)
-    assert third.metrics["found_again"] == pytest.approx((2 / 4 + 2 / 4) / 2)
-    assert third.metrics["matched_cosine"] == pytest.approx((2 / 4 + 1.6 / 4) / 2)
+    assert second["metrics"]["found_again"] == pytest.approx((3 / 5 + 2 / 5) / 2)
+    assert third["metrics"]["found_again"] == pytest.approx((2 / 4 + 2 / 4) / 2)
+    assert third["metrics"]["matched_cosine"] == pytest.approx((2 / 4 + 1.6 / 4) / 2)
 
 
 def test_latents_of_abstopk_may_be_negated() -> None:
-    first, _, third = reproducibility([alive(SEED_0), alive(SEED_1), alive(SEED_2)], signed=False)
-    assert first.metrics["found_again"] == pytest.approx((3 / 6 + 4 / 6) / 2)
-    assert third.metrics["found_again"] == pytest.approx((4 / 4 + 3 / 4) / 2)
-    assert third.metrics["matched_cosine"] == pytest.approx((4 / 4 + 3.0 / 4) / 2)
+    first, _, third = over_others(alive(SEED_0), alive(SEED_1), alive(SEED_2), signed=False)
+    assert first["metrics"]["found_again"] == pytest.approx((3 / 6 + 4 / 6) / 2)
+    assert third["metrics"]["found_again"] == pytest.approx((4 / 4 + 3 / 4) / 2)
+    assert third["metrics"]["matched_cosine"] == pytest.approx((4 / 4 + 3.0 / 4) / 2)
 
 
 def test_groups_and_ages_by_hand() -> None:
     axes = torch.eye(16)
     age = torch.tensor([3] * 5 + [9] * 5 + [0] * 2)
-    first, _ = reproducibility([alive(axes[:12], ever_dead=7, age=age), alive(axes[4:])])
+    first, _ = over_others(alive(axes[:12], ever_dead=7, age=age), alive(axes[4:]))
     # The latents from 4 on are found again.
-    assert first.groups["revived"] == pytest.approx(
+    assert first["peeking"]["revived"] == pytest.approx(
         {"found_again": 3 / 7, "mean_best_cosine": 3 / 7}
     )
-    assert first.groups["never_died"] == {"found_again": 1.0, "mean_best_cosine": 1.0}
+    assert first["peeking"]["never_died"] == {"found_again": 1.0, "mean_best_cosine": 1.0}
     expected: list[float | None] = [None] * AGES  # two latents are too few
     expected[3], expected[9] = pytest.approx(1 / 5), 1.0
-    assert first.found_again_by_age == expected
-    small, _ = reproducibility([alive(axes[:6], ever_dead=4), alive(axes)])
-    assert set(small.groups["revived"].values()) == {None}
-    assert small.metrics["found_again"] == 1.0
+    assert first["found_again_by_age"] == expected
+    small, _ = over_others(alive(axes[:6], ever_dead=4), alive(axes))
+    assert set(small["peeking"]["revived"].values()) == {None}
+    assert small["metrics"]["found_again"] == 1.0
 
 
 def test_one_feature_twice_is_matched_once() -> None:
@@ -156,16 +163,21 @@ def record(folder: Path, seed: int, decoder: torch.Tensor, **fields: Any) -> Any
 def test_runs_of_a_case_are_compared_and_left_as_they_were(tmp_path: Path) -> None:
     runs = [record(tmp_path, seed, d) for seed, d in enumerate((SEED_0, SEED_1, SEED_2))]
     measured = with_reproducibility(runs, tmp_path, "cpu")
-    for entry, found in zip(
-        measured, reproducibility([alive(SEED_0), alive(SEED_1), alive(SEED_2)]), strict=True
-    ):
-        assert entry["metrics"] == {"l0": 8.0, **found.metrics}
+    pairs = reproducibility([alive(seed, n_dead=1) for seed in (SEED_0, SEED_1, SEED_2)])
+    for entry, of_run in zip(measured, pairs, strict=True):
+        assert entry["metrics"] == {"l0": 8.0, **module._over_pairs(of_run)["metrics"]}
+        metrics = [pair["metrics"] for pair in entry["pairs"].values()]
+        assert metrics == [pair["metrics"] for pair in of_run]
+    assert [[*entry["pairs"]] for entry in measured] == [["1", "2"], ["0", "2"], ["0", "1"]]
     assert [entry["metrics"] for entry in runs] == [{"l0": 8.0}] * 3
     never = (measured[0]["peeking"] or {})["never_died"]
     assert never["n_latents"] == 3
-    assert never["found_again"] == measured[0]["metrics"]["found_again"]
+    assert never["found_again"] == pytest.approx((3 / 6 + 2 / 6) / 2)
     (group,) = groups_of(measured)
-    assert group["mean"]["found_again"] == pytest.approx((5 / 12 + 1 / 2 + 1 / 2) / 3)
+    # One more latent of each seed is dead.
+    ab, ac, bc = (3 / 7 + 3 / 6) / 2, (2 / 7 + 2 / 5) / 2, (2 / 6 + 2 / 5) / 2
+    assert group["mean"]["found_again"] == pytest.approx((ab + ac + bc) / 3)
+    assert group["std"]["found_again"] == pytest.approx(stdev((ab, ac, bc)))
 
 
 @pytest.mark.parametrize(
@@ -197,13 +209,26 @@ def test_runs_without_their_files_are_left_out(tmp_path: Path, gone: str) -> Non
     (tmp_path / runs[2]["folder"] / gone).unlink()
     *two, last = with_reproducibility(runs, tmp_path, "cpu")
     assert last == runs[2]
-    for entry, found in zip(two, reproducibility([alive(SEED_0), alive(SEED_1)]), strict=True):
-        assert entry["metrics"] == {"l0": 8.0, **found.metrics}
+    both = over_others(alive(SEED_0, n_dead=1), alive(SEED_1, n_dead=1))
+    for entry, found in zip(two, both, strict=True):
+        assert entry["metrics"] == {"l0": 8.0, **found["metrics"]}
 
 
-def test_a_run_without_alive_latents_is_left_out(tmp_path: Path) -> None:
-    runs = [record(tmp_path, 0, SEED_0), record(tmp_path, 1, SEED_1[:0])]
-    assert with_reproducibility(runs, tmp_path, "cpu") == runs
+def test_a_run_whose_latents_are_all_dead_finds_nothing_and_counts(tmp_path: Path) -> None:
+    runs = [record(tmp_path, seed, d) for seed, d in enumerate((SEED_0, SEED_0, SEED_1[:0]))]
+    first, _, dead = with_reproducibility(runs, tmp_path, "cpu")
+    assert dead["metrics"]["found_again"] == 0.0
+    assert dead["metrics"]["mean_best_cosine"] is None
+    assert first["metrics"]["found_again"] == pytest.approx((6 / 7 + 0) / 2)
+    assert first["metrics"]["mean_best_cosine"] == 1.0
+
+
+def test_killing_latents_does_not_raise_what_is_found_again() -> None:
+    """Three of four latents are found again; with the fourth dead they are no more of all."""
+    whole, killed = alive(torch.eye(16)[:4]), alive(torch.eye(16)[:3], n_dead=1)
+    other = alive(torch.eye(16)[:3])
+    assert over_others(whole, other)[0]["metrics"]["found_again"] == 0.75
+    assert over_others(killed, other)[0]["metrics"]["found_again"] == 0.75
 
 
 def test_the_architecture_says_whether_signs_count(tmp_path: Path) -> None:
@@ -212,7 +237,7 @@ def test_the_architecture_says_whether_signs_count(tmp_path: Path) -> None:
         for seed, decoder in ((0, SEED_0), (2, SEED_2))
     ]
     measured = with_reproducibility(runs, tmp_path, "cpu")
-    assert measured[1]["metrics"]["found_again"] == 1.0
+    assert measured[1]["metrics"]["found_again"] == pytest.approx(4 / 5)
 
 
 def test_ages_are_tenths_of_the_training(tmp_path: Path) -> None:

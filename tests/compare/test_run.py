@@ -15,7 +15,8 @@ from sae_lens_auxk import files
 from sae_lens_auxk.compare import run
 from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.locks import claim_if_free
-from sae_lens_auxk.compare.run import groups_of, run_comparison
+from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.compare.seeds import groups_of
 from sae_lens_auxk.compare.train import LockstepTrainer
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from sae_lens_auxk_cli import printable

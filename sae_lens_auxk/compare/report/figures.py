@@ -7,18 +7,25 @@ from typing import Any
 
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.report.groups import (
-    ACROSS_SEEDS,
     colours,
     columns,
     compared,
-    finished_runs,
     found_again_by_age,
+    in_rows,
     label,
     number,
     one_of_several_k,
 )
 from sae_lens_auxk.compare.reproducibility import by_chance
-from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING, Group, Metric, Results
+from sae_lens_auxk.compare.schema import (
+    ACROSS_SEEDS,
+    AGES,
+    METRICS,
+    PEEKING,
+    Group,
+    Metric,
+    Results,
+)
 
 FIGURES = (
     "pareto",
@@ -32,6 +39,8 @@ FIGURES = (
 """Names of all figures that a report can have."""
 MAX_POINTS = 300
 MAX_COLUMNS = 4
+MAX_LINES = 6
+"""More lines in one pair of axes cannot be told apart."""
 NO_PANEL = ("n_alive", "n_firing", "n_latents", "firing_rate", "age", *ACROSS_SEEDS)
 """All but the last say which latents a group has; the last have a figure of their own."""
 
@@ -93,22 +102,28 @@ class Figure:
 
 
 def figures_of(results: Results) -> list[Figure]:
-    """The figures for which there are data."""
+    """The figures for which there are data.
+
+    Where each case is a line, there are MAX_LINES, those of the table's first rows.
+    """
     k = one_of_several_k(results)
     at_k = f" At k {k}." if k else ""
+    in_lines = at_k + _left_out(results)
     again = (
         Figure(
             "found_again",
             "Found again: latents that came back (filled) and that never died (hollow)",
             "A direction that other seeds find too is in the data. Means over the alive latents of "
-            f"a group; docs/reproducibility.md says what they do not show.{_chance(results)}{at_k}",
+            "a group; bars: standard deviation over pairs of seeds. docs/reproducibility.md says "
+            f"what they do not show.{_chance(results)}{at_k}",
             [*_by_group(results, ("found_again", "mean_best_cosine"))],
         ),
         Figure(
             "found_again_by_age",
             "Found again, by the time at which a latent last came alive",
             "Latents that never died belong to the first tenth of training. A latent that came "
-            f"back late has had less time to learn. Shaded: standard deviation over seeds.{at_k}",
+            "back late has had less time to learn. Shaded: standard deviation over pairs of "
+            f"seeds.{in_lines}",
             [Panel([*_by_age(results)], "share of training", "share found again")],
         ),
     )
@@ -117,14 +132,14 @@ def figures_of(results: Results) -> list[Figure]:
         Figure(
             "dead_latents",
             "Dead latents over training",
-            f"Share of latents that are dead; shaded: standard deviation over seeds.{at_k}",
+            f"Share of latents that are dead; shaded: standard deviation over seeds.{in_lines}",
             [Panel([*_dead(results)], "training samples", "dead fraction")],
         ),
         Figure(
             "density",
             "How often latents fire",
             "Histogram of log10 of the share of held-out samples that a latent fires on, mean over "
-            f"seeds; latents that never fire on them are not in it.{at_k}",
+            f"seeds; latents that never fire on them are not in it.{in_lines}",
             [Panel([*_density(results)], "log10 of firing rate", "latents")],
         ),
         Figure(
@@ -143,6 +158,17 @@ def figures_of(results: Results) -> list[Figure]:
     return [figure for figure in made if any(panel.series for panel in figure.panels)]
 
 
+def _in_lines(results: Results) -> list[Group]:
+    return in_rows(compared(results), results)[:MAX_LINES]
+
+
+def _left_out(results: Results) -> str:
+    names = [label(group, results) for group in in_rows(compared(results), results)[MAX_LINES:]]
+    if not names:
+        return ""
+    return f" Left out, and in the table: {', '.join(names)}."
+
+
 def _line(
     group: Group,
     results: Results,
@@ -158,28 +184,36 @@ def _line(
 
 def _reconstruction(results: Results) -> Figure:
     """Explained variance against L0, or by case where all have the same k, and so about one L0."""
-    groups = results["groups"]
+    groups = in_rows(results["groups"], results)
     if len({group["k"] for group in groups}) == 1 and groups[0]["k"] is not None:
         return Figure(
             "explained_variance",
             "Explained variance",
             "To the right is better. Bars: standard deviation over seeds.",
-            [_of_cases(groups, results, METRICS["explained_variance"], "explained_variance", [""])],
+            [
+                _of_cases(
+                    groups,
+                    results,
+                    METRICS["explained_variance"],
+                    "explained_variance",
+                    [""],
+                )
+            ],
         )
     return Figure(
         "pareto",
         "Explained variance against L0",
-        "Up and to the left is better. Bars: standard deviation over seeds.",
+        f"Up and to the left is better. Bars: standard deviation over seeds.{_left_out(results)}",
         [Panel([*_pareto(results)], "L0: latents that fire on a sample", "explained variance")],
     )
 
 
 def _pareto(results: Results) -> Iterator[Series]:
-    lines: dict[str, list[Group]] = {}
+    lines = {label(group, results): list[Group]() for group in _in_lines(results)}
     for group in results["groups"]:
-        if number(group, "l0")[0] is not None:
-            lines.setdefault(label(group, results), []).append(group)
-    for groups in lines.values():
+        if number(group, "l0")[0] is not None and label(group, results) in lines:
+            lines[label(group, results)].append(group)
+    for groups in filter(None, lines.values()):
         groups.sort(key=lambda group: group["mean"]["l0"] or 0.0)
         x, x_error = zip(*(number(group, "l0") for group in groups), strict=True)
         y, y_error = zip(*(number(group, "explained_variance") for group in groups), strict=True)
@@ -187,8 +221,8 @@ def _pareto(results: Results) -> Iterator[Series]:
 
 
 def _dead(results: Results) -> Iterator[Series]:
-    for group in compared(results):
-        runs = [run["history"] for run in finished_runs(results, group)]
+    for group in _in_lines(results):
+        runs = [run["history"] for run in group["runs"]]
         values: dict[float, list[float]] = {}
         for history in runs:
             for at, dead in zip(history["samples"], history["dead_fraction"], strict=True):
@@ -206,8 +240,8 @@ def _dead(results: Results) -> Iterator[Series]:
 
 
 def _density(results: Results) -> Iterator[Series]:
-    for group in compared(results):
-        found = (run["density"] for run in finished_runs(results, group))
+    for group in _in_lines(results):
+        found = (run["density"] for run in group["runs"])
         densities = [density for density in found if density is not None]
         edges, *others = (density["log10_edges"] for density in densities)
         if any(other != edges for other in others):
@@ -218,11 +252,11 @@ def _density(results: Results) -> Iterator[Series]:
 
 
 def _by_age(results: Results) -> Iterator[Series]:
-    for group in compared(results):
+    for group in _in_lines(results):
         x: list[float] = []
         y: list[float] = []
         spread: list[float] = []
-        for age, (share, std) in enumerate(found_again_by_age(results, group)):
+        for age, (share, std) in enumerate(found_again_by_age(group)):
             if share is not None:
                 x.append((age + 0.5) / AGES)
                 y.append(share)
@@ -260,7 +294,7 @@ def _by_group(results: Results, keys: Sequence[str]) -> Iterator[Panel]:
     which = ("never_died", "revived")
     groups = [
         group
-        for group in compared(results)
+        for group in in_rows(compared(results), results)
         if any(number(group, key, latents)[0] is not None for key in keys for latents in which)
     ]
     for key in keys:

@@ -1,21 +1,27 @@
 """What all parts of a report share: which groups are compared, their names and colours.
 
-A spread is the sample standard deviation over seeds. With one seed there is none, and none is
-shown.
+With one seed there is no spread, and none is shown.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, median_low, stdev
+from statistics import mean, median_low
 
-from sae_lens_auxk.compare.schema import AGES, METRICS, Group, Metric, Results, Run
+from sae_lens_auxk.compare.schema import ACROSS_SEEDS, AGES, METRICS, Group, Metric, Results
+from sae_lens_auxk.compare.seeds import in_order, over_pairs_at_age, spread
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#8c6d1f")
 """Okabe and Ito's colours, which colour-blind people tell apart, with grey and brown for their
 black and yellow: yellow is hard to see on white. More cases get them darkened, then lightened."""
 
-ACROSS_SEEDS = ("found_again", "mean_best_cosine", "matched_cosine")
-"""The metrics, of a whole SAE and of a group of latents, that compare a run with other seeds."""
+QUESTIONS = {
+    "f1": "Best F1 with true features",
+    "found_again": "Most latents found again by other seeds",
+    "ce_loss_recovered": "Best CE loss recovered",
+    "explained_variance": "Best explained variance",
+    "dead_fraction": "Fewest dead latents",
+}
+"""What a report answers, the most telling first."""
 Number = tuple[float | None, float | None]
 """A mean and its spread."""
 
@@ -26,25 +32,15 @@ def number(group: Group, key: str, latents: str = "") -> Number:
     return numbers.get("mean", {}).get(key), numbers.get("std", {}).get(key)
 
 
-def finished_runs(results: Results, group: Group) -> list[Run]:
-    """The runs of a group, one for each seed, that finished."""
-    key = (group["case"], group["architecture"], group["k"])
-    return [
-        run
-        for run in results["runs"]
-        if run["status"] == "finished" and (run["case"], run["architecture"], run["k"]) == key
-    ]
-
-
-def found_again_by_age(results: Results, group: Group) -> list[Number]:
+def found_again_by_age(group: Group) -> list[Number]:
     """AGES shares found again, by the part of training in which latents last came alive."""
-    runs = [run.get("found_again_by_age") for run in finished_runs(results, group)]
+    shares = [run["found_again_by_age"] for run in group["runs"] if "found_again_by_age" in run]
     numbers: list[Number] = []
     for age in range(AGES):
-        shares = [run[age] for run in runs if run]
-        known = [share for share in shares if share is not None]
-        spread = stdev(known) if len(known) > 1 else None
-        numbers.append((mean(known) if known else None, spread))
+        known = [of_run[age] for of_run in shares]
+        values = [value for value in known if value is not None]
+        pairs = over_pairs_at_age(group["runs"], age)
+        numbers.append((mean(values) if values else None, spread(pairs)))
     return numbers
 
 
@@ -69,31 +65,6 @@ def columns(results: Results) -> dict[str, Metric]:
     return {key: metrics[key] for key in dict.fromkeys((*first, *metrics)) if key in metrics}
 
 
-def are_level(a: Number, b: Number) -> bool:
-    """Whether two numbers differ by no more than their spreads together."""
-    return abs((a[0] or 0.0) - (b[0] or 0.0)) <= (a[1] or 0.0) + (b[1] or 0.0)
-
-
-def is_best(group: Group, key: str, metric: Metric, results: Results) -> bool:
-    """Whether a group is better than every other with its k, and level with none."""
-    own = number(group, key)
-    if metric.better is None or own[0] is None:
-        return False
-    # Two seeds are one pair, whose numbers have no spread worth the name.
-    if key in ACROSS_SEEDS and group["n_seeds"] == 2:
-        return False
-    others = [
-        number(other, key)
-        for other in results["groups"]
-        if other is not group and other["k"] == group["k"]
-    ]
-    known = [other for other in others if other[0] is not None]
-    sign = 1 if metric.better == "up" else -1
-    return bool(known) and all(
-        sign * (own[0] - (other[0] or 0.0)) > 0 and not are_level(own, other) for other in known
-    )
-
-
 def with_revived(groups: Iterable[Group]) -> list[Group]:
     """The groups that have revived latents."""
     return [group for group in groups if number(group, "n_latents", "revived")[0]]
@@ -106,10 +77,24 @@ def reference_k(groups: Iterable[Group]) -> float | None:
     return median_low(k for k, count in counts.items() if count == most) if counts else None
 
 
-def compared(results: Results) -> list[Group]:
-    """The groups at the reference k, and those whose architecture has no k."""
-    k = reference_k(results["groups"])
+def compared(results: Results, k: float | None = None) -> list[Group]:
+    """The groups at a k, if None the reference k, and those whose architecture has no k."""
+    k = reference_k(results["groups"]) if k is None else k
     return [group for group in results["groups"] if group["k"] in (k, None)]
+
+
+def in_rows(groups: Sequence[Group], results: Results) -> list[Group]:
+    """In the order of a table's rows: each stands below all that are better at the first question.
+
+    Otherwise they keep the comparison's order.
+    """
+    metrics = columns(results)
+    asked = first_question(metrics)
+    return in_order(groups, asked, metrics[asked]) if asked else [*groups]
+
+
+def first_question(metrics: Mapping[str, Metric]) -> str | None:
+    return next((key for key in QUESTIONS if key in metrics), None)
 
 
 def one_of_several_k(results: Results) -> float | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sae_lens_auxk.compare.report.figures import Figure
-from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
+from sae_lens_auxk.compare.report.summary import answer, footnote, settings, troubles
 from sae_lens_auxk.compare.report.tables import (
     Cell,
     Table,
@@ -16,13 +16,23 @@ from sae_lens_auxk_cli import printable
 
 
 def markdown_of(results: Results, drawn: Sequence[Figure]) -> str:
-    tables = [main_table(results), peeking_table(results), effect_table(results)]
+    tables = {
+        "All numbers": main_table(results),
+        "Residual peeking": peeking_table(results),
+        "Effect of a latent": effect_table(results),
+    }
     parts = [f"# {_escaped(results['name'])}", _escaped(results["data"].get("description", ""))]
+    parts += ["; ".join(f"{head} {_escaped(text)}" for head, text in settings(results))]
     parts += ["\n".join(f"- **{head}**: {_escaped(text)}" for head, text in answer(results))]
     parts += ["\n".join(f"- {_escaped(trouble)}" for trouble in troubles(results))]
-    parts += [_table(table) for table in tables if table.rows]
     parts += [footnote(results)]
-    parts += [f"![{figure.title}](figures/{figure.name}.png)" for figure in drawn]
+    for head, table in tables.items():
+        if table.rows:
+            parts += [f"## {head}", f"{table.caption}.", _table(table), "What the columns mean:"]
+            parts += ["\n".join(f"- {m.label}: {_escaped(m.definition)}" for m in table.metrics)]
+    for figure in drawn:
+        parts += [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)"]
+        parts += [_escaped(figure.caption)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

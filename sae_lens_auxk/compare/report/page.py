@@ -6,7 +6,7 @@ from html import escape
 
 from sae_lens_auxk.compare.report.drawing import svg
 from sae_lens_auxk.compare.report.figures import Figure
-from sae_lens_auxk.compare.report.summary import answer, footnote, troubles
+from sae_lens_auxk.compare.report.summary import answer, footnote, settings, troubles
 from sae_lens_auxk.compare.report.tables import (
     TEXT_COLUMNS,
     Table,
@@ -37,13 +37,17 @@ p { margin: 4px 0 8px; max-width: 140ch; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 10px 0;
      padding: 10px 16px; background: var(--panel); border-left: 4px solid #0072b2; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
+dl.settings { display: flex; flex-wrap: wrap; gap: 2px 22px; font-size: 13px;
+              border: 0; padding: 0; background: none; }
+.settings div { display: flex; gap: 6px; }
 @media (max-width: 700px) {
-  dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; }
-  td.name { min-width: 110px; max-width: 130px; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } .settings dd { margin: 0; }
+  .name { min-width: 110px; max-width: 130px; }
 }
 .trouble { background: var(--warning); border-left: 4px solid #d55e00; padding: 8px 16px; }
 .trouble ul { margin: 0; padding-left: 20px; } .trouble li { overflow-wrap: anywhere; }
 .wide { overflow: auto; max-height: 75vh; }
+figure { margin: 0; } caption { text-align: left; padding: 4px 0; color: var(--faint); }
 table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
 small { display: block; font-size: 10px; line-height: 1; color: var(--faint); }
 th, td { padding: 3px 7px; border-bottom: 1px solid var(--line); text-align: right;
@@ -51,16 +55,18 @@ th, td { padding: 3px 7px; border-bottom: 1px solid var(--line); text-align: rig
 th { position: sticky; top: 0; background: var(--paper); vertical-align: bottom; padding: 3px 0; }
 .plot { overflow-x: auto; }
 .plot svg { width: 100%; height: auto; min-width: 720px; fill: var(--ink); }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
-th:first-child { z-index: 1; }
-th.text, td.text { text-align: left; }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); }
+thead > tr > :first-child { z-index: 1; }
+.text { text-align: left; }
+tbody th { font-weight: inherit; vertical-align: baseline; padding: 3px 7px; top: auto; }
 td.best { font-weight: 700; }
-td.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
+.name { white-space: normal; min-width: 170px; max-width: 260px; overflow-wrap: anywhere; }
 th button { font: inherit; color: inherit; border: 0; background: none; cursor: pointer;
             padding: 2px 5px; text-decoration: underline dotted #767676; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-tbody tr:hover, tbody tr:hover td { background: var(--panel); }
+tbody tr:hover, tbody tr:hover > * { background: var(--panel); }
+:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
 .key { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 2px; }
 pre { font-size: 12px; background: var(--panel); padding: 8px; overflow-x: auto; }
 details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
@@ -75,10 +81,10 @@ details { margin: 4px 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 SORT = """
 document.querySelectorAll("table.sortable").forEach(table => {
   const body = table.tBodies[0];
-  table.querySelectorAll("th").forEach((head, column) => {
+  table.querySelectorAll("thead th").forEach((head, column) => {
     head.querySelector("button").addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";
-      table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+      table.querySelectorAll("thead th").forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const value = row => row.cells[column].dataset.value;
       const order = (a, b) => {
@@ -92,6 +98,10 @@ document.querySelectorAll("table.sortable").forEach(table => {
     });
   });
 });
+// Paper has nothing to unfold. The configurations are long, and in results.json.
+addEventListener("beforeprint", () => {
+  document.querySelectorAll("details.meanings").forEach(folded => { folded.open = true; });
+});
 """
 
 
@@ -100,6 +110,10 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
     lines = "".join(
         f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in answer(results)
     )
+    given = "".join(
+        f"<div><dt>{escape(head)}</dt><dd>{escape(text)}</dd></div>"
+        for head, text in settings(results)
+    )
     problems = "".join(f"<li>{escape(trouble)}</li>" for trouble in troubles(results))
     sections = []
     main, peeking = main_table(results), peeking_table(results)
@@ -107,8 +121,10 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
         sections.append(f"<h2>All numbers</h2>{_table(main)}")
     for figure in drawn:
         sections.append(
-            f"<h2>{escape(figure.title)}</h2><p class=note>{escape(figure.caption)}</p>"
-            f'<div class="plot" tabindex="0">{svg(figure)}</div>'
+            f"<h2>{escape(figure.title)}</h2><figure>"
+            f"<figcaption class=note>{escape(figure.caption)}</figcaption>"
+            f'<div class="plot" tabindex="0" role="group" aria-label="{escape(figure.title)}">'
+            f"{svg(figure)}</div></figure>"
         )
         if figure.name == "peeking":
             sections.append(_table(peeking))
@@ -121,6 +137,7 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
 <title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>
 <h1>{name}</h1>
 <p class="note">{escape(results["data"].get("description", ""))}</p>
+<dl class="settings">{given}</dl>
 <dl>{lines}</dl>
 {f'<div class="trouble"><ul>{problems}</ul></div>' if problems else ""}
 <p class="note">{escape(footnote(results))}</p>
@@ -145,21 +162,24 @@ def _table(table: Table) -> str:
     rows: list[str] = []
     for row in table.rows:
         cells = ""
-        for cell, kind in zip(row, kinds, strict=True):
+        for column, (cell, kind) in enumerate(zip(row, kinds, strict=True)):
             value = cell.text if kind == "text" else "" if cell.value is None else repr(cell.value)
             classes = " ".join(
                 [kind, *(["name"] if cell.colour else []), *(["best"] if cell.best else [])]
             )
             key = f'<span class="key" style="background:{cell.colour}"></span>'
+            tag, scope = ("td", "") if column else ("th", ' scope="row"')
             cells += (
-                f'<td class="{classes}" data-value="{escape(value)}">'
-                f"{key if cell.colour else ''}{_small_spread(escape(cell.text))}</td>"
+                f'<{tag}{scope} class="{classes}" data-value="{escape(value)}">'
+                f"{key if cell.colour else ''}{_small_spread(escape(cell.text))}</{tag}>"
             )
         rows.append(f"<tr>{cells}</tr>")
     return (
-        f'<div class="wide" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(table.caption)}">'
+        f'<table class="sortable"><caption>{escape(table.caption)}. The heads sort.</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<details class="meanings"><summary>What the columns mean</summary>'
+        f"<dl>{meanings}</dl></details>"
     )
 
 
@@ -191,4 +211,4 @@ def _configs(results: Results) -> str:
 
 def _pre(text: str) -> str:
     """Text as it is. Where it scrolls it must be reachable by the keyboard."""
-    return f'<pre tabindex="0">{escape(text)}</pre>'
+    return f'<pre tabindex="0" role="group" aria-label="text">{escape(text)}</pre>'

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from sae_lens_auxk.compare.report.groups import (
     colours,
     columns,
-    is_best,
+    compared,
+    in_rows,
     label,
     measured,
     number,
+    reference_k,
     with_revived,
 )
 from sae_lens_auxk.compare.schema import EFFECT, PEEKING, Group, Metric, Results
+from sae_lens_auxk.compare.seeds import best_of
 
 TEXT_COLUMNS = 2
 """Number of columns at the left that hold text; the others hold numbers."""
@@ -32,6 +35,7 @@ class Cell:
 class Table:
     """A table; each row has one cell per column, the last ones for the ``metrics``."""
 
+    caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     metrics: Sequence[Metric]
@@ -41,6 +45,12 @@ def main_table(results: Results) -> Table:
     """One row per group, and one column for each metric that a group has."""
     colour = colours(results)
     metrics = columns(results)
+    ks = {group["k"] for group in results["groups"]}
+    best = {
+        (key, k): best_of(compared(results, k), key, metric)
+        for key, metric in metrics.items()
+        for k in ks
+    }
     rows = [
         [
             Cell(group["case"], colour=colour[group["case"]]),
@@ -51,21 +61,35 @@ def main_table(results: Results) -> Table:
                 Cell(
                     metric.show(*number(group, key)),
                     number(group, key)[0],
-                    best=is_best(group, key, metric, results),
+                    best=best[key, group["k"]] is group,
                 )
                 for key, metric in metrics.items()
             ),
         ]
-        for group in results["groups"]
+        for group in _rows(results)
     ]
     labels = [metric.label for metric in metrics.values()]
-    return Table(["case", "architecture", "k", "seeds", *labels], rows, [*metrics.values()])
+    head = ["case", "architecture", "k", "seeds", *labels]
+    return Table("A row for each case", head, rows, [*metrics.values()])
+
+
+def _rows(results: Results) -> Iterator[Group]:
+    """By k; the groups whose architecture has none stand with those that they are compared with."""
+    reference = reference_k(results["groups"])
+    ks = {group["k"] for group in results["groups"] if group["k"] is not None}
+    for k in sorted(ks) or [None]:
+        at_k = [
+            group
+            for group in results["groups"]
+            if group["k"] == k or (group["k"] is None and k == reference)
+        ]
+        yield from in_rows(at_k, results)
 
 
 def peeking_table(results: Results) -> Table:
     """A row for each set of revived latents, with the latents that never died in brackets."""
     colour = colours(results)
-    groups = with_revived(results["groups"])
+    groups = with_revived(_rows(results))
     metrics = measured(groups, PEEKING, "revived")
     rows = [
         [
@@ -78,7 +102,8 @@ def peeking_table(results: Results) -> Table:
         if latents in group["peeking"]
     ]
     labels = [metric.label for metric in metrics.values()]
-    return Table(["case", "group", *labels], rows, [*metrics.values()])
+    caption = "Latents that came back, and in brackets those that never died"
+    return Table(caption, ["case", "group", *labels], rows, [*metrics.values()])
 
 
 def effect_table(results: Results) -> Table:
@@ -107,7 +132,8 @@ def effect_table(results: Results) -> Table:
         for group, latents, numbers in found
     ]
     labels = [metric.label for metric in metrics.values()]
-    return Table(["case", "group", *labels], rows, [*metrics.values()])
+    caption = "What is lost where a latent is taken out; groups two and two, of like latents"
+    return Table(caption, ["case", "group", *labels], rows, [*metrics.values()])
 
 
 def _against_never_died(
