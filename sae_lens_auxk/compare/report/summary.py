@@ -74,7 +74,7 @@ def answer(results: Results) -> list[tuple[str, str]]:
         for key, question in QUESTIONS.items()
         if key in metrics
     ]
-    return [*lines, ("Residual peeking: are latents that came back worse?", _peeking(results))]
+    return [*lines, ("Residual peeking (are latents that came back worse?)", _peeking(results))]
 
 
 def _answer(results: Results, key: str, metric: Metric) -> list[str]:
