@@ -343,8 +343,6 @@ def test_a_damaged_file_beside_an_sae(
         {"runs": [5]},
         {"runs": [{"status": "finished", "folder": 5}]},
         {"runs": [{"status": "finished"}]},
-        {"groups": [{}]},
-        {"groups": 5},
         {"data": []},
         {"data": None},
         "name",
