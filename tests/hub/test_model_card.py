@@ -231,7 +231,7 @@ def test_names_cannot_say_anything_but_themselves(tmp_path: Path) -> None:
     results: Any = json.loads((made / "results.json").read_text())
     results |= {"name": NASTY, "machine": NASTY, "command": NASTY, "comparison": {"a": NASTY}}
     results["data"]["description"] = results["runs"][0]["name"] = NASTY
-    results["groups"][0]["case"] = NASTY
+    results["runs"][0]["case"] = NASTY
     (made / "results.json").write_text(json.dumps(results))
     folder = made / "runs/seed-0/auxk-k3"
     cfg = json.loads((folder / "cfg.json").read_text())
