@@ -34,7 +34,7 @@ h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 30px 0 4px; }
 p { margin: 4px 0 8px; max-width: 140ch; }
 .note { color: var(--faint); font-size: 13px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 10px 0;
+dl { display: grid; grid-template-columns: fit-content(26ch) 1fr; gap: 4px 16px; margin: 10px 0;
      padding: 10px 16px; background: var(--panel); border-left: 4px solid #0072b2; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 dl.settings { display: flex; flex-wrap: wrap; gap: 2px 22px; font-size: 13px;
