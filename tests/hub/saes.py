@@ -65,15 +65,6 @@ def comparison(folder: Path, n_seeds: int = 3) -> Path:
         )
     unfinished = {**runs[0], **empty, "status": "unfinished", "folder": None}
     unfinished |= {"name": "none, seed 0", "case": "none"}
-    group: dict[str, Any] = {
-        "case": "auxk",
-        "architecture": "auxk-topk",
-        "k": 3,
-        "n_seeds": n_seeds,
-    }
-    group["mean"] = {"explained_variance": 0.91, "l0": 3.0, "f1": None}
-    group["peeking"] = {}
-    group["std"] = {"explained_variance": 0.01, "l0": 0.0, "f1": None}
     results = {
         "version": 1,
         "name": "three seeds",
@@ -85,7 +76,6 @@ def comparison(folder: Path, n_seeds: int = 3) -> Path:
         "command": "sae-lens-auxk compare --output three",
         "data": {"kind": "synthetic", "description": "1,024 known features"},
         "runs": [*runs, unfinished],
-        "groups": [group],
     }
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (folder / "report.html").write_text("<html></html>", encoding="utf-8")
