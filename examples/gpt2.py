@@ -2,7 +2,7 @@
 
     python examples/gpt2.py --dry_run                        # says what it would train
     python examples/gpt2.py                                  # needs a GPU and some hours
-    python examples/gpt2.py --training_samples 20000000 --seeds 0 --aux_variant auxk pursuit
+    python examples/gpt2.py --training_samples 20000000 --seeds 0
 
 Its flags are those of `sae-lens-auxk compare`. The text is OpenWebText, tokenised for GPT-2 in rows
 of 1,024 tokens. SAELens takes the first `context_size` tokens of a row and drops the others, so a
@@ -18,10 +18,9 @@ import torch
 from simple_parsing import ArgumentParser
 
 from sae_lens_auxk.cli.upload import listing
-from sae_lens_auxk.compare.cases import cases_of
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
-from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.compare.run import plan_comparison, run_comparison
 from sae_lens_auxk.hub import upload_sae
 
 GPT2 = Comparison(
@@ -36,10 +35,9 @@ GPT2 = Comparison(
         # GPT-2 has activations some thirty times as long at the first token of every prompt.
         "seqpos_slice": [1, None],
     },
-    # the SAEs: SAELens's own topk, and auxk-topk with each of these losses
-    preset=["saelens"],
+    # the SAEs: SAELens's own topk, as it is and with unit rows, and four of auxk-topk
+    preset=["main"],
     architecture=["auxk-topk"],
-    aux_variant=["none", "auxk", "pursuit"],
     d_sae=24_576,
     k=[32],
     # training
@@ -62,11 +60,9 @@ def main(args: Sequence[str] | None = None) -> None:
     # simple-parsing forgets the default of a field that is not a flag.
     comparison = resolve(replace(options.comparison, language_model=GPT2.language_model))
     if options.dry_run:
-        for case in cases_of(comparison):
-            print(f"{case.title}: seeds {', '.join(map(str, comparison.seeds))}")
-        print(f"{comparison.training_samples:,} tokens each, into {options.output}")
+        print(plan_comparison(comparison, options.output))
         return
-    print(f"report  {run_comparison(comparison, options.output)}")
+    print(f"report  {run_comparison(comparison, options.output, say=print)}")
     print(listing(options.repo, upload_sae(options.output, options.repo, dry_run=True)))
 
 
