@@ -261,7 +261,7 @@ PEEKING = {
         better="down",
     ),
     "found_again": Metric(
-        "found again",
+        "found again, of these",
         1,
         "Share of all alive latents of the group that have a cosine above "
         f"{FOUND_AGAIN} with an alive latent, of any group, of another seed.",

@@ -126,28 +126,37 @@ def is_better(a: Group, b: Group, key: str, metric: Metric) -> bool:
     """
     if metric.better is None or not have_one_l0(a, b) or too_few_found(a, key):
         return False
+    first, second = (a, b) if metric.better == "up" else (b, a)
+    return is_beyond_chance(differences(first, second, key))
+
+
+def differences(a: Group, b: Group, key: str) -> list[float]:
+    """``a`` less ``b`` for each seed that both have."""
     both = [
         {run["seed"]: run for run in group["runs"] if run["metrics"].get(key) is not None}
         for group in (a, b)
     ]
     seeds = [seed for seed in both[0] if seed in both[1]]
     of_a, of_b = (by_seed([of[seed] for seed in seeds], key) for of in both)
-    sign = 1 if metric.better == "up" else -1
-    return is_beyond_chance([sign * (x - y) for x, y in zip(of_a, of_b, strict=False)])
+    return [x - y for x, y in zip(of_a, of_b, strict=False)]
 
 
 def is_beyond_chance(differences: Sequence[float]) -> bool:
-    """Whether the mean of three or more differences is above a 95% t interval around 0.
+    """Whether the 95% interval of the mean of three or more differences is above 0.
 
     Example:
         >>> is_beyond_chance([0.9, 1.0, 1.1]), is_beyond_chance([0.5, 1.0, 1.5])
         (True, False)
     """
+    return len(differences) >= MIN_SEEDS and interval(differences)[0] > 0
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95% t interval of the mean of two or more differences."""
     n = len(differences)
-    if n < MIN_SEEDS:
-        return False
     quantile = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
-    return mean(differences) > quantile * stdev(differences) / sqrt(n)
+    half = quantile * stdev(differences) / sqrt(n)
+    return mean(differences) - half, mean(differences) + half
 
 
 def by_seed(runs: Sequence[Run], key: str) -> list[float]:

@@ -56,7 +56,7 @@ def test_gpt2(
     example = load("gpt2.py")
     small = f"--dataset_path {openwebtext} --hook_name blocks.0.hook_resid_post --autocast false "
     small += "--device cpu --d_sae 256 --training_samples 8184 --batch_size 1023 --seeds 0 "
-    small += f"--preset saelens --aux_variant auxk pursuit --eval_samples 2046 "
+    small += "--preset saelens --aux_variant auxk pursuit --eval_samples 2046 "
     small += f"--output {tmp_path / 'out'}"
     example["GPT2"].language_model.update(n_batches_in_buffer=4, n_eval_batches=1, streaming=False)
     example["GPT2"].language_model.update(store_batch_size_prompts=2, eval_batch_size_prompts=1)

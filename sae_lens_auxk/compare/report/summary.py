@@ -1,7 +1,10 @@
 """What a report says in sentences: settings, which case is best at what, and what went wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
+
+from sae_lens.registry import get_sae_training_class
 
 from sae_lens_auxk.compare.report.groups import (
     QUESTIONS,
@@ -18,6 +21,8 @@ from sae_lens_auxk.compare.seeds import (
     MIN_LATENTS,
     MIN_SEEDS,
     best_of,
+    differences,
+    interval,
     is_beyond_chance,
     numbers_of,
     of_one_l0,
@@ -27,17 +32,14 @@ from sae_lens_auxk.compare.seeds import (
 
 REVIVED_OR_NOT = ("revived", "never_died")
 WORSE = {
-    "junk_share": (
-        "Latents that came back match no true feature more often than",
-        "Less often",
-    ),
-    "direction_spread": (
-        "Latents that came back are less specific (more samples vary along them; along noise, a "
-        "third) than",
-        "More specific",
-    ),
+    "junk_share": "Junk (no true feature is near)",
+    "direction_spread": "Spread (the larger, the less specific; a random direction has 33%)",
 }
-"""What speaks for residual peeking, in the order of its weight, and what speaks against it."""
+"""What speaks for residual peeking, in the order of its weight."""
+MAX_RATE_RATIO = 2.0
+"""Groups whose median firing rates differ by more cannot be compared."""
+MAX_NAMED = 6
+"""So many cases are named in one list."""
 
 
 def settings(results: Results) -> list[tuple[str, str]]:
@@ -54,8 +56,33 @@ def settings(results: Results) -> list[tuple[str, str]]:
         ("held-out samples", _values([given.get("eval_samples")])),
         ("dead after", f"{_values([given.get('dead_after')])} silent samples"),
         ("seeds", _values(given.get("seeds", []))),
-        ("architectures", _values([run["architecture"] for run in results["runs"]])),
+        ("cases", "; ".join(_cases(results))),
     ]
+
+
+def _cases(results: Results) -> Iterator[str]:
+    """Each case with its architecture and what it set, unless all others that can set the same."""
+    configs = {(run["case"], run["architecture"]): run["sae_config"] for run in results["runs"]}
+    for (case, architecture), config in configs.items():
+        by_itself = _defaults(architecture)
+        own = [
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in config.items()
+            if name in by_itself and value != by_itself[name]
+            if any(other.get(name, value) != value for other in configs.values())
+        ]
+        yield f'"{case}" ({", ".join([architecture, *own])})'
+
+
+def _defaults(architecture: str) -> dict[str, Any]:
+    """Of the fields that a case may set: what they are by themselves."""
+    try:
+        _, config_class = get_sae_training_class(architecture)
+    except KeyError:  # one of a package that is not here
+        return {}
+    known = {field.name: field.default for field in fields(config_class)}
+    shared = ("d_in", "d_sae", "k", "device", "metadata")
+    return {name: value for name, value in known.items() if name not in shared}
 
 
 def _values(values: Sequence[Any]) -> str:
@@ -68,7 +95,11 @@ def answer(results: Results) -> list[tuple[str, str]]:
     """Questions and answers; ``seeds.is_better`` has the rule."""
     if not results["groups"]:
         return [("No answer yet", "no run has finished.")]
-    metrics = columns(results)
+    metrics = {
+        # Where hardly any latent is dead, one decimal is not enough.
+        key: replace(metric, digits=2) if key == "dead_fraction" else metric
+        for key, metric in columns(results).items()
+    }
     lines = [
         (question, " ".join(_answer(results, key, metrics[key])))
         for key, question in QUESTIONS.items()
@@ -103,19 +134,23 @@ def _answer(results: Results, key: str, metric: Metric) -> list[str]:
     if best is not None:
         others = [group for group in rivals if group is not best]
         than = "each of the others" if len(others) > 1 else "the other"
-        sentences = [f"{in_full(best)} is better than {than}.", f"Next is {said(others[0])}."]
+        low, high = interval(differences(best, others[0], key))
+        low, high = (low, high) if metric.better == "up" else (-high, -low)
+        sentences = [
+            f"{in_full(best)} is better than {than}, and than the next, {said(others[0])}, by "
+            f"{metric.show(low)} to {metric.show(high)} (95% interval)."
+        ]
     elif max(group["n_seeds"] for group in rivals) < MIN_SEEDS:
-        reason = f"Not told apart, as that takes {MIN_SEEDS} seeds; by their means"
+        reason = f"Not told apart with fewer than {MIN_SEEDS} seeds; by their means"
         sentences = [f"{reason}: {_list([*map(said, rivals)])}."]
     elif too_few_found(rivals[0], key):
-        reason = f"Not told apart, as fewer than {MIN_LATENTS} latents are found again"
+        reason = f"Not told apart, as no case has {MIN_LATENTS} latents that are found again"
         sentences = [f"{reason}: {_list([*map(said, rivals)])}."]
     else:
         top = unbeaten(rivals, key, metric)
         sentences = [f"Not told apart: {_list([*map(said, top)])}."]
-        if rest := len(rivals) - len(top):
-            each = f"Each of the other {rest}" if rest > 1 else "The other case"
-            sentences.append(f"{each} is worse than one of these.")
+        if rest := [group for group in rivals if group not in top]:
+            sentences.append(f"Worse than at least one of these: {_list([*map(said, rest)])}.")
     apart = [
         f"{named(group)} ({METRICS['l0'].show(number(group, 'l0')[0])})"
         for group in known
@@ -128,44 +163,54 @@ def _answer(results: Results, key: str, metric: Metric) -> list[str]:
 
 def _peeking(results: Results) -> str:
     """In which cases revived latents are worse than those that never died and fire as often."""
-    for key, (more, fewer) in WORSE.items():
-        found: dict[str, list[str]] = {"more": []}
-        for group in compared(results):
-            values = [number(group, key, latents)[0] for latents in REVIVED_OR_NOT]
-            if None not in values:
-                revived, never = map(PEEKING[key].show, values)
-                said = f'"{label(group, results)}" ({revived} and {never})'
-                found.setdefault(_revived_are(group, key), []).append(said)
-        heads = {
-            "more": f"{more} latents that never died and fire as often",
-            "fewer": fewer,
-            "level": "Not told apart",
-            "few": f"On fewer than {MIN_LATENTS} latents",
-        }
-        if any(found.values()):
-            return " ".join(
-                f"{head}: {_list(found[which]) or 'in no case'}."
-                for which, head in heads.items()
-                if which in found
-            )
+
+    def said(group: Group, key: str) -> str:
+        values = (PEEKING[key].show(number(group, key, latents)[0]) for latents in REVIVED_OR_NOT)
+        return f'"{label(group, results)}" {" and ".join(values)}'
+
+    def having(key: str) -> list[Group]:
+        return [
+            group
+            for group in compared(results)
+            if all(number(group, key, latents)[0] is not None for latents in REVIVED_OR_NOT)
+        ]
+
+    for key, name in WORSE.items():
+        heads: dict[str, list[str]] = {}
+        for group in having(key):
+            heads.setdefault(_revived_are(group, key), []).append(said(group, key))
+        if heads:
+            found = [f"{name}, in latents that came back and in others that fire as often."]
+            found += [f"{head}: {_list(cases)}." for head, cases in sorted(heads.items())]
+            if again := [said(group, "found_again") for group in having("found_again")]:
+                found.append(
+                    f"Found again, of those that came back and of all others: {_list(again)}."
+                )
+            return " ".join(found)
     return "Not measured, or on too few latents that were dead and came back."
 
 
 def _revived_are(group: Group, key: str) -> str:
-    both = [
+    def both(key: str) -> list[float]:
+        return [number(group, key, which)[0] or 0.0 for which in REVIVED_OR_NOT]
+
+    values = [
         [numbers_of(run, latents).get(key) for latents in REVIVED_OR_NOT] for run in group["runs"]
     ]
-    differences = [a - b for a, b in both if a is not None and b is not None]
-    if min(number(group, "n_latents", which)[0] or 0 for which in REVIVED_OR_NOT) < MIN_LATENTS:
-        return "few"
-    if is_beyond_chance(differences):
-        return "more"
-    return "fewer" if is_beyond_chance([-less for less in differences]) else "level"
+    more = [a - b for a, b in values if a is not None and b is not None]
+    low, high = sorted(both("firing_rate"))
+    if min(both("n_latents")) < MIN_LATENTS:
+        return f"Too few, less than {MIN_LATENTS}"
+    if high > MAX_RATE_RATIO * low:
+        return "Not comparable, as no others fire about as often"
+    if is_beyond_chance(more):
+        return "Larger"
+    return "Smaller" if is_beyond_chance([-less for less in more]) else "Not told apart"
 
 
 def _list(texts: Sequence[str]) -> str:
-    if len(texts) > 3:
-        return f"{', '.join(texts[:2])} and {len(texts) - 2} more"
+    if len(texts) > MAX_NAMED:
+        texts = [*texts[: MAX_NAMED - 1], f"{len(texts) - MAX_NAMED + 1} more"]
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if texts[1:] else texts)
 
 
@@ -183,8 +228,9 @@ def footnote(results: Results) -> str:
         parts += [
             f"Mean ± sample standard deviation over {count} seeds{pairs}.",
             "A case is better than another if the mean of their differences, paired by seed, is "
-            f"outside a 95% t interval around 0. That takes {MIN_SEEDS} seeds, L0 within 10% of "
-            f"each other and, for latents found again, at least {MIN_LATENTS} of them.",
+            "outside a 95% t interval around 0, which is not corrected for the number of "
+            f"comparisons. Cases are compared from {MIN_SEEDS} seeds on, if their L0 differ by at "
+            f"most 10% and, by latents found again, from {MIN_LATENTS} of them on.",
         ]
         if results["data"].get("kind") == "language_model":
             parts.append("The seeds share the text, so no interval speaks of other text.")
@@ -194,8 +240,8 @@ def footnote(results: Results) -> str:
     if asked := first_question(metrics):
         head = metrics[asked].label
         parts.append(
-            f"A row stands below all that are better at {head}; otherwise rows keep the order of "
-            "the comparison."
+            f"Rows are sorted by {head}; cases that are not told apart keep the order of the "
+            "comparison."
         )
     parts += _about_other_seeds(results, seeds)
     if k := one_of_several_k(results):
