@@ -13,8 +13,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 
 def choice() -> str:
     """The value of ``SAE_LENS_AUXK_OPS``.
@@ -28,18 +26,6 @@ def choice() -> str:
             f"SAE_LENS_AUXK_OPS={given!r} is not allowed: it must be auto, torch or dense."
         )
     return given
-
-
-SPARSE_DEVICES = ("cpu", "cuda")
-
-
-def has_sparse_operations(x: torch.Tensor) -> bool:
-    """Whether torch has all operations of the sparse step on a tensor's device.
-
-    On MPS there is no embedding_bag or nonzero_static, and before torch 2.9 no sparse tensor. There
-    SAELens's dense step is taken.
-    """
-    return x.device.type in SPARSE_DEVICES
 
 
 class _Kernels(dict[str, Any]):

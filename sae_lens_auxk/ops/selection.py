@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 import torch
 
-from sae_lens_auxk.ops import KERNELS, has_sparse_operations
+from sae_lens_auxk.ops import KERNELS
+
+SPARSE_DEVICES = ("cpu", "cuda")
 
 # With fewer pairs a row torch's embedding_bag is as fast (benchmarks/parts.py).
 MIN_PAIRS_FOR_KERNEL = 64
@@ -39,6 +41,15 @@ SLOW_TO_ALLOCATE = ("cpu",)
 MIN_ENTRIES_FOR_GROUPS = 8_192
 # The kernel runs one program for each row: for a single long row torch is faster.
 MIN_ROWS_FOR_KERNEL = 2
+
+
+def has_sparse_operations(x: torch.Tensor) -> bool:
+    """Whether torch has all operations of the sparse step on a tensor's device.
+
+    On MPS there is no embedding_bag or nonzero_static, and before torch 2.9 no sparse tensor. There
+    SAELens's dense step is taken.
+    """
+    return x.device.type in SPARSE_DEVICES
 
 
 def top_k(

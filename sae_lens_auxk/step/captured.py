@@ -60,10 +60,10 @@ class CapturedStep:
         self._off = os.environ.get("SAE_LENS_AUXK_GRAPH") == "0"
         self._graphs: dict[Any, Graph] = {}
         self._setting: Any = None
-        self._key: Any = None
+        self._seen = set[Any]()
         self._n_close = 0
         self._began: torch.cuda.Event | None = None
-        self._has_memory = False
+        self._has_collected = False
         self._said: set[str] = set()
 
     def step(self, sae: Any, batch: StepInput) -> TrainStepOutput | None:
@@ -88,7 +88,7 @@ class CapturedStep:
             return None
         setting = _setting(sae)
         if setting != self._setting:
-            self._graphs, self._setting, self._n_close = {}, setting, 0
+            self._graphs, self._setting, self._seen, self._n_close = {}, setting, set(), 0
         shape = batch.sae_in.shape, batch.sae_in.dtype, bound == 0, rows is None or len(rows)
         graph = self._graphs.get(shape)
         # With a larger bound it computes the same, from more columns than it needs.
@@ -125,17 +125,20 @@ class CapturedStep:
         )
 
     def _new_graph(self, sae: Any, batch: StepInput, bound: int, key: Any) -> "Graph | None":
-        """Capture the step if the device was close behind in the last steps like this."""
-        if key != self._key:
-            self._key, self._n_close, self._began = key, 0, None
-        if self._n_close < CLOSE_STEPS:
-            waits = self._device_is_close(batch.sae_in.device)
-            self._n_close = self._n_close + 1 if waits else 0
+        """Capture the step if the device was close behind in the last steps.
+
+        And if one like it was taken, since what is compiled or loaded at first use cannot be
+        captured.
+        """
+        if self._n_close < CLOSE_STEPS or key not in self._seen:
+            is_close = self._device_is_close(batch.sae_in.device)
+            self._n_close = self._n_close + 1 if is_close else 0
+            self._seen.add(key)
             return None
         with _CAPTURES:
-            if not self._has_memory:  # which graphs of deleted SAEs may hold
+            if not self._has_collected:  # graphs of deleted SAEs, which hold memory
                 gc.collect()
-                self._has_memory = True
+                self._has_collected = True
             return Graph(sae, batch, bound, arena_of(batch.sae_in.device))
 
     def _device_is_close(self, device: torch.device) -> bool:

@@ -6,10 +6,13 @@ the same at every batch size (Gao et al. 2024 count 10 million tokens).
 """
 
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
+
+from sae_lens_auxk.saelens.resume import require_same_sae
 
 if TYPE_CHECKING:
     from sae_lens import TrainingSAE
@@ -50,8 +53,8 @@ BOUNDS = 8
 """So many bounds, evenly spaced, are told apart: each is a shape, for which a step is captured."""
 
 STEADY_STEPS = 50
-"""So many steps a bound stays: a number beside one of an eighth's ends would change it all the
-time."""
+"""So many steps a bound stays. Without that, a number of dead latents that goes to and fro between
+two eighths would change it, and with it the graph, at every other step."""
 
 
 def soon_dead(tokens_since_fired: torch.Tensor, threshold: int, n_tokens: int) -> torch.Tensor:
@@ -152,6 +155,12 @@ class Counts(_Base):
             else:
                 state_dict[name] = count.to(state_dict["W_dec"].device)
                 self._loaded = bool(count.any())
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Load a training checkpoint; one of another SAE is refused with a ValueError."""
+        require_same_sae(self.cfg, checkpoint_path)
+        super().load_weights_from_checkpoint(checkpoint_path)
 
 
 _COUNTS = ("tokens_since_fired", "training_steps")

@@ -19,13 +19,14 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_auxk.losses.access import Columns, Pointwise, decoder_rows
-from sae_lens_auxk.ops import choice, has_sparse_operations
+from sae_lens_auxk.ops import choice
 from sae_lens_auxk.ops.encoder import Encoder, activations, smallest_active
 from sae_lens_auxk.ops.matrices import Decoder
 from sae_lens_auxk.ops.selection import (
     Pairs,
     Selected,
     beyond,
+    has_sparse_operations,
     indices_of,
     largest_among,
     top_k,

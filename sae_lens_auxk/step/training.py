@@ -13,7 +13,6 @@ waits for the optimizer's step.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,7 +23,6 @@ from sae_lens_auxk.losses.access import DenseAccess, LatentAccess
 from sae_lens_auxk.losses.record import AuxLossInputs
 from sae_lens_auxk.ops.encoder import unflatten
 from sae_lens_auxk.saelens.names import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from sae_lens_auxk.saelens.resume import require_same_sae
 from sae_lens_auxk.step import never_compiled
 from sae_lens_auxk.step.bias import initial_b_dec
 from sae_lens_auxk.step.captured import CapturedStep
@@ -416,12 +414,6 @@ class AuxTraining(Resampling, Counts, _Base):
         own = TrainCoefficientConfig(alpha, self.cfg.aux_warm_up_steps)
         theirs = super().get_coefficients()  # pyright: ignore[reportAbstractUsage]
         return {**theirs, AUX_LOSS_KEY: own}
-
-    @override
-    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
-        """Load a training checkpoint; one of another SAE is refused with a ValueError."""
-        require_same_sae(self.cfg, checkpoint_path)
-        super().load_weights_from_checkpoint(checkpoint_path)
 
     def _step_of_run(self, step_input: TrainStepInput) -> int:
         """The step to use for schedules, the same in a resumed run.

@@ -159,7 +159,8 @@ def test_a_signal_while_it_is_measured_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        "sae_lens_auxk.cli.train.run_evals", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+        "sae_lens_auxk.saelens.evaluation.run_evals",
+        lambda *_, **__: signal.raise_signal(signal.SIGINT),
     )
     assert train(flags_in(tmp_path), output_path=tmp_path / "output") == 130
     assert (tmp_path / "output" / "sae_weights.safetensors").is_file()

@@ -293,7 +293,7 @@ def test_an_error_without_an_answer_is_a_broken_connection() -> None:
         (["report.md", REPO], "sae_id 'report.md' is not allowed"),
         (["\x1b[2J", REPO], r"\x1b[2J is not a folder"),
         (["noweights", REPO], "has cfg.json but no sae_weights.safetensors"),
-        (["broken", REPO], "results.json is not the results of a comparison"),
+        (["broken", REPO], "results.json is damaged: results has no name"),
         (["secret", REPO], "holds what looks like a Hub token"),
     ],
 )

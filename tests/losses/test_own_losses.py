@@ -132,6 +132,7 @@ def test_train_imports_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(train, "LanguageModelSAETrainingRunner", keep)
     flags = "--architecture auxk-topk --import my_losses --aux_variant mine --log_to_wandb false"
+    flags += " --n_batches_in_buffer 64"
     with pytest.raises(Stop):
         cli.main(["train", *flags.split()])
     assert configs[0].sae.aux_variant == "mine"

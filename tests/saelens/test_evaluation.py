@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAETrainingRunner
+from sae_lens import SAE
 
 from sae_lens_auxk import runner_config
-from sae_lens_auxk.cli.train import summary
+from sae_lens_auxk.cli.train import _Runner, summary
 from sae_lens_auxk.saelens.evaluation import read_evaluation
 from tests import tiny_model
 from tests.tiny_model import CONTEXT_SIZE
@@ -19,9 +19,7 @@ def test_train_keeps_what_it_measured(tmp_path: Path) -> None:
     cfg = runner_config("auxk-topk", dead_threshold_tokens=200, **fields)
     torch.manual_seed(0)
     model: Any = tiny_model.gpt2()
-    runner = LanguageModelSAETrainingRunner(
-        cfg, override_model=model, override_dataset=tiny_model.tokens()
-    )
+    runner = _Runner(cfg, override_model=model, override_dataset=tiny_model.tokens())
     trained = runner.run()
     assert read_evaluation(tmp_path) is None
     read: list[torch.Tensor] = []

@@ -48,6 +48,7 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "Place", Place)
     monkeypatch.setattr(captured, "capture", no_capture)
     monkeypatch.setattr(captured, "CLOSE_STEPS", 0)
+    monkeypatch.setattr(captured.CapturedStep, "_device_is_close", lambda *_: True)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
@@ -66,7 +67,8 @@ def step(sae: Any, n: int = 3, is_captured: bool = True) -> Any:
     batch.dead_bound = sae.cfg.d_sae if sae.cfg.resolved_aux_coefficient else 0
     if not is_captured:
         return sae._finish(batch, sae._step(batch))
-    output = sae._captured.step(sae, batch)
+    # At first none like it was taken.
+    output = sae._captured.step(sae, batch) or sae._captured.step(sae, batch)
     return None if output is None else sae._finish(batch, output)
 
 
@@ -206,3 +208,23 @@ def test_what_fails_before_a_replay_ends_the_captures_not_the_run(
     monkeypatch.setattr(captured, "_setting", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         step(other)
+
+
+def test_a_step_is_captured_once_one_like_it_was_taken_and_the_device_is_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A number of dead latents that goes to and fro between none and one is two graphs."""
+    monkeypatch.setattr(captured, "CLOSE_STEPS", 3)
+    close = iter([False, True, True, False, True, True, True])
+    monkeypatch.setattr(captured.CapturedStep, "_device_is_close", lambda *_: next(close))
+    sae = captured_sae(monkeypatch, "auxk-topk", "pursuit")
+    taken = list[bool]()
+    for bound in (0, 24) * 5:
+        batch = sae._prepare(step_input(X, step=3))
+        batch.dead_bound = bound
+        output = sae._captured.step(sae, batch)
+        taken.append(output is not None)
+        if output is not None:
+            output.loss.backward()
+    assert taken == [False] * 7 + [True] * 3
+    assert len(sae._captured._graphs) == 2
