@@ -130,7 +130,7 @@ def test_train_imports_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
         configs.append(cfg)
         raise Stop
 
-    monkeypatch.setattr(train, "LanguageModelSAETrainingRunner", keep)
+    monkeypatch.setattr(train, "_Runner", keep)
     flags = "--architecture auxk-topk --import my_losses --aux_variant mine --log_to_wandb false"
     flags += " --n_batches_in_buffer 64"
     with pytest.raises(Stop):
