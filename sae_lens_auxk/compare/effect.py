@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
 from sae_lens_auxk.compare.files import EFFECTS_FILENAME, LIVES_FILENAME
 from sae_lens_auxk.compare.latents import ROWS_PER_CHUNK, has_signed_rows
 from sae_lens_auxk.compare.prompts import Prompts
-from sae_lens_auxk.compare.reproducibility import alive_latents, best_cosines
+from sae_lens_auxk.compare.reproducibility import alive_latents, best_cosines, naming, read_lives
 from sae_lens_auxk.compare.schema import (
     ALIKE,
     EFFECT,
@@ -71,7 +72,8 @@ def effects_of_pass(
         path = folder / (run["folder"] or "")
         if not (path / SAE_WEIGHTS_FILENAME).is_file() or not (path / LIVES_FILENAME).is_file():
             continue
-        sae = SAE.load_from_disk(path, device=device)
+        with naming(path):
+            sae = SAE.load_from_disk(path, device=device)
         sae.eval()
         groups = _groups(sae, run, all_runs, data, folder)
         effects[run["folder"] or ""] = effects_of(sae, x, groups, prompts, path / EFFECTS_FILENAME)
@@ -243,7 +245,8 @@ def _measured(
     sae: SAE[Any], x: torch.Tensor, latents: torch.Tensor, prompts: Prompts | None, path: Path
 ) -> dict[str, torch.Tensor]:
     """What :func:`rises` says of ``latents``, sorted, and of those that the file knows."""
-    known = load_file(path) if path.is_file() else {"latents": latents[:0]}
+    names = {"latents", "mse_rise"} | (set() if prompts is None else {"ce_rise"})
+    known = _known(path, names, sae.cfg.d_sae) or {"latents": latents[:0]}
     new = latents[~torch.isin(latents, known["latents"])]
     if len(new):
         found = {"latents": new, **rises(sae, x, new, prompts)}
@@ -256,11 +259,27 @@ def _measured(
     return known
 
 
+def _known(path: Path, names: set[str], d_sae: int) -> dict[str, torch.Tensor] | None:
+    """What the file says; None if it is damaged, as all can be measured again."""
+    try:
+        known = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    if known.keys() != names or len({values.shape for values in known.values()}) > 1:
+        return None
+    latents = known["latents"]
+    if latents.dtype != torch.int64 or latents.dim() != 1:
+        return None
+    # The order is what they are looked up by.
+    is_sound = bool((latents.diff() > 0).all() and ((latents >= 0) & (latents < d_sae)).all())
+    return known if is_sound else None
+
+
 def _groups(
     sae: SAE[Any], run: Run, all_runs: Sequence[Run], data: Pass, folder: Path
 ) -> dict[str, torch.Tensor]:
     """The groups of a run's latents, by their names in CONTRASTS."""
-    lives = load_file(folder / (run["folder"] or "") / LIVES_FILENAME)
+    lives = read_lives(folder / (run["folder"] or ""), len(sae.W_dec))
     alive = ~lives["dead"]
     members = {"revived": alive & lives["ever_dead"], "never_died": alive & ~lives["ever_dead"]}
     signed = has_signed_rows(run["architecture"])

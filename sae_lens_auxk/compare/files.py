@@ -18,9 +18,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from sae_lens_auxk.checks import require_type
 from sae_lens_auxk.compare.earlier import upgraded
 from sae_lens_auxk.compare.schema import (
+    AGES,
     METRICS,
     PEEKING,
     VERSION,
@@ -36,10 +39,11 @@ from sae_lens_auxk.files import read_json, write_json
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
 LIVES_FILENAME = "lives.safetensors"
-"""Of an SAE's latents: ``dead`` and ``ever_dead``, (d_sae,) bool, and ``alive_since``, (d_sae,)
-int64, the training sample at which it last came back to life, 0 for one that never died."""
+LIVES = {"dead": torch.bool, "ever_dead": torch.bool, "alive_since": torch.int64}
+"""Of an SAE's latents, each (d_sae,). ``alive_since`` is the training sample at which one last came
+back to life, 0 for one that never died."""
 EFFECTS_FILENAME = "effects.safetensors"
-"""Of ``latents``, (n,) int64: ``mse_rise`` and, on a language model, ``ce_rise``, (n,)."""
+"""Of ``latents``, (n,) int64 ascending: ``mse_rise``; on a language model ``ce_rise``, (n,)."""
 PAGE_FILENAME = "report.html"
 MARKDOWN_FILENAME = "report.md"
 FIGURES_FOLDER = "figures"
@@ -118,6 +122,11 @@ def _require_format(path: Path, name: str, content: Any, kind: Any) -> None:
         require_type(name, content, kind)
         for run in content if isinstance(content, list) else content["runs"]:
             history, density = run["history"], run["density"]
+            for of in (run, *run.get("pairs", {}).values()):
+                if len(of.get("found_again_by_age", range(AGES))) != AGES:
+                    raise ValueError(
+                        f"found_again_by_age of {run['name']!r} must have {AGES} entries."
+                    )
             if len({len(points) for points in history.values()}) > 1:
                 raise ValueError(f"the lists in history of {run['name']!r} are not equally long.")
             if density and len(density["log10_edges"]) != len(density["counts"]) + 1:

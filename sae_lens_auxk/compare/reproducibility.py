@@ -8,7 +8,8 @@ Only alive latents count, on both sides: those that were not dead when training 
 again is a share of all latents, so that a run does not gain by killing those that nothing finds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc
 
-from sae_lens_auxk.compare.files import LIVES_FILENAME
+from sae_lens_auxk.compare.files import LIVES, LIVES_FILENAME
 from sae_lens_auxk.compare.latents import has_signed_rows
 from sae_lens_auxk.compare.peeking import MIN_LATENTS
 from sae_lens_auxk.compare.schema import (
@@ -106,19 +107,35 @@ def alive_latents(run: Run, folder: Path, device: str) -> Alive | None:
     weights, lives = sae / SAE_WEIGHTS_FILENAME, sae / LIVES_FILENAME
     if not (weights.is_file() and lives.is_file()):
         return None
+    with naming(sae), safe_open(weights, framework="pt") as file:
+        decoder = file.get_tensor("W_dec")
+    lived = read_lives(sae, len(decoder))
+    alive = ~lived["dead"]
+    age = AGES * lived["alive_since"][alive] // max(run["training_samples"], 1)
+    age = age.clamp(max=AGES - 1)
+    return Alive(decoder[alive].float().to(device), lived["ever_dead"][alive], age, len(alive))
+
+
+def read_lives(sae: Path, d_sae: int) -> dict[str, torch.Tensor]:
+    """The lives of the latents of the SAE in a folder; raises as :func:`naming`."""
+    with naming(sae):
+        lives = load_file(sae / LIVES_FILENAME)
+        for name, dtype in LIVES.items():
+            if name not in lives or lives[name].shape != (d_sae,) or lives[name].dtype != dtype:
+                raise ValueError(f"{LIVES_FILENAME} has no {name}, ({d_sae},) of {dtype}.")
+    return lives
+
+
+@contextmanager
+def naming(sae: Path) -> Generator[None]:
+    """Whatever cannot be read of an SAE, raise a ValueError that names its folder."""
     try:
-        lived = load_file(lives)
-        alive = ~lived["dead"]
-        with safe_open(weights, framework="pt") as file:
-            decoder = file.get_tensor("W_dec")[alive].float()
-    except (SafetensorError, KeyError) as error:
+        yield
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"the SAE in {sae} cannot be read: {error} Move {sae.parent} away to train the "
             "pass again."
         ) from error
-    age = AGES * lived["alive_since"][alive] // max(run["training_samples"], 1)
-    age = age.clamp(max=AGES - 1)
-    return Alive(decoder.to(device), lived["ever_dead"][alive], age, len(alive))
 
 
 def reproducibility(runs: Sequence[Alive], signed: bool = True) -> list[list[Pair]]:

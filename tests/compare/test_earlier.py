@@ -56,6 +56,14 @@ def test_four_seeds_have_no_spread(tmp_path: Path) -> None:
     assert group["std"]["explained_variance"] is not None
 
 
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    results = as_version_1(fake_results(cases=("auxk",), ks=(25,), seeds=(0, 1)))
+    results["runs"][1]["found_again_by_age"].pop()
+    write_json(tmp_path / "results.json", results)
+    with pytest.raises(ValueError, match="results.json is damaged: found_again_by_age of"):
+        read_results(tmp_path)
+
+
 def test_one_seed_and_unfinished_runs_stay(tmp_path: Path) -> None:
     results: Any = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))
     results["runs"][0]["metrics"].pop("f1")

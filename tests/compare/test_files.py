@@ -18,7 +18,7 @@ from sae_lens_auxk.compare.files import (
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.markdown import markdown_of
 from sae_lens_auxk.compare.report.page import page_of
-from sae_lens_auxk.compare.schema import METRICS, PEEKING, Metric, Run
+from sae_lens_auxk.compare.schema import AGES, METRICS, PEEKING, Metric, Run
 from sae_lens_auxk.compare.seeds import groups_of
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.hub.model_card import comparison_part
@@ -171,6 +171,10 @@ def test_files_that_are_not_results(text: str | None, message: str, tmp_path: Pa
         read_results(tmp_path)
 
 
+def pair(n_ages: int) -> Any:
+    return {"metrics": {}, "peeking": {}, "found_again_by_age": [None] * n_ages}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -181,6 +185,8 @@ def test_files_that_are_not_results(text: str | None, message: str, tmp_path: Pa
         ({"peeking": {"revived": [1]}}, "0.peeking.revived="),
         ({"history": {"samples": [1], "l0": []}}, "lists in history of .* are not equally long"),
         ({"density": {"log10_edges": [1.0], "counts": [1.0]}}, "one edge more than counts"),
+        ({"found_again_by_age": [0.5]}, "found_again_by_age of .* must have 10 entries"),
+        ({"pairs": {"1": pair(AGES + 1)}}, "found_again_by_age of .* must have 10 entries"),
         ({"error": ...}, "0 has no error"),
     ],
 )

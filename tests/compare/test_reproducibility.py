@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sae_lens_auxk.compare import reproducibility as module
 from sae_lens_auxk.compare import run
@@ -195,12 +195,33 @@ def test_what_is_no_other_seed(tmp_path: Path, other: dict[str, Any]) -> None:
     assert with_reproducibility(runs, tmp_path, "cpu") == runs
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        {"dead": None},
+        {"ever_dead": torch.zeros(7)},
+        {"alive_since": torch.zeros(6, dtype=torch.int64)},
+    ],
+    ids=str,
+)
+def test_a_file_that_cannot_be_read_is_named(
+    damage: dict[str, torch.Tensor | None] | None, tmp_path: Path
+) -> None:
     runs = [record(tmp_path, seed, d) for seed, d in enumerate((SEED_0, SEED_1))]
     folder = tmp_path / runs[0]["folder"]
-    (folder / "lives.safetensors").write_bytes(b"half of a fi")
-    with pytest.raises(ValueError, match=f"{folder} cannot be read"):
-        with_reproducibility(runs, tmp_path, "cpu")
+    path = folder / "lives.safetensors"
+    if damage is None:
+        path.write_bytes(b"half of a fi")
+    else:
+        lives = load_file(path) | damage
+        save_file({name: values for name, values in lives.items() if values is not None}, path)
+    for read in (
+        lambda: with_reproducibility(runs, tmp_path, "cpu"),
+        lambda: module.read_lives(folder, 7),
+    ):
+        with pytest.raises(ValueError, match=f"{folder} cannot be read.* Move {folder.parent} "):
+            read()
 
 
 @pytest.mark.parametrize("gone", ["sae_weights.safetensors", "lives.safetensors"])
