@@ -63,6 +63,20 @@ def claim_if_free(path: Path) -> Generator[bool]:
         file.close()
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the file, which stays as it is."""
+    if sys.platform == "win32" or not path.is_file():
+        return False
+    import fcntl
+
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in NO_LOCKS
+    return False
+
+
 def is_lock(path: Path) -> bool:
     """Whether this may be the lock of a folder that a killed process left."""
     return path.name == LOCK_FILENAME and path.is_file() and path.lstat().st_size == 0

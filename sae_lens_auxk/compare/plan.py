@@ -1,6 +1,7 @@
 """What a comparison will do and cost, said before it starts."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sae_lens_auxk.compare.cases import cases_of
@@ -38,14 +39,16 @@ def plan_of(comparison: Resolved, folder: Path, n_finished: int) -> str:
         size = f"{comparison.n_features:,} features in {comparison.d_in:,} dimensions"
         data = f"synthetic model: {size}"
     lines = [
-        f"{len(cases)} cases x {n_seeds} seeds x {comparison.training_samples:,} samples, "
-        f"{comparison.d_sae:,} latents each:",
-        *(f"  {case.title}" for case in cases),
+        f"{_count(len(cases), 'case')} x {_count(n_seeds, 'seed')} x "
+        f"{comparison.training_samples:,} samples, {comparison.d_sae:,} latents each:",
+        # In quotes, as a name may have commas.
+        *(f'  "{case.name}"{case.title.removeprefix(case.name)}' for case in cases),
         f"data     {data}",
+        *_options(comparison),
         f"memory   {_bytes(BYTES_PER_WEIGHT * n_weights + step)} on {comparison.device} for the "
         f"SAEs of a seed{at_width}; the data and the program itself come on top",
         f"results  {folder}, about {_bytes(4 * n_weights * n_seeds)}"
-        + (f"; {n_finished} of {n_seeds} seeds are there" if n_finished else ""),
+        + (f"; {n_finished} of {_count(n_seeds, 'seed')} finished" if n_finished else ""),
     ]
     return "\n".join(lines)
 
@@ -78,6 +81,17 @@ class FirstSteps:
             f"about {left} of training left at the pace of the first steps; "
             "with dead latents steps take longer"
         )
+
+
+def _options(comparison: Resolved) -> Iterator[str]:
+    if multiple := comparison.max_norm_multiple:
+        yield f"rows     without those longer than {multiple:g} times the median length"
+    if comparison.effect:
+        yield "effect   of single latents, measured when all seeds are finished"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _bytes(n: float) -> str:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,7 @@ from sae_lens_auxk.compare.locks import (
     SECONDS_BETWEEN_TRIES,
     claim,
     claim_if_free,
+    is_held,
     is_lock,
 )
 from sae_lens_auxk.compare.measure import measure
@@ -98,12 +100,13 @@ def run_comparison(
     Raises:
         ValueError: the folder holds the results of another comparison, or something else.
     """
-    _require_own(folder)
+    _require_own(comparison, folder)
     with claim(folder):
         for name in (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME):
             for left in left_behind(folder / name):
                 left.unlink()
         results = _load_or_begin(comparison, folder, command)
+        comparison = _with_effect_of(results, comparison)
         for seed in comparison.seeds if not results["runs"] else ():
             runs = _runs_of(folder, seed)
             # The configuration may have been another.
@@ -125,8 +128,8 @@ def run_comparison(
 
 def plan_comparison(comparison: Resolved, folder: Path) -> str:
     """What :func:`run_comparison` would say first. Raises the same errors, and writes nothing."""
-    _require_own(folder)
-    _load_or_begin(comparison, folder, "")
+    _require_own(comparison, folder)
+    comparison = _with_effect_of(_load_or_begin(comparison, folder, ""), comparison)
     return plan_of(comparison, folder, _n_finished(comparison, folder))
 
 
@@ -190,8 +193,7 @@ def _measure_effects(comparison: Resolved, folder: Path) -> dict[str, dict[str, 
     if not results["finished"]:
         return effects
     source = source_of(comparison)
-    # A pass is not opened without an SAE.
-    config = cases_of(comparison)[0].sae_config(comparison, source.d_in)
+    cases = folders_of(cases_of(comparison))
     left = list(dict.fromkeys(run["seed"] for run in runs))
     while left:
         for seed in [*left]:
@@ -199,6 +201,9 @@ def _measure_effects(comparison: Resolved, folder: Path) -> dict[str, dict[str, 
                 if is_own:
                     left.remove(seed)
                     own = [run for run in runs if run["seed"] == seed]
+                    # A pass is not opened without an SAE, and these could be built.
+                    case = cases[Path(own[0]["folder"] or "").name]
+                    config = case.sae_config(comparison, source.d_in)
                     effects |= effects_of_pass(
                         own,
                         runs if comparison.has_one_model else own,
@@ -247,11 +252,7 @@ def _lock_of(folder: Path, seed: int) -> Path:
 
 def _is_at_work(folder: Path) -> bool:
     """Whether a process is training a pass there."""
-    for path in (folder / RUNS_FOLDER).glob("seed-*.lock"):
-        with claim_if_free(path) as is_own:
-            if not is_own:
-                return True
-    return False
+    return any(map(is_held, (folder / RUNS_FOLDER).glob("seed-*.lock")))
 
 
 # --- a pass ----------------------------------------------------------------------------------
@@ -386,8 +387,7 @@ def _run(case: Case, seed: int, status: Literal["finished", "failed", "unfinishe
 def _runs_of(folder: Path, seed: int) -> list[Run]:
     """The runs of the pass, if it exists. Raises a ValueError if something else has its name."""
     path = pass_folder(folder, seed)
-    # A link that leads nowhere is there, too.
-    return read_pass(path) if os.path.lexists(path) else []
+    return read_pass(path) if path.exists() else []
 
 
 def _is_finished(folder: Path, seed: int) -> bool:
@@ -403,10 +403,12 @@ def _n_finished(comparison: Resolved, folder: Path) -> int:
 # --- results ---------------------------------------------------------------------------------
 
 
-def _require_own(folder: Path) -> None:
+def _require_own(comparison: Resolved, folder: Path) -> None:
     """Refuse a folder that holds something else, before anything in it is touched."""
-    for name in (RUNS_FOLDER, FIGURES_FOLDER):
-        require_no_link(folder / name)
+    passes = [*(folder / RUNS_FOLDER).glob("seed-*[0-9]")]
+    cases = [path / name for path in passes for name in folders_of(cases_of(comparison))]
+    for path in (folder / RUNS_FOLDER, folder / FIGURES_FOLDER, *passes, *cases):
+        require_no_link(path)
     found = {*folder.iterdir()} if folder.exists() else set[Path]()
     if folder / RESULTS_FILENAME in found:
         try:
@@ -447,6 +449,12 @@ def _load_or_begin(comparison: Resolved, folder: Path, command: str) -> Results:
         "runs": [],
         "groups": [],
     }
+
+
+def _with_effect_of(results: Results, comparison: Resolved) -> Resolved:
+    """The comparison, with effects if the results have them: they would be lost."""
+    has_effect = comparison.effect or results["comparison"].get("effect", False)
+    return replace(comparison, effect=has_effect)
 
 
 def _require_same(new: Mapping[str, Any], old: Mapping[str, Any], folder: Path) -> None:

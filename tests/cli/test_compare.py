@@ -85,8 +85,17 @@ def test_a_dry_run_touches_nothing(
     before = files()
     capsys.readouterr()
     assert cli.main([*two_seeds, "--dry_run"]) == 0
-    assert "; 1 of 2 seeds are there\n" in capsys.readouterr().out
+    assert "; 1 of 2 seeds finished\n" in capsys.readouterr().out
     assert files() == before
+
+    runs = tmp_path / "out" / "runs"
+    (runs / "seed-0").rename(tmp_path / "seed-0")
+    (runs / "seed-0.lock").touch()  # as a killed process leaves it
+    without = files()
+    assert cli.main([*two_seeds, "--dry_run"]) == 0
+    assert files() == without
+    (runs / "seed-0.lock").unlink()
+    (tmp_path / "seed-0").rename(runs / "seed-0")
 
     assert cli.main([*two_seeds, "--dry_run", "--lr", "9"]) == 2
     assert "holds another comparison: lr is" in capsys.readouterr().err

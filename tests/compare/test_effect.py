@@ -28,12 +28,13 @@ from sae_lens_auxk.compare.norms import RowFilter
 from sae_lens_auxk.compare.prompts import Prompts
 from sae_lens_auxk.compare.report import write_report
 from sae_lens_auxk.compare.report.tables import effect_table
-from sae_lens_auxk.compare.run import run_comparison
+from sae_lens_auxk.compare.run import plan_comparison, run_comparison
 from sae_lens_auxk.compare.schema import EFFECT
 from sae_lens_auxk.compare.seeds import groups_of
 from studies.peeking.planted import planted
 from tests.compare.conftest import tiny
 from tests.compare.fake_results import fake_results
+from tests.compare.test_run import fail_to_build
 from tests.helpers import ARCHITECTURES, build_config, build_sae
 from tests.tiny_model import CONTEXT_SIZE, D_MODEL, gpt2, tokens
 
@@ -366,6 +367,42 @@ def test_what_is_known_is_not_measured_again(
     assert [file.name for file in tmp_path.iterdir()] == ["effects.safetensors"]
 
 
+PLACES = torch.tensor([2, 3, 8, 9])
+RISES = {"latents": PLACES, "mse_rise": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        {"latents": PLACES},
+        {"mse_rise": torch.zeros(4)},
+        RISES | {"ce_rise": torch.zeros(4)},
+        RISES | {"mse_rise": torch.zeros(3)},
+        RISES | {"latents": PLACES.flip(0)},
+        RISES | {"latents": PLACES.float()},
+        RISES | {"latents": PLACES + 10},
+        {name: values.view(2, 2) for name, values in RISES.items()},
+    ],
+    ids=str,
+)
+def test_what_is_damaged_is_measured_again(
+    damaged: dict[str, torch.Tensor] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effect, "MIN_PAIRS", 1)
+    sae, x = axes(12)
+    groups = {"found": torch.arange(2, 4), "not_found": torch.arange(8, 10)}
+    path = tmp_path / "effects.safetensors"
+    expected = effects_of(sae, x, groups, None, path)
+    whole = path.read_bytes()
+    if damaged is None:
+        path.write_bytes(whole[:-9])
+    else:
+        save_file(damaged, path)
+    assert effects_of(sae, x, groups, None, path) == expected
+    assert path.read_bytes() == whole
+
+
 def test_the_mse_does_not_tell_a_feature_from_a_corrector(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -466,15 +503,36 @@ def test_two_processes_share_the_passes(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_comparison_on_a_synthetic_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(effect, "MIN_PAIRS", 1)
-    run_comparison(tiny(effect=True, aux_variant=["auxk"], seeds=[0, 1]), tmp_path / "own")
+    own_models = {"synthetic_model": {"seed": None}, "seeds": [0, 1]}
+    run_comparison(tiny(effect=True, aux_variant=["auxk"], **own_models), tmp_path / "own")
     for entry in read_results(tmp_path / "own")["runs"]:
         # Each seed has features of its own, so that none can be found again.
         assert set(entry["effect"]) == {"revived", "never_died", "feature", "junk"}
         assert all(group.get("ce_rise") is None for group in entry["effect"].values())
     one_model = {"synthetic_model": {"seed": 0}, "seeds": [0, 1]}
     run_comparison(tiny(effect=True, aux_variant=["auxk"], **one_model), tmp_path / "one")
-    for entry in read_results(tmp_path / "one")["runs"]:
+    results = read_results(tmp_path / "one")
+    for entry in results["runs"]:
         assert {"found", "not_found"} < set(entry["effect"])
+    # A call that does not ask for them loses nothing.
+    comparison = tiny(aux_variant=["auxk"], **one_model)
+    assert "effect   of single latents" in plan_comparison(comparison, tmp_path / "one")
+    run_comparison(comparison, tmp_path / "one")
+    assert read_results(tmp_path / "one") == results
+    config = tmp_path / "one" / results["runs"][0]["folder"] / "cfg.json"
+    config.write_text("{")
+    with pytest.raises(ValueError, match=f"the SAE in {config.parent} cannot be read"):
+        run_comparison(comparison, tmp_path / "one")
+
+
+def test_a_case_that_cannot_be_built_does_not_cost_the_effects_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_build(monkeypatch, "none")
+    run_comparison(tiny(effect=True), tmp_path)
+    failed, finished = read_results(tmp_path)["runs"]
+    assert failed["status"] == "failed"
+    assert "revived" in finished["effect"]
 
 
 def test_the_report_has_the_numbers_and_defines_them(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from sae_lens_auxk import cli
+from sae_lens_auxk.compare import effect
 from sae_lens_auxk.compare.run import run_comparison
 from tests.compare.conftest import tiny
+from tests.compare.test_run import fail_to_build
 
 COMMAND = (
-    "compare --aux_variant none --k 2 --seeds 0 1 --d_sae 24 --training_samples 320 "
+    "compare --effect --aux_variant none auxk --k 2 --seeds 0 1 --d_sae 24 --training_samples 320 "
     "--batch_size 32 --dead_after 128 --eval_samples 64 --n_features 32 --d_in 12"
 )
-FINISHED = ("runs/seed-0/*", "runs/seed-0/*/*")
-"""Never written again."""
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -30,24 +30,24 @@ def state(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """A comparison with one seed done, and every name that one with two seeds opens or renames."""
+    """A comparison with one seed, of which a case failed, and every name that one with two seeds
+    opens or renames."""
     names: set[str] = set()
     folder = tmp_path_factory.mktemp("made") / "out"
-    one_seed = tiny(aux_variant=["none"], training_samples=320, eval_samples=64)
-    run_comparison(one_seed, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_build(patch, "auxk")
+        run_comparison(tiny(training_samples=320, eval_samples=64), folder)
     both = folder.with_name("both")
     shutil.copytree(folder, both)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effect, "MIN_PAIRS", 1)
         for name in ("open", "replace", "rename", "mkdir"):
             patch.setattr(os, name, _noted(getattr(os, name), both, names))
         assert cli.main([*COMMAND.split(), "--output", str(both)]) == 0
     names |= {str(path.relative_to(both)) for path in both.rglob("*")}
     random = re.compile(r"\.[0-9a-f]{16}\.partial$")
-    return folder, {
-        name
-        for name in names - {"."}
-        if not random.search(name) and not any(Path(name).match(done) for done in FINISHED)
-    }
+    names -= {".", *sorted(name for name in names if name.endswith(".png"))[1:]}
+    return folder, {name for name in names if not random.search(name)}
 
 
 def _noted(function: Any, folder: Path, names: set[str]) -> Any:
@@ -61,24 +61,31 @@ def _noted(function: Any, folder: Path, names: set[str]) -> Any:
 
 
 def test_no_link_in_a_comparison_is_followed_out_of_it(
-    made: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: tuple[Path, set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(effect, "MIN_PAIRS", 1)
     folder, names = made
     known = {".lock", "results.json", "report.md", "report.html", "figures", "runs"}
     known |= {f"runs/seed-1{end}" for end in ("", ".lock", ".partial")}
+    known |= {f"runs/seed-0/{case}-auxk-topk-k-2" for case in ("none", "auxk")}
+    known |= {f"runs/seed-0/none-auxk-topk-k-2/{kind}.safetensors" for kind in ("lives", "effects")}
     assert known <= names
     assert any(name.startswith("figures/") for name in names)
     statuses: dict[str, list[int]] = {}
     for i, name in enumerate(sorted(names)):
-        for j, kind in enumerate(("file", "folder", "nowhere", "hard")):
+        if not (folder / name).parent.is_dir():
+            continue
+        kinds = ("file", "folder", "nowhere", "hard")
+        for j, kind in enumerate(kinds[: 1 if name.count("/") > 2 else None]):
             there, outside = tmp_path / f"{i} {j}", tmp_path / f"{i} {j} outside"
             shutil.copytree(folder, there)
             for inner in ("file", "folder/results.json", "folder/seed-0.lock", "folder/pareto.png"):
                 (outside / inner).parent.mkdir(parents=True, exist_ok=True)
                 (outside / inner).write_text("theirs")
             path = there / name
-            if not path.parent.is_dir():
-                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             if kind == "hard":
                 path.hardlink_to(outside / "file")
@@ -89,13 +96,17 @@ def test_no_link_in_a_comparison_is_followed_out_of_it(
                 statuses.setdefault(f"{name} {kind}", []).append(cli.main([*args, str(there)]))
                 assert state(outside) == before, (name, kind, args)
                 error = capsys.readouterr().err
-                assert error.count("\n") == statuses[f"{name} {kind}"][-1] // 2, error
-    assert {status for pair in statuses.values() for status in pair} == {0, 2}
+                if statuses[f"{name} {kind}"][-1] == 2:
+                    assert error.count("\n") == 1, error
+    # The report of what is there says that a case failed.
+    assert {status for pair in statuses.values() for status in pair} == {0, 1, 2}
     # A link under the name of a report is replaced, and one in the place of a folder refused.
-    assert statuses["report.md file"] == [0, 0]
+    assert statuses["report.md file"] == [1, 0]
     assert statuses["figures folder"] == statuses[".lock file"] == [2, 2]
-    assert statuses["report.md hard"] == statuses[".lock hard"] == [0, 0]
-    assert statuses["runs folder"] == statuses["runs/seed-1.lock nowhere"] == [0, 2]
+    assert statuses["report.md hard"] == statuses[".lock hard"] == [1, 0]
+    for name in ("runs", "runs/seed-0", "runs/seed-0/auxk-auxk-topk-k-2"):
+        assert statuses[f"{name} folder"] == [1, 2]
+    assert statuses["runs/seed-1.lock nowhere"] == [1, 2]
 
 
 @pytest.mark.parametrize("option", ["--output", "--report_only"])

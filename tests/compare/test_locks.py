@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_auxk.compare.locks import claim, claim_if_free
+from sae_lens_auxk.compare.locks import claim, claim_if_free, is_held
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is claimed on Windows")
 
@@ -33,9 +33,13 @@ def test_a_second_process_does_not_get_it_and_a_dead_one_gives_up(tmp_path: Path
             assert holder.stdout.readline() == "True\n"
             with claim_if_free(path) as is_own:
                 assert not is_own
+            assert is_held(path)
         finally:
             holder.send_signal(signal.SIGKILL)
+    assert not is_held(path)
     assert path.exists(), "the dead process left its file"
+    assert not is_held(tmp_path / "none")
+    assert [*tmp_path.iterdir()] == [path]
     with claim_if_free(path) as is_own:
         assert is_own
         assert path.read_bytes() == b""
@@ -98,5 +102,5 @@ def test_a_file_system_without_locks_is_used_all_the_same(
 
     monkeypatch.setattr(fcntl, "flock", none)
     with claim(tmp_path):
-        pass
+        assert not is_held(tmp_path / ".lock")
     assert not list(tmp_path.iterdir())

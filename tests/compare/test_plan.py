@@ -16,13 +16,25 @@ def test_the_plan_by_hand() -> None:
     comparison = tiny(d_sae=1000, d_in=500, batch_size=100, seeds=[0, 1, 2])
     assert plan_of(comparison, Path("here"), n_finished=1).split("\n") == [
         "2 cases x 3 seeds x 1,600 samples, 1,000 latents each:",
-        "  none, auxk-topk, k 2",
-        "  auxk, auxk-topk, k 2",
+        '  "none", auxk-topk, k 2',
+        '  "auxk", auxk-topk, k 2',
         "data     synthetic model: 32 features in 500 dimensions",
         # 2 SAEs of 1,001,000 weights at 16 bytes, and three times 100 x 1,000 numbers.
         "memory   33 MB on cpu for the SAEs of a seed; the data and the program itself come on top",
         # 6 SAEs at 4 bytes.
-        "results  here, about 24 MB; 1 of 3 seeds are there",
+        "results  here, about 24 MB; 1 of 3 seeds finished",
+    ]
+
+
+def test_one_of_each_and_what_is_asked_for_beside_the_training() -> None:
+    named = {"cases": [{"name": "a, b", "aux_variant": "auxk"}], "aux_variant": []}
+    comparison = tiny(**named, max_norm_multiple=10.0, effect=True)
+    assert plan_of(comparison, Path("here"), n_finished=0).split("\n")[:5] == [
+        "1 case x 1 seed x 1,600 samples, 24 latents each:",
+        '  "a, b", auxk-topk, k 2',
+        "data     synthetic model: 32 features in 12 dimensions",
+        "rows     without those longer than 10 times the median length",
+        "effect   of single latents, measured when all seeds are finished",
     ]
 
 
