@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from sae_lens import LanguageModelSAERunnerConfig
 
-from sae_lens_auxk.compare.schema import METRICS, Group, Numbers, Results
+from sae_lens_auxk.compare.schema import ACROSS_SEEDS, METRICS, Group, Numbers, Results
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.hub.errors import HubError
 from sae_lens_auxk.hub.private import public_command, public_fields, public_name
@@ -135,7 +135,7 @@ def comparison_part(
         f"## {_text(results['name'])}",
         f"{n_finished} of {len(runs)} runs, trained side by side on "
         f"{_text(_data(data))}. "
-        "Mean ± standard deviation over the seeds of each group.",
+        f"Mean ± sample standard deviation over the seeds of each group{_over_pairs(groups)}.",
         _groups_table(groups),
         _definitions(groups),
         *(
@@ -298,6 +298,11 @@ def _groups_table(groups: list[Group]) -> str:
 def _definitions(groups: list[Group]) -> str:
     lines = [f"- {METRICS[m].label}: {METRICS[m].definition}" for m in _present(groups)]
     return _folded("What the columns mean", "\n".join(lines)) if lines else ""
+
+
+def _over_pairs(groups: list[Group]) -> str:
+    across = [METRICS[m].label for m in _present(groups) if m in ACROSS_SEEDS]
+    return f" (of {', '.join(across)}: over pairs of seeds)" if across else ""
 
 
 def _present(groups: list[Group]) -> list[str]:

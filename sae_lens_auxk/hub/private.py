@@ -79,17 +79,27 @@ def public_command(command: str) -> str:
     for word in shlex.split(command):
         flag, is_flag, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
         name = (flag or words[-1]).lstrip("-")
-        is_path = _PATH_FIELD.search(name) or Path(value).is_absolute()
-        words.append(flag + is_flag + (public_name(value) if is_path else value))
+        words.append(flag + is_flag + _public_value(name, value))
     return shlex.join(words[1:])
 
 
-def public_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """A config, with :func:`public_name` of the paths in it."""
-    return {
-        name: public_name(value) if isinstance(value, str) and _PATH_FIELD.search(name) else value
-        for name, value in values.items()
-    }
+def public_fields(values: Any, name: str = "") -> Any:
+    """A config, or the value of its field ``name``, with :func:`public_name` of the paths in it.
+
+    Example:
+        >>> public_fields({"k": [8], "kwargs": {"cache_dir": "/data/anna/models"}})
+        {'k': [8], 'kwargs': {'cache_dir': 'PATH/TO/models'}}
+    """
+    if isinstance(values, dict):
+        return {inner: public_fields(value, str(inner)) for inner, value in values.items()}
+    if isinstance(values, list):
+        return [public_fields(value, name) for value in values]
+    return _public_value(name, values) if isinstance(values, str) else values
+
+
+def _public_value(name: str, value: str) -> str:
+    is_absolute = Path(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    return public_name(value) if is_absolute or _PATH_FIELD.search(name) else value
 
 
 def publishable_file(path: Path, workspace: Path) -> Path:

@@ -11,9 +11,10 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.hub import HubError, upload_sae
-from sae_lens_auxk.hub.model_card import TAGS, sae_part, with_part
+from sae_lens_auxk.hub.model_card import TAGS, comparison_part, sae_part, with_part
 from sae_lens_auxk.saelens.evaluation import Evaluation, write_evaluation
 from tests import tiny_model
+from tests.compare.fake_results import fake_results
 from tests.helpers import ARCHITECTURES, build_sae
 from tests.hub.saes import PNG, comparison
 
@@ -91,6 +92,10 @@ def test_local_paths_are_not_in_it(tmp_path: Path) -> None:
     results: Any = json.loads((made / "results.json").read_text())
     results["command"] = f"sae-lens-auxk compare --dataset_path {texts} --output={tmp_path}/out"
     results["comparison"] |= {"model_name": "../secret/gpt", "dataset_path": str(texts)}
+    results["comparison"]["language_model"] = {
+        "cached_activations_path": "/secret/a",
+        "model_from_pretrained_kwargs": {"cache_dir": "/secret/b", "dirs": ["C:\\secret\\c"]},
+    }
     results["data"] |= {"model_name": "../secret/gpt", "dataset_path": str(texts)}
     results["data"]["description"] = f"../secret/gpt, blocks.1.hook_resid_pre, text {texts}"
     (made / "results.json").write_text(json.dumps(results))
@@ -112,6 +117,22 @@ def test_local_paths_are_not_in_it(tmp_path: Path) -> None:
         in upload_sae(made, REPO, dry_run=True).card
     )
     assert "    dataset_path='PATH/TO/texts',\n" in card
+
+
+def test_what_the_spreads_are_of(tmp_path: Path) -> None:
+    results: Any = fake_results(cases=("auxk",), ks=(25,), seeds=(0, 1, 2))
+    saes = {"auxk": save(tmp_path / "auxk")}
+    for run in results["runs"]:
+        run["status"] = "unfinished"
+    results["runs"][0] |= {"status": "finished", "folder": "auxk"}
+    part = comparison_part(REPO, saes, results, "", [])
+    assert (
+        "Mean ± sample standard deviation over the seeds of each group (of found again, best "
+        "cosine, matched cosine: over pairs of seeds)." in part
+    )
+    for group in results["groups"]:
+        group["mean"] = {"l0": 25.0}
+    assert "of each group.\n" in comparison_part(REPO, saes, results, "", [])
 
 
 def test_another_dtype_is_part_of_how_to_load_it(tmp_path: Path) -> None:
