@@ -10,6 +10,7 @@ smaller context would throw text away. (The Hub was out of reach when this was w
 reads a local folder in this format, with a random model of GPT-2's shape.)
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from simple_parsing import ArgumentParser
 from sae_lens_auxk.cli.upload import listing
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.run import plan_comparison, run_comparison
 from sae_lens_auxk.hub import upload_sae
 
@@ -63,6 +65,9 @@ def main(args: Sequence[str] | None = None) -> None:
         print(plan_comparison(comparison, options.output))
         return
     print(f"report  {run_comparison(comparison, options.output, say=print)}")
+    runs = read_results(options.output)["runs"]
+    if failed := [run["name"] for run in runs if run["status"] == "failed"]:
+        sys.exit(f"failed: {'; '.join(failed)}")
     print(listing(options.repo, upload_sae(options.output, options.repo, dry_run=True)))
 
 

@@ -14,8 +14,9 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_auxk.compare import sources
-from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.losses.registry import AUX_LOSSES
+from tests.compare.fake_results import failed, fake_results
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -84,6 +85,16 @@ def test_gpt2(
     sae = SAE.load_from_disk(tmp_path / "out" / str(runs[1]["folder"]))
     assert sae.cfg.metadata.training_architecture == "auxk-topk"
     assert (sae.cfg.d_in, sae.cfg.metadata.context_size) == (768, 1024)
+
+
+def test_gpt2_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = fake_results(cases=("auxk", "none"), ks=(32,), seeds=(0,))
+    failed(results["runs"][0], "failed", "KeyError")
+    write_results(tmp_path, results)
+    main = load("gpt2.py")["main"]
+    monkeypatch.setitem(main.__globals__, "run_comparison", lambda *_, **__: tmp_path / "report")
+    with pytest.raises(SystemExit, match=rf"^failed: {results['runs'][0]['name']}$"):
+        main(["--output", str(tmp_path)])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -129,7 +129,7 @@ def page_of(results: Results, drawn: Sequence[Figure]) -> str:
         if figure.name == "peeking":
             sections.append(_table(peeking))
     if (effect := effect_table(results)).rows:
-        sections.append(f"<h2>Effects of single latents</h2>{_table(effect)}")
+        sections.append(f"<h2>Effect of a latent</h2>{_table(effect)}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
@@ -176,7 +176,7 @@ def _table(table: Table) -> str:
         rows.append(f"<tr>{cells}</tr>")
     return (
         f'<div class="wide" tabindex="0" role="group" aria-label="{escape(table.caption)}">'
-        f'<table class="sortable"><caption>{escape(table.caption)}. The heads sort.</caption>'
+        f'<table class="sortable"><caption>{escape(table.caption)}. Click a head to sort.</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         '<details class="meanings"><summary>What the columns mean</summary>'
         f"<dl>{meanings}</dl></details>"
