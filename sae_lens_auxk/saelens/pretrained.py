@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
+from sae_lens_auxk.files import read_json
 from sae_lens_auxk.saelens.checkpoints import ESTIMATED_SCALING, fold_scaling_beside
-from sae_lens_auxk.saelens.names import handle_config_defaulting, sae_lens_disk_loader
+from sae_lens_auxk.saelens.names import (
+    SAE_CFG_FILENAME,
+    handle_config_defaulting,
+    sae_lens_disk_loader,
+)
 
 # SAELens's defaults, for folders whose config lacks these fields.
 _SAME = {
@@ -44,9 +49,11 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no SAE at ``path``.
-        ValueError: the architecture or shape does not fit, or a field of ``cfg`` would change the
-            function that the weights compute.
+        ValueError: the SAE's config cannot be read, the architecture or shape does not fit, or a
+            field of ``cfg`` would change the function that the weights compute.
     """
+    if (config := Path(path) / SAE_CFG_FILENAME).is_file():
+        read_json(config)  # whose error names the file
     given, state = sae_lens_disk_loader(path, cfg.device, {"dtype": cfg.dtype})
     given = handle_config_defaulting(given)
     _require_architecture(cfg, given, path)

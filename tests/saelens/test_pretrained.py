@@ -181,6 +181,13 @@ def test_learnt_thresholds_are_no_batchtopk(tmp_path: Path) -> None:
         made_by_the_runner("auxk-batchtopk", tmp_path)
 
 
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    trained("topk").save_model(tmp_path)
+    (tmp_path / "cfg.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path}/cfg.json cannot be read"):
+        made_by_the_runner("auxk-topk", tmp_path)
+
+
 def test_another_k_is_a_warning(tmp_path: Path) -> None:
     trained("topk").save_model(tmp_path)
     with pytest.warns(UserWarning, match=r"k=7, but the SAE in .* was trained with k=4"):
