@@ -933,9 +933,30 @@ MUTANTS = [
     Mutant(
         "compare",
         "winner_of_three_latents",
-        "n_found(group) < MIN_LATENTS",
-        "n_found(group) < 0",
+        'key == "found_again" and n_latents(a, key) < MIN_LATENTS',
+        "False",
         COMPARE_SEEDS,
+    ),
+    Mutant(
+        "compare",
+        "winner_of_three_latents_less",
+        "n_latents(b, key) - n_latents(a, key) < MIN_LATENTS",
+        "False",
+        COMPARE_SEEDS,
+    ),
+    Mutant(
+        "compare",
+        "near_one_but_not_each_other",
+        "if have_one_l0(low, other) and _l0(other) >= _l0(low)",
+        "if have_one_l0(low, other)",
+        COMPARE_SEEDS,
+    ),
+    Mutant(
+        "compare",
+        "pairs_of_seeds_without_an_effect",
+        "_over_seeds(compared or of_seeds)",
+        "_over_seeds(of_seeds)",
+        COMPARE_EFFECT,
     ),
     Mutant(
         "compare",

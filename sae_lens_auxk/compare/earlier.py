@@ -8,7 +8,7 @@ the other.
 from collections.abc import Sequence
 
 from sae_lens_auxk.compare.schema import ACROSS_SEEDS, Numbers, Pair, Run
-from sae_lens_auxk.compare.seeds import numbers_of
+from sae_lens_auxk.compare.seeds import Case, case_of, numbers_of
 
 
 def upgraded(runs: Sequence[Run]) -> list[Run]:
@@ -16,7 +16,7 @@ def upgraded(runs: Sequence[Run]) -> list[Run]:
 
     From more than three seeds the pairs cannot be had, and there is no spread.
     """
-    cases: dict[tuple[str, str, float | None], list[Run]] = {}
+    cases: dict[Case, list[Run]] = {}
     made: list[Run] = []
     for run in runs:
         numbers = dict(run["metrics"])
@@ -25,7 +25,7 @@ def upgraded(runs: Sequence[Run]) -> list[Run]:
             numbers["found_again"] = found * (1 - dead)
         made.append({**run, "metrics": numbers})
         if "found_again_by_age" in run:
-            cases.setdefault((run["case"], run["architecture"], run["k"]), []).append(made[-1])
+            cases.setdefault(case_of(run), []).append(made[-1])
     for members in cases.values():
         for run in members:
             others = [other for other in members if other is not run]

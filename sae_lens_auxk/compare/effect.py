@@ -35,6 +35,7 @@ from sae_lens_auxk.compare.schema import (
     Numbers,
     Run,
 )
+from sae_lens_auxk.compare.seeds import case_of
 from sae_lens_auxk.compare.sources import Pass
 from sae_lens_auxk.files import write_tensors
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
@@ -287,7 +288,7 @@ def _groups(
         found
         for other in all_runs
         if other["seed"] != run["seed"]
-        and _case_of(other) == _case_of(run)
+        and case_of(other) == case_of(run)
         and (found := alive_latents(other, folder, str(sae.device))) is not None
     ]
     decoder = sae.W_dec.detach().float()
@@ -300,7 +301,3 @@ def _groups(
         holds = (cosines if signed else cosines.abs()).amax(dim=1).cpu() >= JUNK
         members |= {"feature": alive & holds, "junk": alive & ~holds}
     return {name: mask.nonzero().flatten() for name, mask in members.items()}
-
-
-def _case_of(run: Run) -> tuple[str, str, float | None]:
-    return run["case"], run["architecture"], run["k"]

@@ -34,6 +34,7 @@ from sae_lens_auxk.compare.schema import (
     Pair,
     Run,
 )
+from sae_lens_auxk.compare.seeds import Case, case_of
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 ROWS_PER_CHUNK = 1024
@@ -69,10 +70,10 @@ def with_reproducibility(runs: Sequence[Run], folder: Path, device: str) -> list
         device: where to compute.
     """
     measured = list(runs)
-    cases: dict[tuple[str, str, float | None], list[int]] = {}
+    cases: dict[Case, list[int]] = {}
     for i, run in enumerate(runs):
         if run["status"] == "finished":
-            cases.setdefault((run["case"], run["architecture"], run["k"]), []).append(i)
+            cases.setdefault(case_of(run), []).append(i)
     for (_, architecture, _), members in cases.items():
         loaded = {i: alive_latents(runs[i], folder, device) for i in members}
         alive = {i: latents for i, latents in loaded.items() if latents is not None}

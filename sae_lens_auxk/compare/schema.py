@@ -71,6 +71,16 @@ class Metric:
             text += f" ± {factor * spread:.{self.digits}f}"
         return text + unit
 
+    def difference(self, *values: float) -> str:
+        """A difference, or the ends of its interval.
+
+        Example:
+            >>> METRICS["dead_fraction"].difference(0.156, 0.207), METRICS["f1"].difference(-0.5)
+            ('15.6 to 20.7 points', '-0.500')
+        """
+        factor, unit = (100, " points") if self.percent else (1, "")
+        return " to ".join(f"{factor * value:.{self.digits}f}" for value in values) + unit
+
 
 METRICS = {
     "dead_fraction": Metric(
@@ -186,8 +196,8 @@ METRICS = {
         "ms/step",
         1,
         "Median time in milliseconds of a training step, from forward pass to optimizer, over "
-        "the roughly 100 steps of the history; the device is synchronised before and after.",
-        better="down",
+        "the roughly 100 steps of the history; the device is synchronised before and after. A case "
+        "that is trained again is timed alone, so no case is called better.",
     ),
     "peak_memory_gib": Metric(
         "GiB",
@@ -223,7 +233,6 @@ PEEKING = {
         f"Share of the group whose best cosine with a true feature is below {JUNK}; the cosine "
         "is signed, but for AbsTopK.",
         percent=True,
-        better="down",
     ),
     "duplicate_share": Metric(
         "duplicates",
@@ -231,13 +240,11 @@ PEEKING = {
         "Share of the group that is not junk, but whose true feature another alive latent matches "
         "with a larger cosine.",
         percent=True,
-        better="down",
     ),
     "features_hurt": Metric(
         "features hurt",
         2,
         "Effective number of true features that are recovered less well without the latent.",
-        better="down",
     ),
     "split": Metric(
         "split",
@@ -245,20 +252,17 @@ PEEKING = {
         "How much more of the variance of the nearest true feature's activation the latent and "
         "one other, both with positive coefficients, explain together than the better of the two "
         "alone; over latents that are not junk.",
-        better="down",
     ),
     "direction_spread": Metric(
         "spread",
         3,
         "Effective share of the samples that vary along the latent's direction; 1/3 for a random "
         "direction.",
-        better="down",
     ),
     "nearest_cosine": Metric(
         "nearest latent",
         3,
         "Cosine of the latent's decoder row with the nearest one of another alive latent.",
-        better="down",
     ),
     "found_again": Metric(
         "found again, of these",
@@ -266,13 +270,11 @@ PEEKING = {
         "Share of all alive latents of the group that have a cosine above "
         f"{FOUND_AGAIN} with an alive latent, of any group, of another seed.",
         percent=True,
-        better="up",
     ),
     "mean_best_cosine": Metric(
         "best cosine",
         3,
         "Mean of that cosine over all alive latents of the group.",
-        better="up",
     ),
 }
 """Means over a group of latents, the entry ``peeking`` of a run; see docs/peeking.md."""
@@ -423,10 +425,16 @@ class MeanAndStd(TypedDict):
     std: Numbers
 
 
+class EffectOverSeeds(MeanAndStd):
+    """Over the ``n_seeds`` that have enough pairs or, if none has, the pairs of all."""
+
+    n_seeds: int
+
+
 class EffectOfGroup(TypedDict, total=False):
     """As in a run, over the seeds."""
 
-    effect: dict[str, MeanAndStd]
+    effect: dict[str, EffectOverSeeds]
 
 
 class Group(MeanAndStd, EffectOfGroup):

@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 from sae_lens_auxk.compare.schema import (
     ACROSS_SEEDS,
     EffectOfGroup,
+    EffectOverSeeds,
     Group,
     MeanAndStd,
     Metric,
@@ -29,6 +30,12 @@ MIN_LATENTS = 30
 MAX_L0_RATIO = 1.1
 """Nor are SAEs compared whose L0 differ by more."""
 CONFIDENCE = 0.95
+Case = tuple[str, str, float | None]
+
+
+def case_of(run: Run) -> Case:
+    """What the seeds of a case have in common: its name, its architecture and its k."""
+    return run["case"], run["architecture"], run["k"]
 
 
 def groups_of(runs: Sequence[Run]) -> Iterator[Group]:
@@ -38,11 +45,10 @@ def groups_of(runs: Sequence[Run]) -> Iterator[Group]:
     that of a sample, so it is None for a single run. Numbers that compare seeds have that of the
     pairs of seeds: a run's mean over its pairs shares all but one with every other run's.
     """
-    grouped: dict[tuple[str, str, float | None], list[Run]] = {}
+    grouped: dict[Case, list[Run]] = {}
     for run in runs:
         if run["status"] == "finished":
-            key = (run["case"], run["architecture"], run["k"])
-            grouped.setdefault(key, []).append(run)
+            grouped.setdefault(case_of(run), []).append(run)
     for (case, architecture, k), members in grouped.items():
         yield {
             "case": case,
@@ -78,9 +84,15 @@ def _over_seeds(rows: Sequence[Numbers]) -> MeanAndStd:
 
 
 def _effect_of(runs: Sequence[Run]) -> EffectOfGroup:
-    effects = [effect for run in runs if (effect := run.get("effect"))]
-    names = dict.fromkeys(name for effect in effects for name in effect)
-    found = {name: _over_seeds([effect.get(name, {}) for effect in effects]) for name in names}
+    rows: dict[str, list[Numbers]] = {}
+    for run in runs:
+        for name, numbers in run.get("effect", {}).items():
+            rows.setdefault(name, []).append(numbers)
+    found: dict[str, EffectOverSeeds] = {}
+    for name, of_seeds in rows.items():
+        # A seed with too few pairs has nothing else.
+        compared = [numbers for numbers in of_seeds if numbers.get("mse_rise") is not None]
+        found[name] = {**_over_seeds(compared or of_seeds), "n_seeds": len(compared)}
     return {"effect": found} if found else {}
 
 
@@ -121,10 +133,10 @@ def is_better(a: Group, b: Group, key: str, metric: Metric) -> bool:
     """Whether case ``a`` is better than case ``b``.
 
     It is if the differences of the seeds that both have, ``a`` less ``b``, are beyond chance. No
-    case is better on fewer than MIN_LATENTS latents found again, nor if one has more than
-    MAX_L0_RATIO times the L0 of the other.
+    case is better on fewer than MIN_LATENTS latents found again, nor on so few that are dead in the
+    other only, nor if one has more than MAX_L0_RATIO times the L0 of the other.
     """
-    if metric.better is None or not have_one_l0(a, b) or too_few_found(a, key):
+    if metric.better is None or not have_one_l0(a, b) or too_few_latents(a, b, key):
         return False
     first, second = (a, b) if metric.better == "up" else (b, a)
     return is_beyond_chance(differences(first, second, key))
@@ -178,27 +190,33 @@ def by_seed(runs: Sequence[Run], key: str) -> list[float]:
 
 def have_one_l0(a: Group, b: Group) -> bool:
     """Whether their L0 differ by at most a tenth."""
-    low, high = sorted(group["mean"].get("l0") or 0.0 for group in (a, b))
+    low, high = sorted(map(_l0, (a, b)))
     return 0 < high <= MAX_L0_RATIO * low
 
 
-def too_few_found(group: Group, key: str) -> bool:
-    """Whether the metric is a share of latents found again, and that is of too few."""
-    return key == "found_again" and n_found(group) < MIN_LATENTS
+def _l0(group: Group) -> float:
+    return group["mean"].get("l0") or 0.0
 
 
-def n_found(group: Group) -> float:
-    """Mean number of latents found again."""
-    return mean(
-        (run["metrics"].get("found_again") or 0.0) * run["sae_config"].get("d_sae", 0)
-        for run in group["runs"]
-    )
+def too_few_latents(a: Group, b: Group, key: str) -> bool:
+    """Whether ``a`` would be better than ``b`` by a share of too few latents."""
+    if key == "dead_fraction":
+        return n_latents(b, key) - n_latents(a, key) < MIN_LATENTS
+    return key == "found_again" and n_latents(a, key) < MIN_LATENTS
+
+
+def n_latents(group: Group, share: str) -> float:
+    """The number that is this share of all latents, in the mean."""
+    return (group["mean"].get(share) or 0.0) * group["runs"][0]["sae_config"].get("d_sae", 0)
 
 
 def of_one_l0(groups: Sequence[Group]) -> list[Group]:
-    """Those that can be compared: the L0 that most others are near, and all cases near it."""
-    near = [[other for other in groups if have_one_l0(group, other)] for group in groups]
-    return max(near, key=len, default=[])
+    """Those that can be compared: the most cases of which any two have about the same L0."""
+    windows = [
+        [other for other in groups if have_one_l0(low, other) and _l0(other) >= _l0(low)]
+        for low in groups
+    ]
+    return max(windows, key=len, default=[])
 
 
 def in_order(groups: Sequence[Group], key: str, metric: Metric) -> list[Group]:
@@ -217,12 +235,19 @@ def unbeaten(groups: Sequence[Group], key: str, metric: Metric) -> list[Group]:
 
 
 def best_of(groups: Sequence[Group], key: str, metric: Metric) -> Group | None:
-    """The one that is better than each other with its L0, if there is one."""
+    """The best of those that can be compared, if there is one."""
     rivals = of_one_l0([group for group in groups if group["mean"].get(key) is not None])
-    for group in rivals if len(rivals) > 1 else ():
-        if all(is_better(group, other, key, metric) for other in rivals if other is not group):
-            return group
-    return None
+    return next((group for group in rivals if is_best(group, rivals, key, metric)), None)
+
+
+def is_best(group: Group, groups: Sequence[Group], key: str, metric: Metric) -> bool:
+    """Whether it is better than every other that has about its L0, of one or more."""
+    others = [
+        other
+        for other in groups
+        if other is not group and have_one_l0(group, other) and other["mean"].get(key) is not None
+    ]
+    return bool(others) and all(is_better(group, other, key, metric) for other in others)
 
 
 def _is_worse(group: Group, groups: Sequence[Group], key: str, metric: Metric) -> bool:

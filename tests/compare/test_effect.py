@@ -547,17 +547,46 @@ def test_the_report_has_the_numbers_and_defines_them(tmp_path: Path) -> None:
         }  # fmt: skip
     results["groups"] = list(groups_of(results["runs"]))
     table = effect_table(results)
-    assert table.columns == ["case", "group", "pairs", "CE rise", "MSE rise", "CE / MSE"]
+    assert table.columns == ["case", "group", "seeds", "pairs", "CE rise", "MSE rise", "CE / MSE"]
     assert [[cell.text for cell in row[1:]] for row in table.rows] == [
-        ["revived", "480 ± 0", "0.0200 ± 0.0141", "0.40 ± 0.00%", "5.000 ± 3.536"],
-        ["never died", "480 ± 0", "0.0400 ± 0.0283", "0.40 ± 0.00%", "10.000 ± 7.071"],
-        ["found", "7 ± 0", "–", "–", "–"],
+        ["revived", "2", "480 ± 0", "0.0200 ± 0.0141", "0.40 ± 0.00%", "5.000 ± 3.536"],
+        ["never died", "2", "480 ± 0", "0.0400 ± 0.0283", "0.40 ± 0.00%", "10.000 ± 7.071"],
+        ["found", "0", "7 ± 0", "–", "–", "–"],
     ]
     page = write_report(results, tmp_path).read_text()
     for text in (page, (tmp_path / "report.md").read_text()):
         assert "480" in text
     for metric in table.metrics:
         assert html.escape(metric.definition) in page
+
+
+def rows_of(seeds: list[tuple[int, float | None, float | None]]) -> list[list[str]]:
+    """The rows of revived and never-dead latents with these pairs and MSE rises by seed."""
+    results = fake_results(cases=("auxk",), ks=(16,), seeds=range(len(seeds)))
+    for entry, (n_pairs, *both) in zip(results["runs"], seeds, strict=True):
+        entry["effect"] = {
+            name: {"n_pairs": n_pairs, "mse_rise": rise}
+            for name, rise in zip(("revived", "never_died"), both, strict=True)
+        }
+    results["groups"] = list(groups_of(results["runs"]))
+    return [[cell.text for cell in row[1:]] for row in effect_table(results).rows]
+
+
+def test_seeds_with_too_few_pairs_are_not_in_the_means() -> None:
+    few = (None, None)
+    assert rows_of([(120, 0.01, 0.02), (60, *few), (90, *few)]) == [
+        ["revived", "1", "120", "1.00%"],
+        ["never died", "1", "120", "2.00%"],
+    ]
+
+
+def test_differences_of_effects_are_paired_by_seed() -> None:
+    """0.01, 0.02 and 0.03, of seeds that are far apart; 4.303 * 0.01 / 3 ** 0.5 is 0.0248."""
+    seeds = [(120, 0.11, 0.10), (120, 0.52, 0.50), (120, 0.33, 0.30)]
+    assert rows_of([*seeds, (60, None, None)])[2] == [
+        "revived less never died", "3", "–", "2.00 points (-0.48 to 4.48 points)",
+    ]  # fmt: skip
+    assert len(rows_of(seeds[:2])) == 2
 
 
 def test_what_is_refused() -> None:

@@ -309,22 +309,33 @@ def results_of(l0: float = 8, **cases: Any) -> Any:
                 case: [{"dead_fraction": x, "l0": 8} for x in shares]
                 for case, shares in {"a": (0.3, 0.4, 0.3), "b": (0.1, 0.1, 0.11)}.items()
             },
-            '"b", 10.33 ± 0.58% (L0 8.0, 10.3% of 4,096 latents dead), is better than the other, '
-            'and than the next, "a" (33.33 ± 5.77%), by 8.66% to 37.34% (95% interval).',
+            '"b", 10.33 ± 0.58% (L0 8.0, 10.33% of 4,096 latents dead), is better than the other, '
+            'and than the next, "a" (33.33 ± 5.77%), by 7.89 to 38.11 points (95% interval).',
         ),
         (
             {"a": (0.5, 0.7, 0.4), "b": (0.6, 0.61, 0.6), "c, d": (0.1, 0.12, 0.1)},
             'Not told apart: "b" (0.603 ± 0.006) and "a" (0.533 ± 0.153). Worse than at least one '
-            'of these: "c, d" (0.107 ± 0.012).',
+            'other: "c, d" (0.107 ± 0.012).',
+        ),
+        (
+            # "a" and "c" have no seed in common.
+            {"a": (0.7,) * 3, "b": (0.6,) * 6, "c": (None,) * 3 + (0.5,) * 3},
+            'Not worse than any other: "a" (0.700 ± 0.000). Worse than at least one other: "b" '
+            '(0.600 ± 0.000) and "c" (0.500 ± 0.000).',
         ),
         (
             {"a": (0.5, 0.5), "b": (0.6, 0.6)},
-            'Not told apart with fewer than 3 seeds; by their means: "b" (0.600 ± 0.000) and '
-            '"a" (0.500 ± 0.000).',
+            'Not told apart, as no two have 3 seeds in common; by their means: "b" (0.600 ± 0.000) '
+            'and "a" (0.500 ± 0.000).',
+        ),
+        (
+            {"a": (0.5, 0.5, 0.5), "b": (0.6, 0.6)},
+            'Not told apart, as no two have 3 seeds in common; by their means: "b" (0.600 ± 0.000) '
+            'and "a" (0.500 ± 0.000).',
         ),
         (
             {"a": (0.5,)},
-            'It is the only case: "a", 0.500 (L0 8.0, 25.0% of 4,096 latents dead).',
+            'Only "a" has this number: 0.500 (L0 8.0, 25.0% of 4,096 latents dead).',
         ),
     ],
 )
@@ -356,10 +367,22 @@ def test_killing_latents_wins_nothing() -> None:
         return dict(answer(with_pairs(results)))[question]
 
     assert said(256, multi_topk=4 / 256, none=2 / 256) == (
-        "Not told apart, as no case has 30 latents that are found again: "
+        "Not told apart, as no case has 30 latents that are found again; by their means: "
         '"multi_topk" (1.6 ± 0.0%) and "none" (0.8 ± 0.0%).'
     )
-    assert said(256, multi_topk=40 / 256, none=20 / 256).startswith('"multi_topk", 15.6 ± 0.0%')
+    text = said(256, multi_topk=40 / 256, none=20 / 256)
+    assert text.startswith('"multi_topk", 15.6 ± 0.0%')
+    assert text.endswith("by 7.8 to 7.8 points (95% interval).")
+
+
+def test_pairs_that_are_not_known_are_the_reason() -> None:
+    """Of version 1, with four seeds."""
+    results = results_of(**{case: [{"found_again": share, "l0": 8}] * 4
+                            for case, share in {"a": 0.5, "b": 0.1}.items()})  # fmt: skip
+    assert dict(answer(results))["Most latents found again by other seeds"] == (
+        "Not told apart, as no two have 3 seeds in common whose pairs are all known; by their "
+        'means: "a" (50.0%) and "b" (10.0%).'
+    )
 
 
 def test_cases_of_another_l0_are_named_and_not_ranked(tmp_path: Path) -> None:
@@ -368,10 +391,72 @@ def test_cases_of_another_l0_are_named_and_not_ranked(tmp_path: Path) -> None:
     results = results_of(l0=32, jumprelu=sparse, a=(0.5, 0.51, 0.5), b=(0.6, 0.61, 0.6))
     text = dict(answer(results))["Best explained variance"]
     assert text.startswith('"b", 0.603 ± 0.006 (L0 32.0, ')
-    assert text.endswith('Not compared, as the L0 is more than 10% away: "jumprelu" (14.5).')
+    assert text.endswith('Not compared, as some L0 are more than 10% away: "jumprelu" (14.5).')
     only = results_of(l0=32, jumprelu=sparse, a=(0.5, 0.51, 0.5))
     text = dict(answer(only))["Best explained variance"]
     assert text.startswith('No two cases have about the same L0: "jumprelu", 0.903 ± 0.006 (L0')
+
+
+def test_no_case_is_called_worse_than_one_of_another_l0() -> None:
+    results = results_of(
+        **{
+            case: [{"f1": f1, "l0": l0, "dead_fraction": 0.25}] * 3
+            for case, f1, l0 in (("A", 0.9, 30), ("B", 0.8, 32.5), ("C", 0.7, 35))
+        }
+    )
+    text = dict(answer(results))["Best F1 with true features"]
+    assert text.startswith('"A", 0.900 ± 0.000 (L0 30.0, ')
+    assert text.endswith('Not compared, as some L0 are more than 10% away: "C" (35.0).')
+
+
+def test_a_metric_that_only_another_k_has_is_not_asked_for() -> None:
+    results = fake_results(cases=("a", "b"), ks=(16, 25, 50))
+    for run in results["runs"]:
+        if run["k"] != 50:
+            del run["metrics"]["f1"]
+    results["groups"] = list(groups_of(results["runs"]))
+    assert "Best F1 with true features" not in dict(answer(results))
+    assert "Best explained variance" in dict(answer(results))
+
+
+def test_the_only_case_that_did_not_fail() -> None:
+    results = fake_results(cases=("a", "b"), ks=(25,))
+    for run in results["runs"][:3]:
+        failed(run, "failed", "no")
+    results["groups"] = list(groups_of(results["runs"]))
+    assert dict(answer(results))["Best F1 with true features"].startswith(
+        'Only "b" has this number: 0.7'
+    )
+
+
+def test_bold_is_by_l0_where_an_architecture_has_no_k() -> None:
+    """JumpReLU beside TopK at two k: it is the best at the k that has its L0."""
+    results = fake_results(cases=("topk", "jumprelu"), ks=(16, 32))
+    for run in results["runs"]:
+        k = run["k"]
+        run["metrics"] |= {"l0": k, "explained_variance": 0.5 + k / 1000}
+        if run["case"] == "jumprelu":
+            run["k"] = None
+            run["metrics"] |= {"l0": 31, "explained_variance": 0.6}
+    results["runs"] = [
+        run for run in results["runs"] if "jumprelu, auxk-topk, k=16" not in run["name"]
+    ]
+    results["groups"] = list(groups_of(results["runs"]))
+    table = main_table(results)
+    column = table.columns.index("EV")
+    assert [(row[0].text, row[2].text) for row in table.rows if row[column].best] == [
+        ("jumprelu", "–")
+    ]
+
+
+def test_times_name_no_winner() -> None:
+    """A case that is trained again is timed alone."""
+    results = results_of(
+        a=[{"ms_per_step": 1.0, "l0": 8}] * 3, b=[{"ms_per_step": 9.0, "l0": 8}] * 3
+    )
+    table = main_table(results)
+    column = table.columns.index("ms/step")
+    assert not any(row[column].best for row in table.rows)
 
 
 def test_bold_rows_and_answers_agree() -> None:
@@ -382,7 +467,7 @@ def test_bold_rows_and_answers_agree() -> None:
         table, answers = main_table(results), dict(answer(results))
         for key, question in (("f1", "Best F1"), ("explained_variance", "Best explained")):
             column = table.columns.index(METRICS[key].label)
-            bold = [row[0].text for row in table.rows if row[column].best and row[2].text != "16"]
+            bold = [row[0].text for row in table.rows if row[column].best and row[2].text == "16"]
             (text,) = (text for head, text in answers.items() if head.startswith(question))
             assert bold == [case for case in cases if text.startswith(f'"{case}", ')]
 
@@ -414,7 +499,8 @@ def test_the_peeking_line_by_hand() -> None:
         f'20.3% and 50.7%. {again} "a" 50.0% and 50.0%, "b" 50.0% and 50.0% and "c" 50.0% and '
         "50.0%."
     )
-    assert peeking_of(a=worse[:2]).startswith(f'{about} Not told apart: "a" 50.0% and 20.5%. ')
+    few = "Not told apart with fewer than 3 seeds"
+    assert peeking_of(a=worse[:2]).startswith(f'{about} {few}: "a" 50.0% and 20.5%. ')
     assert "Too few, less than 30: " in peeking_of(n=29, a=worse)
     assert "Too few" not in peeking_of(n=30, a=worse)
     unlike = "Not comparable, as no others fire about as often: "
@@ -426,7 +512,21 @@ def test_the_settings_say_what_each_case_is() -> None:
     results: Any = results_of(auxk=(0.5,), hard=(0.5,))
     for run, bias in zip(results["runs"], ("decoder", "none"), strict=True):
         run["sae_config"] |= {"aux_bias": bias, "k_aux": 32, "d_sae": 64}
-    assert ("cases", '"auxk" (auxk-topk); "hard" (auxk-topk, aux_bias none)') in settings(results)
+    cases = ("cases", '"auxk" (auxk-topk); "hard" (auxk-topk, aux_bias none)')
+    assert cases in settings(results)
+    unfinished = [{**run, "seed": 1, "status": "unfinished", "sae_config": {}}
+                  for run in results["runs"]]  # fmt: skip
+    results["runs"] += unfinished
+    assert cases in settings(results)
+    results["runs"] = unfinished
+    assert ("cases", '"auxk" (auxk-topk); "hard" (auxk-topk)') in settings(results)
+
+
+def test_the_settings_say_which_rows_are_left_out() -> None:
+    results = results_of(a=(0.5,))
+    assert "left out" not in dict(settings(results))
+    results["comparison"]["max_norm_multiple"] = 10.0
+    assert ("left out", "rows above 10 times the median norm") in settings(results)
 
 
 def test_the_settings_stand_above_all_numbers(tmp_path: Path) -> None:
@@ -436,7 +536,8 @@ def test_the_settings_stand_above_all_numbers(tmp_path: Path) -> None:
     assert dict(settings(results)) == {
         "d_sae": "4,096", "d_in": "768", "k": "16, 25", "training samples": "8,000,000",
         "batch size": "4,096", "learning rate": "0.0003", "held-out samples": "500",
-        "dead after": "10,000 silent samples", "seeds": "0, 1, 2", "architectures": "auxk-topk",
+        "dead after": "10,000 silent samples", "seeds": "0, 1, 2", "cases": '"auxk" (auxk-topk)',
+       
     }  # fmt: skip
     page, markdown = report(results, tmp_path)
     for text, first in ((page.text, "All numbers"), (markdown, "## All numbers")):

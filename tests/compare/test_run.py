@@ -37,6 +37,7 @@ RUN_KEYS = {
     "metrics",
     "density",
     "silent_latents",
+    "pairs",
     "peeking",
     "found_again_by_age",
 }

@@ -155,6 +155,21 @@ def test_few_latents_found_again_are_better_than_none() -> None:
         assert is_better(few, none, "found_again", FOUND) == some
 
 
+def test_a_mean_is_not_lowered_by_a_run_without_the_number() -> None:
+    few = group(of_pairs(0.035, 0.035, 0.035) + of_seeds({3: None}, "found_again"))
+    assert is_better(few, group(of_pairs(0.0, 0.0, 0.0)), "found_again", FOUND)
+
+
+@pytest.mark.parametrize(("d_sae", "some"), [(290, False), (310, True)])
+def test_few_latents_less_that_are_dead_are_not_better(d_sae: int, some: bool) -> None:
+    """faults.md, A5: two to four latents rank anything."""
+    key = "dead_fraction"
+    a, b = of_seeds([0.2] * 3, key), of_seeds([0.3] * 3, key)
+    for run in a + b:
+        run["sae_config"]["d_sae"] = d_sae
+    assert is_better(group(a), group(b), key, METRICS[key]) == some
+
+
 def test_other_l0_are_not_compared() -> None:
     for l0, some in ((29.1, True), (35.2, True), (29.0, False), (35.3, False), (0.0, False)):
         other = ev(0.1, 0.1, 0.1, l0=l0)
@@ -184,6 +199,11 @@ def test_the_best_is_of_the_l0_that_most_have() -> None:
     assert of_one_l0([sparse, low, high]) == [low, high]
     assert best_of([sparse, low, high], key, EV) is high
     assert in_order([sparse, low, high], key, EV) == [sparse, high, low]
+    # The middle one is near both others, which are not near each other.
+    chain = [ev(0.9, 0.9, 0.9, l0=30), ev(0.8, 0.8, 0.8, l0=32.5), ev(0.7, 0.7, 0.7, l0=35)]
+    assert of_one_l0(chain) == chain[:2]
+    more = [*chain, ev(0.1, 0.1, 0.1, l0=35)]
+    assert of_one_l0(more) == more[1:]
 
 
 def test_a_circle_of_cases_with_other_seeds_ends() -> None:

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import combinations
 from typing import Any
-
-from sae_lens.registry import get_sae_training_class
 
 from sae_lens_auxk.compare.report.groups import (
     QUESTIONS,
@@ -12,6 +11,7 @@ from sae_lens_auxk.compare.report.groups import (
     compared,
     first_question,
     label,
+    measured,
     number,
     one_of_several_k,
 )
@@ -24,11 +24,12 @@ from sae_lens_auxk.compare.seeds import (
     differences,
     interval,
     is_beyond_chance,
+    n_latents,
     numbers_of,
     of_one_l0,
-    too_few_found,
     unbeaten,
 )
+from sae_lens_auxk.saelens.names import get_sae_training_class
 
 REVIVED_OR_NOT = ("revived", "never_died")
 WORSE = {
@@ -46,6 +47,7 @@ def settings(results: Results) -> list[tuple[str, str]]:
     """What every number depends on."""
     given = results["comparison"]
     configs = [run["sae_config"] for run in results["runs"]]
+    longest = given.get("max_norm_multiple")
     return [
         ("d_sae", _values([config.get("d_sae") for config in configs] + [given.get("d_sae")])),
         ("d_in", _values([config.get("d_in") for config in configs] + [given.get("d_in")])),
@@ -54,6 +56,7 @@ def settings(results: Results) -> list[tuple[str, str]]:
         ("batch size", _values([given.get("batch_size")])),
         ("learning rate", _values([given.get("lr")])),
         ("held-out samples", _values([given.get("eval_samples")])),
+        *([("left out", f"rows above {longest:g} times the median norm")] if longest else []),
         ("dead after", f"{_values([given.get('dead_after')])} silent samples"),
         ("seeds", _values(given.get("seeds", []))),
         ("cases", "; ".join(_cases(results))),
@@ -62,7 +65,11 @@ def settings(results: Results) -> list[tuple[str, str]]:
 
 def _cases(results: Results) -> Iterator[str]:
     """Each case with its architecture and what it set, unless all others that can set the same."""
-    configs = {(run["case"], run["architecture"]): run["sae_config"] for run in results["runs"]}
+    configs: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in results["runs"]:
+        key = (run["case"], run["architecture"])
+        # A run that is not finished has none.
+        configs[key] = run["sae_config"] or configs.get(key, {})
     for (case, architecture), config in configs.items():
         by_itself = _defaults(architecture)
         own = [
@@ -98,7 +105,7 @@ def answer(results: Results) -> list[tuple[str, str]]:
     metrics = {
         # Where hardly any latent is dead, one decimal is not enough.
         key: replace(metric, digits=2) if key == "dead_fraction" else metric
-        for key, metric in columns(results).items()
+        for key, metric in measured(compared(results), METRICS).items()
     }
     lines = [
         (question, " ".join(_answer(results, key, metrics[key])))
@@ -122,14 +129,17 @@ def _answer(results: Results, key: str, metric: Metric) -> list[str]:
 
     def in_full(group: Group) -> str:
         """As much as a sentence that names a winner must say."""
-        l0, dead = (METRICS[part].show(number(group, part)[0]) for part in ("l0", "dead_fraction"))
+        shown = METRICS | {key: metric}  # the same digits
+        l0, dead = (shown[part].show(number(group, part)[0]) for part in ("l0", "dead_fraction"))
         d_sae = _values([run["sae_config"].get("d_sae") for run in group["runs"]])
-        what = f"L0 {l0}, {dead} of {d_sae} latents dead"
-        return f"{named(group)}, {metric.show(*number(group, key))} ({what}),"
+        return f"{metric.show(*number(group, key))} (L0 {l0}, {dead} of {d_sae} latents dead)"
 
+    if len(known) == 1:
+        return [f"Only {named(known[0])} has this number: {in_full(known[0])}."]
     if len(rivals) < 2:
-        why = "It is the only case" if len(known) == 1 else "No two cases have about the same L0"
-        return [f"{why}: {_list([in_full(group).strip(',') for group in known])}."]
+        cases = [f"{named(group)}, {in_full(group)}" for group in known]
+        return [f"No two cases have about the same L0: {_list(cases)}."]
+    by_their_means = f"by their means: {_list([*map(said, rivals)])}."
     best = best_of(compared(results), key, metric)
     if best is not None:
         others = [group for group in rivals if group is not best]
@@ -137,27 +147,30 @@ def _answer(results: Results, key: str, metric: Metric) -> list[str]:
         low, high = interval(differences(best, others[0], key))
         low, high = (low, high) if metric.better == "up" else (-high, -low)
         sentences = [
-            f"{in_full(best)} is better than {than}, and than the next, {said(others[0])}, by "
-            f"{metric.show(low)} to {metric.show(high)} (95% interval)."
+            f"{named(best)}, {in_full(best)}, is better than {than}, and than the next, "
+            f"{said(others[0])}, by {metric.difference(low, high)} (95% interval)."
         ]
-    elif max(group["n_seeds"] for group in rivals) < MIN_SEEDS:
-        reason = f"Not told apart with fewer than {MIN_SEEDS} seeds; by their means"
-        sentences = [f"{reason}: {_list([*map(said, rivals)])}."]
-    elif too_few_found(rivals[0], key):
+    elif all(len(differences(a, b, key)) < MIN_SEEDS for a, b in combinations(rivals, 2)):
+        pairs = " whose pairs are all known" if key in ACROSS_SEEDS else ""
+        reason = f"Not told apart, as no two have {MIN_SEEDS} seeds in common{pairs}"
+        sentences = [f"{reason}; {by_their_means}"]
+    elif key == "found_again" and n_latents(rivals[0], key) < MIN_LATENTS:
         reason = f"Not told apart, as no case has {MIN_LATENTS} latents that are found again"
-        sentences = [f"{reason}: {_list([*map(said, rivals)])}."]
+        sentences = [f"{reason}; {by_their_means}"]
     else:
         top = unbeaten(rivals, key, metric)
-        sentences = [f"Not told apart: {_list([*map(said, top)])}."]
-        if rest := [group for group in rivals if group not in top]:
-            sentences.append(f"Worse than at least one of these: {_list([*map(said, rest)])}.")
+        heads = {
+            "Not told apart" if len(top) > 1 else "Not worse than any other": top,
+            "Worse than at least one other": [group for group in rivals if group not in top],
+        }
+        sentences = [f"{head}: {_list([*map(said, of)])}." for head, of in heads.items() if of]
     apart = [
         f"{named(group)} ({METRICS['l0'].show(number(group, 'l0')[0])})"
         for group in known
         if group not in near
     ]
     if apart:
-        sentences.append(f"Not compared, as the L0 is more than 10% away: {_list(apart)}.")
+        sentences.append(f"Not compared, as some L0 are more than 10% away: {_list(apart)}.")
     return sentences
 
 
@@ -203,6 +216,8 @@ def _revived_are(group: Group, key: str) -> str:
         return f"Too few, less than {MIN_LATENTS}"
     if high > MAX_RATE_RATIO * low:
         return "Not comparable, as no others fire about as often"
+    if len(more) < MIN_SEEDS:
+        return f"Not told apart with fewer than {MIN_SEEDS} seeds"
     if is_beyond_chance(more):
         return "Larger"
     return "Smaller" if is_beyond_chance([-less for less in more]) else "Not told apart"
@@ -230,19 +245,17 @@ def footnote(results: Results) -> str:
             "A case is better than another if the mean of their differences, paired by seed, is "
             "outside a 95% t interval around 0, which is not corrected for the number of "
             f"comparisons. Cases are compared from {MIN_SEEDS} seeds on, if their L0 differ by at "
-            f"most 10% and, by latents found again, from {MIN_LATENTS} of them on.",
+            f"most 10%. By latents found again the better has at least {MIN_LATENTS}, by dead ones "
+            "at least so many fewer.",
         ]
         if results["data"].get("kind") == "language_model":
             parts.append("The seeds share the text, so no interval speaks of other text.")
     table = main_table(results)
     if any(cell.best for row in table.rows for cell in row):
-        parts.append("Bold: better than every other case of its k and L0.")
+        parts.append("Bold: better than every other case of about its L0.")
     if asked := first_question(metrics):
         head = metrics[asked].label
-        parts.append(
-            f"Rows are sorted by {head}; cases that are not told apart keep the order of the "
-            "comparison."
-        )
+        parts.append(f"Rows are sorted by {head}: each stands below all that are better.")
     parts += _about_other_seeds(results, seeds)
     if k := one_of_several_k(results):
         parts.append(f"The answers compare at k {k}; the table has every k.")

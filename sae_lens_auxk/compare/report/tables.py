@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
+from sae_lens_auxk.compare.effect import CONTRASTS
 from sae_lens_auxk.compare.report.groups import (
     colours,
     columns,
-    compared,
     in_rows,
     label,
     measured,
@@ -15,7 +16,7 @@ from sae_lens_auxk.compare.report.groups import (
     with_revived,
 )
 from sae_lens_auxk.compare.schema import EFFECT, PEEKING, Group, Metric, Results
-from sae_lens_auxk.compare.seeds import best_of
+from sae_lens_auxk.compare.seeds import MIN_SEEDS, interval, is_best
 
 TEXT_COLUMNS = 2
 """Number of columns at the left that hold text; the others hold numbers."""
@@ -45,23 +46,17 @@ def main_table(results: Results) -> Table:
     """One row per group, and one column for each metric that a group has."""
     colour = colours(results)
     metrics = columns(results)
-    ks = {group["k"] for group in results["groups"]}
-    best = {
-        (key, k): best_of(compared(results, k), key, metric)
-        for key, metric in metrics.items()
-        for k in ks
-    }
     rows = [
         [
             Cell(group["case"], colour=colour[group["case"]]),
             Cell(group["architecture"]),
             Cell("–" if group["k"] is None else str(group["k"]), group["k"]),
-            Cell(str(group["n_seeds"]), group["n_seeds"]),
+            _count(group["n_seeds"]),
             *(
                 Cell(
                     metric.show(*number(group, key)),
                     number(group, key)[0],
-                    best=best[key, group["k"]] is group,
+                    best=is_best(group, results["groups"], key, metric),
                 )
                 for key, metric in metrics.items()
             ),
@@ -107,7 +102,10 @@ def peeking_table(results: Results) -> Table:
 
 
 def effect_table(results: Results) -> Table:
-    """A row for each group of latents, two and two: the latents of both are matched."""
+    """A row for each group of latents, and one for the difference of two whose latents are matched.
+
+    The difference is paired by seed, and needs MIN_SEEDS of them.
+    """
     colour = colours(results)
     found = [
         (group, latents, numbers)
@@ -119,21 +117,45 @@ def effect_table(results: Results) -> Table:
         for key, metric in EFFECT.items()
         if any(numbers["mean"].get(key) is not None for *_, numbers in found)
     }
-    rows = [
-        [
-            Cell(label(group, results, with_k=True), colour=colour[group["case"]]),
-            Cell(latents.replace("_", " ")),
-            *(
-                Cell(metric.show(mean, numbers["std"].get(key)), mean)
-                for key, metric in metrics.items()
-                for mean in [numbers["mean"].get(key)]
-            ),
+    rows: list[list[Cell]] = []
+    for group, latents, numbers in found:
+        case = Cell(label(group, results, with_k=True), colour=colour[group["case"]])
+        shown = [
+            Cell(metric.show(value, numbers["std"].get(key)), value)
+            for key, metric in metrics.items()
+            for value in [numbers["mean"].get(key)]
         ]
-        for group, latents, numbers in found
-    ]
+        rows.append([case, Cell(latents.replace("_", " ")), _count(numbers["n_seeds"]), *shown])
+        first = {second: first for first, second in CONTRASTS}.get(latents, "")
+        less = {key: _differences(group, first, latents, key) for key in metrics}
+        if (n := len(less.get("mse_rise", []))) >= MIN_SEEDS:
+            apart = (_difference(metric, less[key]) for key, metric in metrics.items())
+            both = f"{first} less {latents}".replace("_", " ")
+            rows.append([case, Cell(both), _count(n), *apart])
     labels = [metric.label for metric in metrics.values()]
-    caption = "What is lost where a latent is taken out; groups two and two, of like latents"
-    return Table(caption, ["case", "group", *labels], rows, [*metrics.values()])
+    caption = (
+        "What is lost where a latent is taken out; groups two and two, of like latents, and from "
+        f"{MIN_SEEDS} seeds on their difference, paired by seed, with its 95% interval"
+    )
+    return Table(caption, ["case", "group", "seeds", *labels], rows, [*metrics.values()])
+
+
+def _differences(group: Group, first: str, second: str, key: str) -> list[float]:
+    """``first`` less ``second`` for each seed that has both."""
+    effects = [run.get("effect", {}) for run in group["runs"]]
+    values = [[effect.get(name, {}).get(key) for name in (first, second)] for effect in effects]
+    return [a - b for a, b in values if a is not None and b is not None]
+
+
+def _difference(metric: Metric, less: Sequence[float]) -> Cell:
+    if metric is EFFECT["n_pairs"] or len(less) < MIN_SEEDS:
+        return Cell("–")
+    text = f"{metric.difference(mean(less))} ({metric.difference(*interval(less))})"
+    return Cell(text, mean(less))
+
+
+def _count(n: int) -> Cell:
+    return Cell(str(n), n)
 
 
 def _against_never_died(
