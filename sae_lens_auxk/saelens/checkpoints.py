@@ -40,9 +40,21 @@ def fold_scaling_beside(sae: TrainingSAE[Any], checkpoint: Path) -> None:
     """Fold the scaling in a training checkpoint's own files into the weights loaded from it.
 
     Raises:
+        ValueError: see :func:`scaling_beside`.
+    """
+    fold_scaling(sae, scaling_beside(sae.cfg.normalize_activations, checkpoint))
+
+
+def scaling_beside(mode: str, checkpoint: Path) -> ActivationScaler:
+    """The scaling in a training checkpoint's own files.
+
+    Args:
+        mode: the SAE's ``normalize_activations``.
+        checkpoint: the checkpoint's folder.
+
+    Raises:
         ValueError: the SAE was trained on scaled activations, and the scaling is missing.
     """
-    mode = sae.cfg.normalize_activations
     scaler, file = ActivationScaler(), checkpoint / ACTIVATION_SCALER_CFG_FILENAME
     if file.is_file():
         scaler.load(file)
@@ -55,7 +67,7 @@ def fold_scaling_beside(sae: TrainingSAE[Any], checkpoint: Path) -> None:
             f"{checkpoint} has normalize_activations={mode!r}, but its scaling is missing: there "
             f"must be {' and '.join(files)}. Use a checkpoint that was written completely."
         )
-    fold_scaling(sae, scaler)
+    return scaler
 
 
 def silent_latents(folder: Path) -> int | None:

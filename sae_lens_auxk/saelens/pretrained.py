@@ -25,12 +25,15 @@ from sae_lens_auxk.saelens.names import (
     sae_lens_disk_loader,
 )
 
-# SAELens's defaults, for folders whose config lacks these fields.
-_SAME = {
+DEFAULTS = {
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
     "reshape_activations": "none",
+    "rescale_acts_by_decoder_norm": False,
 }
+"""What SAELens did where an SAE's config lacks these fields."""
+
+_SAME = ("apply_b_dec_to_input", "normalize_activations", "reshape_activations", "d_in", "d_sae")
 
 # A released decoder row has length 1 up to the rounding of half precision.
 _ROUNDING = 1e-3
@@ -55,9 +58,9 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
     if (config := Path(path) / SAE_CFG_FILENAME).is_file():
         read_json(config)  # whose error names the file
     given, state = sae_lens_disk_loader(path, cfg.device, {"dtype": cfg.dtype})
-    given = handle_config_defaulting(given)
+    given = {**DEFAULTS, **handle_config_defaulting(given)}
     _require_architecture(cfg, given, path)
-    mode = given.get("normalize_activations")
+    mode = given["normalize_activations"]
     if mode in ESTIMATED_SCALING:
         given["normalize_activations"] = "none"
     _require_same(cfg, given, path)
@@ -72,7 +75,7 @@ def load_pretrained(cfg: Any, path: str | Path) -> Any:
             f"The weights in {path} do not fit {cfg.architecture()}: {error}"
         ) from error
     if hasattr(cfg, "rescale_acts_by_decoder_norm"):
-        sae.cfg.rescale_acts_by_decoder_norm = given.get("rescale_acts_by_decoder_norm", False)
+        sae.cfg.rescale_acts_by_decoder_norm = given["rescale_acts_by_decoder_norm"]
     if mode in ESTIMATED_SCALING:
         sae.cfg.normalize_activations = mode
         fold_scaling_beside(sae, Path(path))
@@ -100,12 +103,10 @@ def _require_architecture(cfg: Any, given: dict[str, Any], path: str | Path) -> 
 
 def _require_same(cfg: Any, given: dict[str, Any], path: str | Path) -> None:
     """Refuse fields that differ, all in one error; warn about a different ``k``."""
-    wanted = {name: given.get(name, default) for name, default in _SAME.items()}
-    wanted |= {"d_in": given["d_in"], "d_sae": given["d_sae"]}
     differing = [
-        f"{name}={getattr(cfg, name)!r} must be {value!r}"
-        for name, value in wanted.items()
-        if getattr(cfg, name) != value
+        f"{name}={getattr(cfg, name)!r} must be {given[name]!r}"
+        for name in _SAME
+        if getattr(cfg, name) != given[name]
     ]
     if differing:
         raise ValueError(

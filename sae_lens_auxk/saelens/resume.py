@@ -4,11 +4,17 @@ SAELens loads weights and counters into whatever SAE a run's config describes, w
 config in the checkpoint.
 """
 
-import json
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import torch
+from safetensors import safe_open
+
+from sae_lens_auxk.checks import require_type
 from sae_lens_auxk.files import read_json
+from sae_lens_auxk.saelens.checkpoints import scaling_beside
 from sae_lens_auxk.saelens.names import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATIONS_STORE_STATE_FILENAME,
@@ -17,7 +23,7 @@ from sae_lens_auxk.saelens.names import (
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens_auxk.saelens.pretrained import stock_architecture
+from sae_lens_auxk.saelens.pretrained import DEFAULTS, stock_architecture
 
 FILES = (
     *(SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME),
@@ -28,11 +34,19 @@ SAME_IN_SAE = (
     *("d_in", "d_sae", "dtype", "k", "matryoshka_widths", "rescale_acts_by_decoder_norm"),
     *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
 )
-"""The fields of an SAE that say which function its weights compute, beside its architecture. All
-others may change: they are about how it is trained, or about weights that do not exist yet."""
+"""The fields of an SAE that say which function its weights compute, and how exactly, beside its
+architecture. All others may change: they are about how it is trained, or about weights that do not
+exist yet."""
 
-SAME_IN_RUN = ("model_name", "hook_name", "hook_head_index")
-"""The fields of a run that say which activations an SAE is of."""
+SAME_IN_RUN = ("hook_name", "hook_head_index")
+"""The fields of a run that say which activations an SAE is of. The model's folder may have another
+name by now, so that one is only warned about."""
+
+
+class _Run(TypedDict):
+    model_name: str
+    hook_name: str
+    hook_head_index: int | None
 
 
 def require_resumable(run: Any, sae: Any) -> None:
@@ -43,8 +57,8 @@ def require_resumable(run: Any, sae: Any) -> None:
         sae: the config of the SAE that the checkpoint would be loaded into.
 
     Raises:
-        ValueError: it names the files that are missing, or each field that differs with both
-            values.
+        ValueError: it names the files that are missing or damaged, or each field that differs with
+            both values.
     """
     if run.resume_from_checkpoint is None:
         return
@@ -56,24 +70,35 @@ def require_resumable(run: Any, sae: Any) -> None:
             f"{', '.join(missing)}. Use the folder of one that was written completely."
         )
     there = read_json(folder / RUNNER_CFG_FILENAME)
-    differing = _differing(vars(run), there, SAME_IN_RUN)
-    require_same_sae(sae, folder, differing)
+    require_type(str(folder / RUNNER_CFG_FILENAME), there, _Run)
+    in_run = _differing(vars(run), there, SAME_IN_RUN)
+    _refuse(folder, [*_differing_in_sae(sae, folder), *in_run])
+    if Path(run.model_name).name != Path(there["model_name"]).name:
+        warnings.warn(
+            f"model_name={run.model_name!r}, but {folder} is of {there['model_name']!r}",
+            stacklevel=1,
+        )
+    for name in FILES:
+        try:
+            _open(folder / name, sae.normalize_activations)
+        # Each library has its own errors for a damaged file.
+        except Exception as error:
+            raise ValueError(
+                f"resume_from_checkpoint={str(folder)!r} is damaged: {name} cannot be read: {error}"
+            ) from error
 
 
-def require_same_sae(sae: Any, checkpoint: str | Path, differing: list[str] | None = None) -> None:
+def require_same_sae(sae: Any, checkpoint: str | Path) -> None:
     """Raise a ValueError if the weights of a checkpoint would compute another function in an SAE.
 
     Args:
         sae: the SAE's config.
         checkpoint: the checkpoint's folder.
-        differing: what else differs.
     """
-    there = read_json(Path(checkpoint) / SAE_CFG_FILENAME)
-    here = {**sae.to_dict(), "architecture": sae.architecture()}
-    same = SAME_IN_SAE
-    if there.get("architecture") != stock_architecture(type(sae)):
-        same = ("architecture", *same)
-    differing = [*_differing(here, there, same), *(differing or [])]
+    _refuse(checkpoint, _differing_in_sae(sae, checkpoint))
+
+
+def _refuse(checkpoint: str | Path, differing: list[str]) -> None:
     if differing:
         raise ValueError(
             f"resume_from_checkpoint={str(checkpoint)!r} is of another SAE: {', '.join(differing)}."
@@ -81,15 +106,46 @@ def require_same_sae(sae: Any, checkpoint: str | Path, differing: list[str] | No
         )
 
 
-def _differing(here: Any, there: Any, names: tuple[str, ...]) -> list[str]:
-    """The fields that both configs have with different values."""
-    both = [(name, here[name], there[name]) for name in names if name in here and name in there]
+def _differing_in_sae(sae: Any, checkpoint: str | Path) -> list[str]:
+    path = Path(checkpoint) / SAE_CFG_FILENAME
+    there = read_json(path)
+    require_type(str(path), there, dict)
+    there = {"dtype": "float32", **DEFAULTS, **there}
+    here = {**sae.to_dict(), "architecture": sae.architecture()}
+    names = [name for name in ("architecture", *SAME_IN_SAE) if name in here]
+    if absent := [name for name in names if name not in there]:
+        raise ValueError(f"{path} has no {', '.join(absent)}.")
+    if there["architecture"] == stock_architecture(type(sae)):
+        names.remove("architecture")
+    return _differing(here, there, names)
+
+
+def _differing(here: Any, there: Any, names: Iterable[str]) -> list[str]:
     return [
-        f"{name}={a!r} must be {b!r}" for name, a, b in both if _plain(name, a) != _plain(name, b)
+        f"{name}={here[name]!r} must be {there[name]!r}"
+        for name in names
+        if _plain(here, name) != _plain(there, name)
     ]
 
 
-def _plain(name: str, value: Any) -> str:
-    if name == "model_name":  # a model's folder may have moved
-        return Path(value).name
-    return json.dumps(value, default=str).replace("torch.", "")
+def _plain(config: Any, name: str) -> Any:
+    value = config[name]
+    if name == "dtype":
+        return str(value).removeprefix("torch.")
+    if isinstance(value, list | tuple):  # matryoshka_widths
+        # SAELens appends d_sae, if it is not the last, when it builds the SAE.
+        return [*value[:-1]] if [*value[-1:]] == [config["d_sae"]] else [*value]
+    return value
+
+
+def _open(path: Path, mode: str) -> None:
+    """Raise an error for a damaged file, without reading the whole of a large one."""
+    if path.name == ACTIVATION_SCALER_CFG_FILENAME:
+        scaling_beside(mode, path.parent)
+    elif path.suffix == ".json":
+        read_json(path)
+    elif path.suffix == ".pt":
+        torch.load(path, map_location="cpu", mmap=True)
+    else:
+        with safe_open(path, "pt"):
+            pass

@@ -14,7 +14,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens_auxk import runner_config
 from sae_lens_auxk.architectures import ARCHITECTURES
 from sae_lens_auxk.config import AuxConfig
-from sae_lens_auxk.saelens.resume import FILES, SAME_IN_RUN, SAME_IN_SAE
+from sae_lens_auxk.saelens.resume import FILES, SAME_IN_RUN, SAME_IN_SAE, require_resumable
 from tests import tiny_model
 from tests.helpers import STOCK, build_trainer
 
@@ -72,7 +72,6 @@ def start(path: str, architecture: str, **fields: Any) -> LanguageModelSAETraini
         ("apply_b_dec_to_input", False, True),
         ("normalize_activations", "layer_norm", "none"),
         ("normalize_activations", "expected_average_only_in", "none"),
-        ("model_name", "gpt2", "tiny"),
         ("hook_name", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"),
         ("hook_head_index", 1, None),
     ],
@@ -90,6 +89,24 @@ def test_another_value_is_refused(
     assert message.startswith(f"resume_from_checkpoint={path!r} is of another SAE: ")
     assert f": {field}={here!r} must be {there!r}. Give it" in message
     assert "from_pretrained_path" in message
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [[12], [12, 48], (12, 48)],
+)
+def test_the_same_config_resumes_its_own_run(widths: Any, checkpoint: Saved) -> None:
+    """SAELens appends d_sae to the widths when it builds the SAE, which comes later."""
+    path = checkpoint("auxk-matryoshka-batchtopk")
+    cfg = config("auxk-matryoshka-batchtopk", resume_from_checkpoint=path)
+    cfg.sae = dataclasses.replace(cfg.sae, matryoshka_widths=widths, k=4.0)
+    require_resumable(cfg, cfg.sae)
+
+
+def test_a_renamed_model_is_warned_about(checkpoint: Saved) -> None:
+    cfg = config("auxk-topk", resume_from_checkpoint=checkpoint("topk"), model_name="x/renamed")
+    with pytest.warns(UserWarning, match="model_name='x/renamed', but .* is of 'tiny'"):
+        require_resumable(cfg, cfg.sae)
 
 
 @pytest.mark.parametrize("architecture", ["auxk-abstopk", "auxk-batchtopk", "auxk-standard"])
@@ -152,6 +169,78 @@ def test_what_is_missing_is_named(name: str, checkpoint: Saved, tmp_path: Path) 
     Path(path, name).unlink()
     with pytest.raises(ValueError, match=f"is no complete checkpoint: there is no {name}"):
         start(path, "auxk-topk")
+
+
+@pytest.fixture
+def copied(checkpoint: Saved, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint("auxk-topk"), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("part", [0, 0.2, 0.5])
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_damaged_is_named(name: str, part: float, copied: Path) -> None:
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+        start(str(copied), "auxk-topk")
+
+
+def test_a_missing_whitening_is_named(tmp_path: Path) -> None:
+    fields = {"normalize_activations": "covariance_whitening", "n_batches_for_norm_estimate": 2}
+    cfg = config("auxk-topk", checkpoint_path=str(tmp_path), n_checkpoints=1, **fields)
+    tiny_model.run(cfg)
+    path = next(tmp_path.glob("*/*"))
+    cfg = config("auxk-topk", resume_from_checkpoint=str(path), **fields)
+    require_resumable(cfg, cfg.sae)
+    (path / "activation_whitening.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"there must be .*activation_whitening\.safetensors"):
+        require_resumable(cfg, cfg.sae)
+
+
+@pytest.mark.parametrize("name", ["architecture", "k", "d_in", "d_sae"])
+def test_a_field_that_the_checkpoint_lacks_is_named(name: str, copied: Path) -> None:
+    change(copied / "cfg.json", name)
+    with pytest.raises(ValueError, match=rf"cfg\.json has no {name}\."):
+        start(str(copied), "auxk-topk")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "default"),
+    [
+        ("apply_b_dec_to_input", False, True),
+        ("normalize_activations", "layer_norm", "none"),
+        ("rescale_acts_by_decoder_norm", True, False),
+        ("dtype", "float64", "float32"),
+    ],
+)
+def test_another_field_that_it_lacks_is_the_default(
+    name: str, ours: Any, default: Any, copied: Path
+) -> None:
+    change(copied / "cfg.json", name)
+    cfg = config("auxk-topk", resume_from_checkpoint=str(copied), **{name: ours})
+    with pytest.raises(ValueError, match=f"{name}={ours!r} must be {default!r}"):
+        require_resumable(cfg, cfg.sae)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cfg.json", "[]", "of type dict"),
+        ("runner_cfg.json", "[]", "of type dict"),
+        ("runner_cfg.json", '{"model_name": null}', "of type str"),
+        ("activation_scaler.json", "[]", "cannot be read"),
+    ],
+)
+def test_json_of_something_else_is_named(name: str, text: str, message: str, copied: Path) -> None:
+    (copied / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        start(str(copied), "auxk-topk")
+
+
+def change(path: Path, without: str) -> None:
+    content = json.loads(path.read_text())
+    del content[without]
+    path.write_text(json.dumps(content))
 
 
 def test_without_a_runner_too(checkpoint: Saved) -> None:
