@@ -8,9 +8,9 @@ import json
 import os
 import secrets
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import torch
@@ -76,23 +76,17 @@ def replace_file(path: Path) -> Generator[BinaryIO]:
 def require_writable_folder(name: str, folder: str | Path) -> None:
     """Raise a ValueError if a field's folder cannot be made or written to; nothing is left behind.
 
-    A training writes at its end, hours after it began.
+    A training writes at its end, hours after it began. The folder is made inside one with a random
+    name, as another run may make the same one at this moment.
     """
-    made: list[Path] = []
+    path = Path(folder)
+    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
     try:
-        for part in reversed((Path(folder), *Path(folder).parents)):
-            if not os.path.lexists(part):
-                part.mkdir()
-                made.append(part)
-        with TemporaryFile(dir=folder):
-            pass
+        with TemporaryDirectory(dir=there) as trial:
+            Path(trial, path.relative_to(there)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         allowed = f"a folder that can be written to, or a name for a new one ({error.strerror})"
         raise reject(name, str(folder), allowed) from error
-    finally:
-        for part in reversed(made):
-            with suppress(OSError):  # another process uses it by now
-                part.rmdir()
 
 
 def left_behind(path: Path) -> list[Path]:

@@ -14,7 +14,10 @@ def require_startable(cfg: Any, n_processes: int = 1) -> None:
         cfg: the run's config.
         n_processes: how many processes share a training batch.
     """
-    for name in ("output_path", "checkpoint_path"):
+    # A run without planned checkpoints writes one only if it is interrupted. It may have no place
+    # for that: SAELens's default is in the working directory.
+    has_checkpoints = cfg.n_checkpoints > 0 or cfg.save_final_checkpoint
+    for name in ("output_path", "checkpoint_path")[: 1 + has_checkpoints]:
         if (folder := getattr(cfg, name)) is not None:
             require_writable_folder(name, folder)
     n_tokens = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
@@ -28,17 +31,18 @@ def require_startable(cfg: Any, n_processes: int = 1) -> None:
 
 
 def require_activations(runner: Any) -> None:
-    """Raise a ValueError if the model has no activations of width ``d_in`` at ``hook_name``."""
+    """Raise a ValueError if the model has no activations of the width and place in the config."""
     store, cfg = runner.activations_store, runner.cfg
     if store.cached_activation_dataset is not None:
         return
-    tokens = torch.zeros((1, cfg.context_size), dtype=torch.long, device=cfg.llm_device)
+    # Two prompts: those of one would be broadcast where they have another shape.
+    tokens = torch.zeros((2, cfg.context_size), dtype=torch.long, device=cfg.llm_device)
     try:
         store.get_activations(tokens)
-    except (KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "must match the existing size" not in str(error):
+    except (KeyError, IndexError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "must match the" not in str(error):
             return  # another one, which the training will meet as well
         raise ValueError(
-            f"d_in={cfg.sae.d_in} is not the width of hook_name={cfg.hook_name!r} in the model: "
-            f"{error}"
+            f"the model has no activations of d_in={cfg.sae.d_in}, hook_name={cfg.hook_name!r}, "
+            f"hook_head_index={cfg.hook_head_index} and context_size={cfg.context_size}: {error}"
         ) from error

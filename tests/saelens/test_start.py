@@ -1,6 +1,7 @@
 """What would stop a run at its end, or after the model is loaded, is refused before it begins."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,36 @@ def test_a_folder_that_cannot_be_made_is_refused(field: str, tmp_path: Path) -> 
     bad = [file, file / "inside" / "deeper", loose, "/proc/nothing/here", tmp_path / ("x" * 300)]
     for path in bad:
         with pytest.raises(ValueError, match=f"^{field}='{path}.*it must be a folder"):
-            require_startable(config(**{field: str(path)}))
+            require_startable(config(n_checkpoints=1, **{field: str(path)}))
     assert file.read_text() == "mine"
     for path in (tmp_path, tmp_path / "missing" / "parent"):
-        require_startable(config(**{field: str(path)}))
+        require_startable(config(n_checkpoints=1, **{field: str(path)}))
     assert {*os.listdir(tmp_path)} == {"file", "loose"}, "it left something behind"
+
+
+@pytest.mark.parametrize("fields", [{"n_checkpoints": 1}, {"save_final_checkpoint": True}, {}])
+def test_a_place_for_checkpoints_is_needed_only_where_the_run_has_some(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    cfg = config(checkpoint_path=str(tmp_path / "file"), output_path=str(tmp_path), **fields)
+    if fields:
+        with pytest.raises(ValueError, match="^checkpoint_path="):
+            require_startable(cfg)
+    else:
+        require_startable(cfg)
+
+
+def test_runs_that_start_at_once_do_not_refuse_each_other(tmp_path: Path) -> None:
+    """Each makes what the others remove, if it leaves nothing behind in the folders themselves."""
+
+    def ask(i: int) -> None:
+        for _ in range(200):
+            require_startable(config(output_path=str(tmp_path / "sweep" / f"run{i}" / "output")))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(ask, range(4)))
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
@@ -52,10 +78,13 @@ def test_a_buffer_smaller_than_a_batch_is_refused(n_processes: int, smallest: in
     ("flags", "message"),
     [
         ("--output_path {folder}/data/train.parquet", "/train.parquet' is not allowed: it must be"),
-        ("--checkpoint_path {folder}/data/train.parquet", "checkpoint_path='"),
+        ("--n_checkpoints 1 --checkpoint_path {folder}/data/train.parquet", "checkpoint_path='"),
         ("--n_batches_in_buffer 1 --train_batch_size_tokens 17", "n_batches_in_buffer=1 is not"),
-        ("--d_in 8", "d_in=8 is not the width of hook_name='transformer.h.0' in the model"),
+        ("--d_in 8", "the model has no activations of d_in=8, hook_name='transformer.h.0'"),
         ("--hook_name transformer.h.7", "transformer.h.7"),
+        ("--hook_head_index 1", "hook_head_index=1"),
+        ("--hook_head_index 16", "hook_head_index=16"),
+        ("--context_size 17", "context_size=17"),
     ],
 )
 def test_the_command_says_so_in_one_line(
