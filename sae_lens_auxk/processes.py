@@ -92,7 +92,8 @@ def agree(error: Exception | None, group: Any) -> None:
     Every process calls this with its own error, or None.
     """
     errors: list[str | None] = [None] * group.size()
-    dist.all_gather_object(errors, None if error is None else str(error), group=group)
+    own = None if error is None else str(error) or repr(error)
+    dist.all_gather_object(errors, own, group=group)
     for i, message in enumerate(errors):
         if message is not None:
             same = all(other == message for other in errors)
@@ -126,37 +127,48 @@ def be_quiet() -> None:
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
 
 
-def end_with(message: Callable[[], str]) -> Callable[[], None]:
+def end_with(how_to_go_on: Callable[[], str]) -> Callable[[], None]:
     """Print a message once and exit when torchrun stops this process because another one died.
 
     A Python signal handler would wait for the collective operation, which waits for the dead
     process.
 
-    A training that has a handler of its own for that signal gets some time to end by itself: the
-    signal may also be a person's.
+    A training that has a handler of its own for that signal ends by itself: the signal may also be
+    a person's. If it does not in time, that is said, and torchrun ends it.
 
     Args:
-        message: makes the message.
+        how_to_go_on: makes the last sentence of the message.
 
     Returns:
         A function that does the same at once, for an error of such an operation.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
-    first = threading.Lock()
+    lock, said = threading.Lock(), list[str]()
+
+    def say(what: str) -> None:
+        with lock:
+            if not said:
+                said.append(what)
+                error = f"\nsae-lens-auxk: error: {what}. {how_to_go_on()}."
+                print(error, file=sys.stderr, flush=True)
 
     def end() -> None:
-        if first.acquire(blocking=False):
-            print(message(), file=sys.stderr, flush=True)
-            os._exit(1)
-        threading.Event().wait()  # the other thread is about to end the process
+        say("another process of this run has died; torchrun's report below says which")
+        os._exit(1)
 
     def watch() -> None:
         while os.read(read, 1)[0] != signal.SIGTERM:
             pass
         if signal.getsignal(signal.SIGTERM) is not ignored:
             time.sleep(SECONDS_TO_SAVE)
-        end()
+            # No exit: it may be in the middle of a checkpoint.
+            say(
+                f"told to stop {SECONDS_TO_SAVE} seconds ago, and not done: another process of "
+                "this run has died, or a checkpoint takes longer"
+            )
+        else:
+            end()
 
     def ignored(*_: Any) -> None:
         pass
@@ -176,6 +188,6 @@ def is_for_a_dead_process(error: BaseException) -> bool:
     )
 
 
-def refuse_once(error: Exception) -> int:
-    """Print an error that all processes have, on rank 0; return the exit status for it."""
-    return refuse(str(error)) if rank() == 0 else 2
+def refuse_once(message: str) -> int:
+    """Print the error that all processes have, on rank 0; return the exit status for it."""
+    return refuse(message) if rank() == 0 else 2

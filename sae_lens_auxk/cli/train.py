@@ -1,6 +1,5 @@
 """``sae-lens-auxk train``."""
 
-import sys
 import time
 from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Generator, Sequence
@@ -27,9 +26,9 @@ from sae_lens_auxk.processes import n_processes, prefer_own_gpu
 from sae_lens_auxk.saelens.checkpoints import silent_latents
 from sae_lens_auxk.saelens.evaluation import evaluate, shown, write_evaluation
 from sae_lens_auxk.saelens.interruption import (
-    INTERRUPTED,
     fit,
     how_to_go_on,
+    interrupted,
     is_for_a_file,
     noted_signals,
 )
@@ -63,9 +62,8 @@ def train(args: Sequence[str]) -> int:
         return refuse(str(error))
     try:
         return _train(cfg)
-    except (KeyboardInterrupt, InterruptedException):
-        print(f"interrupted. {how_to_go_on(cfg)}.", file=sys.stderr)
-        return INTERRUPTED
+    except (KeyboardInterrupt, InterruptedException) as raised:
+        return interrupted(raised, how_to_go_on(cfg))
     except Exception as raised:
         if is_for_a_file(raised):
             return refuse(f"{raised}. {how_to_go_on(cfg)}.")
@@ -94,13 +92,32 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         return refuse(str(error))
     sae = runner.run()
     print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
-    if cfg.n_eval_batches > 0:
-        print(summary(runner, sae))
+    return _measure(runner, sae)
+
+
+def _measure(runner: "_Runner", sae: TrainingSAE[Any]) -> int:
+    """Evaluate a finished run. Nothing that happens here is a reason to train again."""
+    path = runner.cfg.output_path
+    saved = "It was not measured" if path is None else f"The SAE is in {path}; it was not measured"
+    try:
+        if runner.noted:  # in its last step or later
+            raise InterruptedException(runner.noted[0])
+        if runner.cfg.n_eval_batches > 0:
+            print(summary(runner, sae))
+    except (KeyboardInterrupt, InterruptedException) as raised:
+        return interrupted(raised, saved)
+    except Exception as raised:
+        if is_for_a_file(raised):
+            return refuse(f"{raised}. {saved}.")
+        raise
     return 0
 
 
 class _Runner(LanguageModelSAETrainingRunner):
     """SAELens's runner, which a signal ends after a step, with a checkpoint."""
+
+    noted: Sequence[int] = ()
+    """The signals that came while it trained."""
 
     n_sparsity_samples: int = 0
     """The samples that the firing rates saved with the SAE are of."""
@@ -109,8 +126,8 @@ class _Runner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(
         self, trainer: SAETrainer[Any, Any]
     ) -> TrainingSAE[Any]:
-        with noted_signals() as noted:
-            sae = fit(trainer, noted)
+        with noted_signals() as self.noted:
+            sae = fit(trainer, self.noted)
         self.n_sparsity_samples = trainer.n_frac_active_samples
         return sae
 

@@ -53,7 +53,8 @@ def evaluate(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> E
         compute_variance_metrics=True,
         compute_featurewise_density_statistics=True,
     )
-    # The second: after the losses SAELens begins the text anew.
+    # On their own: in one call SAELens would take the losses first and then go back to the start of
+    # the text, so that the other numbers would be of text that the SAE was trained on.
     model, _ = measured(n_eval_reconstruction_batches=cfg.n_eval_batches, compute_ce_loss=True)
     losses = model["model_performance_preservation"]
     return {

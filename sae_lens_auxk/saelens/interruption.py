@@ -4,8 +4,10 @@ SAELens's own handler stops it anywhere in a step, and writes neither weights no
 state.
 """
 
+import os
 import shlex
 import signal
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,26 +15,35 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from sae_lens_auxk.processes import rank
 from sae_lens_auxk.saelens.names import RUNNER_CFG_FILENAME, InterruptedException
 from sae_lens_auxk_cli import printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130
-"""The exit status of a command that was interrupted, as a shell gives it."""
+AGAIN = "the training ends after this step; press Ctrl-C again to end it at once"
 
 
 @contextmanager
 def noted_signals() -> Generator[list[int]]:
-    """Note SIGINT and SIGTERM in a list. A second one ends the process as if nothing noted it."""
+    """Note SIGINT and SIGTERM in a list; a second SIGINT raises KeyboardInterrupt at once.
+
+    A second SIGTERM does nothing: where a scheduler sends one to torchrun and its processes, each
+    process gets it twice. A signal that the process ignores, as one started with ``&`` in a script
+    does SIGINT, is still ignored.
+    """
     noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, frame: Any) -> None:  # noqa: ARG001
         noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            if rank() == 0:
+                # Not print, which may be what the signal interrupts.
+                os.write(2, f"\n{AGAIN}\n".encode())
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield noted
@@ -41,18 +52,18 @@ def noted_signals() -> Generator[list[int]]:
             signal.signal(number, handler)
 
 
-def fit(trainer: Any, told_to_stop: Sequence[Any]) -> Any:
-    """Train; once ``told_to_stop`` is not empty, save a checkpoint after the step.
+def fit(trainer: Any, told_to_stop: Sequence[int]) -> Any:
+    """Train; once ``told_to_stop`` has a signal, save a checkpoint after the step.
 
     Raises:
-        InterruptedException: it was told to stop.
+        InterruptedException: it was told to stop, by this signal.
     """
     step = trainer.step
 
     def step_then_stop(batch: Any) -> Any:
         output = step(batch)
         if told_to_stop:
-            raise InterruptedException
+            raise InterruptedException(told_to_stop[0])
         return output
 
     trainer.step = step_then_stop
@@ -64,6 +75,19 @@ def fit(trainer: Any, told_to_stop: Sequence[Any]) -> Any:
         raise
     finally:
         del trainer.step
+
+
+def interrupted(raised: BaseException, then: str) -> int:
+    """Say that a run was interrupted, and what then; return the exit status, as a shell gives it.
+
+    Args:
+        raised: a KeyboardInterrupt, or an InterruptedException with its signal.
+        then: what a person should know.
+    """
+    if rank() == 0:
+        # On a line of its own, below the progress bar.
+        print(f"\ninterrupted. {then}.", file=sys.stderr)
+    return 128 + next(iter(raised.args), signal.SIGINT)
 
 
 def is_for_a_file(error: Exception) -> bool:

@@ -1,7 +1,6 @@
 """``sae-lens-auxk train`` under torchrun."""
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +10,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_auxk import processes
-from sae_lens_auxk.saelens.interruption import INTERRUPTED, how_to_go_on, is_for_a_file
+from sae_lens_auxk.saelens.interruption import how_to_go_on, interrupted, is_for_a_file
 from sae_lens_auxk.saelens.names import InterruptedException
 from sae_lens_auxk.saelens.resume import require_resumable
 from sae_lens_auxk.saelens.start import require_activations, require_startable
@@ -31,16 +30,17 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any] | None, error: Exception
     if not is_first:
         processes.be_quiet()
     elif cfg is not None:
-        end = processes.end_with(lambda: _farewell(cfg))
+        end = processes.end_with(lambda: how_to_go_on(cfg))
+    runner: ShardedTrainingRunner | None = None
     try:
         with processes.process_group() as group:
-            _runner(cfg, error, group).run()
+            runner = _runner(cfg, error, group)
+            runner.run()
     except processes.Refused as refused:
-        return processes.refuse_once(refused)
-    except (KeyboardInterrupt, InterruptedException):
-        if is_first:
-            print(f"interrupted. {how_to_go_on(cfg)}.", file=sys.stderr)
-        return INTERRUPTED
+        then = "" if runner is None else f" {how_to_go_on(cfg)}."
+        return processes.refuse_once(f"{refused}{then}")
+    except (KeyboardInterrupt, InterruptedException) as raised:
+        return interrupted(raised, how_to_go_on(cfg))
     except Exception as error:
         if processes.is_for_a_dead_process(error):
             end()
@@ -50,6 +50,8 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any] | None, error: Exception
         raise
     if is_first:
         print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
+    if runner.noted:  # in the last step or later
+        return interrupted(InterruptedException(*runner.noted), "Its training was complete")
     return 0
 
 
@@ -91,8 +93,3 @@ def _prepare(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         if torch.device(getattr(cfg, name)).type == "cuda":
             setattr(cfg, name, device)
     torch.manual_seed(cfg.seed)
-
-
-def _farewell(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    what = "another process of this run has died; torchrun's report below says which"
-    return f"sae-lens-auxk: error: {what}. {how_to_go_on(cfg)}."

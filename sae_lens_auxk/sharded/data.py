@@ -73,11 +73,12 @@ class GatheredBatches(Iterator[torch.Tensor]):
     """
 
     def __init__(
-        self, own: Iterator[torch.Tensor], group: Any, device: str, told_to_stop: Sequence[Any] = ()
+        self, own: Iterator[torch.Tensor], group: Any, device: str, told_to_stop: Sequence[int] = ()
     ):
         self._own, self._group, self._device = own, group, device
-        self._told_to_stop, self.all_told_to_stop = told_to_stop, list[bool]()
+        self._told_to_stop, self.all_told_to_stop = told_to_stop, list[int]()
         ranks = dist.get_process_group_ranks(group)
+        # The group may have NCCL alone, which exchanges only what is on GPUs, after the step there.
         self._hosts: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     @override
@@ -87,36 +88,41 @@ class GatheredBatches(Iterator[torch.Tensor]):
         # SAELens's, where there is no text or too little of it, or a file cannot be read.
         except (ValueError, OSError, StopIteration) as raised:
             batch, error = None, raised
-        word = torch.tensor([error is not None, bool(self._told_to_stop)], dtype=torch.int32)
+        signal = max(self._told_to_stop, default=0)
+        word = torch.tensor([error is not None, signal], dtype=torch.int32)
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._hosts)
         if word[0]:
             agree(error, self._hosts)
         if word[1]:
-            self.all_told_to_stop.append(True)
+            self.all_told_to_stop.append(int(word[1]))
         assert batch is not None
         return gather(batch.to(self._device), self._group).flatten(0, 1)
 
 
 BY_RANK = "n_dataset_processed_by_rank"
+BLOCK = "store_batch_size_prompts"
 
 
 def save_position(store: ActivationsStore, group: Any, device: str, checkpoint: Path) -> None:
     """Write how many rows all processes have read, in SAELens's file; rank 0 writes.
 
-    It also writes each process's own position, for a run that resumes with as many processes.
+    It also writes each process's own position, for a run that deals the rows in the same way: to as
+    many processes, in blocks of as many.
     """
     by_rank = gather(torch.tensor(store.n_dataset_processed, device=device), group).cpu()
     if group.rank() == 0:
         # SAELens counts a row when it asks for the next one, so each store is one behind.
         state = {"n_dataset_processed": (by_rank + 1).sum() - 1, BY_RANK: by_rank}
+        state[BLOCK] = torch.tensor(store.store_batch_size_prompts)
         write_tensors(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME, state)
 
 
 def load_position(store: ActivationsStore, group: Any, checkpoint: Path) -> None:
     """Skip the rows this process has read, or its part of those that all have read."""
     state = load_file(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME)
-    by_rank = state.get(BY_RANK)
-    if by_rank is not None and len(by_rank) == group.size():
+    by_rank, block = state.get(BY_RANK), state.get(BLOCK)
+    is_dealt_so = block == store.store_batch_size_prompts
+    if by_rank is not None and len(by_rank) == group.size() and is_dealt_so:
         n_rows = int(by_rank[group.rank()])
     else:
         n_rows = math.ceil((int(state["n_dataset_processed"]) + 1) / group.size()) - 1

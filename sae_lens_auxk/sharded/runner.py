@@ -1,6 +1,7 @@
 """SAELens's training run in many processes, which share one SAE."""
 
 import tempfile
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
     which a process would need the whole SAE, and its histogram of decoder norms is that of rank 0's
     latents.
     """
+
+    noted: Sequence[int] = ()
+    """The signals that came to this process while it trained."""
 
     def __init__(
         self,
@@ -95,9 +99,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
             load_trainer_state(trainer, checkpoint)
             self.sae.load_weights_from_checkpoint(checkpoint)
             load_position(self.activations_store, self._group, checkpoint)
-        with noted_signals() as noted:
+        with noted_signals() as self.noted:
             batches = GatheredBatches(
-                trainer.data_provider, self._group, self.cfg.device, told_to_stop=noted
+                trainer.data_provider, self._group, self.cfg.device, told_to_stop=self.noted
             )
             trainer.data_provider = batches
             return fit(trainer, batches.all_told_to_stop)
@@ -116,6 +120,9 @@ OF_RANK_0 = ("checkpoint_path", "output_path", "logger", "verbose")
 """The fields of a run that only rank 0 uses. SAELens gives each process's ``checkpoint_path`` a
 random ending."""
 
+PATHS = ("model_name", "dataset_path", "cached_activations_path", "resume_from_checkpoint")
+"""Fields of which only the last part counts: a node may have its own copy, in its own folder."""
+
 DEVICES = ("device", "llm_device", "act_store_device", "sae.device")
 """Fields of which only the type counts, as ``cuda:0`` and ``cuda:1`` are two processes' own."""
 
@@ -125,6 +132,7 @@ def require_same_run(cfg: LanguageModelSAERunnerConfig[Any], group: Any) -> None
     fields = cfg.to_dict()
     fields |= {f"sae.{name}": value for name, value in fields.pop("sae").items()}
     fields |= {name: torch.device(fields[name]).type for name in DEVICES}
+    fields |= {name: fields[name] and Path(fields[name]).name for name in PATHS}
     require_same({name: fields[name] for name in fields if name not in OF_RANK_0}, group)
 
 

@@ -1,8 +1,10 @@
 """``sae-lens-auxk train`` on a tiny model: its summary, and what a signal leaves."""
 
+import os
 import re
 import resource
 import signal
+import time
 from collections.abc import Callable
 from math import gcd
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     number: signal.Signals,
     at_step: Callable[[int, Callable[[], Any]], None],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The run that resumes ends with the weights of one that was never interrupted."""
     flags = [*flags_in(tmp_path), "--store_batch_size_prompts", "4"]
@@ -88,14 +90,15 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
     at_step(5, lambda: signal.raise_signal(number))
     fields = {"checkpoint_path": tmp_path / "checkpoints", "output_path": tmp_path / "output"}
-    assert train(flags, **fields) == 130
+    assert train(flags, **fields) == 128 + number
     assert {number: signal.getsignal(number) for number in interruption.SIGNALS} == before
     checkpoint = newest(tmp_path)
     assert checkpoint is not None
     assert checkpoint.name == str(5 * 64)
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
+    assert error.count(interruption.AGAIN) == (number == signal.SIGINT)
     said = (
-        f"interrupted. Resume from its last checkpoint with --resume_from_checkpoint {checkpoint}"
+        f"\ninterrupted. Resume from its last checkpoint with --resume_from_checkpoint {checkpoint}"
     )
     assert error.endswith(f"{said}.\n")
     assert not (tmp_path / "output").exists()
@@ -119,6 +122,66 @@ def test_a_second_signal_ends_it_at_once(
     )
 
 
+def test_a_scheduler_may_send_sigterm_twice(
+    at_step: Callable[[int, Callable[[], Any]], None], tmp_path: Path
+) -> None:
+    """To torchrun, which passes it on, and to its processes: the second comes in a slow step."""
+
+    def both() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_step(5, both)
+    assert train(flags_in(tmp_path), checkpoint_path=tmp_path / "checkpoints") == 143
+    assert newest(tmp_path).name == str(5 * 64)  # type: ignore[union-attr]
+
+
+def test_an_ignored_signal_is_still_ignored(
+    at_step: Callable[[int, Callable[[], Any]], None], tmp_path: Path
+) -> None:
+    """A shell starts what a script puts in the background with SIGINT ignored."""
+    at_step(5, lambda: signal.raise_signal(signal.SIGINT))
+    own = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert train(flags_in(tmp_path), checkpoint_path=tmp_path / "checkpoints") == 0
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def test_a_signal_in_the_final_checkpoint_ends_it_unmeasured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: Any = LanguageModelSAETrainingRunner.save_checkpoint
+
+    def save(self: Any, checkpoint_path: Path) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        own(self, checkpoint_path)
+
+    monkeypatch.setattr(LanguageModelSAETrainingRunner, "save_checkpoint", save)
+    output = tmp_path / "output"
+    fields = {"checkpoint_path": tmp_path / "checkpoints", "save_final_checkpoint": "true"}
+    assert train(flags_in(tmp_path), output_path=output, **fields) == 143
+    said = f"\ninterrupted. The SAE is in {output}; it was not measured.\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert {"sae_weights.safetensors"} <= {*os.listdir(output)}
+    assert "evaluation.json" not in os.listdir(output)
+
+
+def test_an_interruption_without_a_place_for_its_checkpoint_is_one_line(
+    at_step: Callable[[int, Callable[[], Any]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such a run is not refused, as it plans no checkpoint."""
+    (tmp_path / "file").write_text("mine")
+    at_step(5, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(flags_in(tmp_path), checkpoint_path=tmp_path / "file") == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "Not a directory" in last
+    assert last.endswith("It had no checkpoint yet: start it again.")
+
+
 def test_a_signal_while_a_checkpoint_is_saved_waits_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -133,7 +196,7 @@ def test_a_signal_while_a_checkpoint_is_saved_waits_for_it(
 
     monkeypatch.setattr(LanguageModelSAETrainingRunner, "save_checkpoint", save)
     fields = {"checkpoint_path": tmp_path / "checkpoints", "n_checkpoints": 3}
-    assert train(flags_in(tmp_path), **fields) == 130
+    assert train(flags_in(tmp_path), **fields) == 143
     assert [int(name) for name in saved] == [11 * 64, 12 * 64]
     assert newest(tmp_path).name == str(12 * 64)  # type: ignore[union-attr]
 
@@ -155,15 +218,24 @@ def test_a_signal_before_the_first_step_is_one_line(
     )
 
 
-def test_a_signal_while_it_is_measured_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("full"), 2)])
+def test_what_ends_it_while_it_is_measured_is_no_reason_to_train_again(
+    error: BaseException,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(
-        "sae_lens_auxk.saelens.evaluation.run_evals",
-        lambda *_, **__: signal.raise_signal(signal.SIGINT),
-    )
-    assert train(flags_in(tmp_path), output_path=tmp_path / "output") == 130
-    assert (tmp_path / "output" / "sae_weights.safetensors").is_file()
+    def measured(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sae_lens_auxk.saelens.evaluation.run_evals", measured)
+    output = tmp_path / "output"
+    assert train(flags_in(tmp_path), output_path=output) == status
+    assert (output / "sae_weights.safetensors").is_file()
+    said = capsys.readouterr().err
+    assert said.endswith(f". The SAE is in {output}; it was not measured.\n")
+    assert "checkpoint" not in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("n_bytes", [0, 10_000])
