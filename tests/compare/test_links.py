@@ -86,6 +86,8 @@ def test_no_link_in_a_comparison_is_followed_out_of_it(
                 (outside / inner).parent.mkdir(parents=True, exist_ok=True)
                 (outside / inner).write_text("theirs")
             path = there / name
+            if path.is_dir():  # the link leads to what was there
+                shutil.copytree(path, outside / "folder", dirs_exist_ok=True)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             if kind == "hard":
                 path.hardlink_to(outside / "file")
