@@ -1,9 +1,15 @@
-"""``torchrun -m sae_lens_auxk train``."""
+"""``torchrun -m sae_lens_auxk train``.
 
+torchrun takes 20 seconds to start the processes, which import SAELens. So what needs no torchrun is
+tried in forked processes.
+"""
+
+import io
 import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,8 @@ import torch.distributed as dist
 from datasets import Dataset
 from sae_lens.saes.sae import SAE
 
-from sae_lens_auxk import processes, runner_config
+from sae_lens_auxk import cli, processes, runner_config
+from sae_lens_auxk.saelens.interruption import noted_signals
 from sae_lens_auxk.sharded.runner import ShardedTrainingRunner, require_same_run
 from tests import tiny_model
 from tests.fuzz.test_shared import MESSAGE, newest, ranks, start
@@ -22,14 +29,29 @@ from tests.sharded.processes import NCCL, in_processes
 DEVICE = ["--device", "cuda"] if NCCL else []
 
 
-def _run(
-    flags: list[str], n: int, said: Path, of_rank: Mapping[int, list[str]] | None = None
-) -> tuple[int, str]:
-    """The exit status and what was said; ``of_rank`` has further flags of single processes."""
+def _run(flags: list[str], n: int, said: Path) -> tuple[int, str]:
+    """The exit status and what was said."""
     begin = time.monotonic()
-    status = start([*flags, *DEVICE], n, None, said, of_rank or {}).wait(timeout=300)
+    status = start([*flags, *DEVICE], n, None, said).wait(timeout=300)
     assert time.monotonic() - begin < 100
     return status, said.read_text()
+
+
+def _command(flags: list[str], said: Path, of_rank: Mapping[int, list[str]]) -> int:
+    rank, n = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
+    processes.process_group = lambda: nullcontext(dist.group.WORLD)
+    with said.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+        return cli.main(["train", *flags, *of_rank.get(int(rank), [])])
+
+
+def _refusal(flags: list[str], said: Path, of_rank: Mapping[int, list[str]] | None = None) -> str:
+    """What two processes say, without a traceback; ``of_rank`` has further flags of some."""
+    statuses = in_processes(2, _command, [*flags, *DEVICE], said, of_rank or {})
+    assert statuses == [2, 2]
+    text = said.read_text()
+    assert text.count("sae-lens-auxk: error") == 1, text
+    return text
 
 
 def test_a_run_saves_a_plain_sae_and_speaks_once(tmp_path: Path) -> None:
@@ -57,15 +79,13 @@ def test_what_cannot_be_shared_is_refused_once(
     given = tiny_files.write(tmp_path)
     if "--architecture" in flags:
         del given[given.index("--k") : given.index("--k") + 2]
-    status, text = _run([*given, *flags], 2, tmp_path / "said.txt")
-    assert status != 0
+    text = _refusal([*given, *flags], tmp_path / "said.txt")
     assert text.count(message.format(__file__)) == 1, text
 
 
 def test_a_data_set_shorter_than_the_processes_is_refused_once(tmp_path: Path) -> None:
     flags = tiny_files.write(tmp_path, n_rows=1)
-    status, text = _run(flags, 2, tmp_path / "said.txt")
-    assert status != 0
+    text = _refusal(flags, tmp_path / "said.txt")
     assert text.count("has 1 rows, which cannot be shared among 2 processes") == 1, text
 
 
@@ -83,11 +103,9 @@ def test_flags_of_one_process_are_refused_once(
     tmp_path: Path, of_rank_1: list[str], message: str
 ) -> None:
     flags = tiny_files.write(tmp_path)
-    status, text = _run(flags, 2, tmp_path / "said.txt", {1: of_rank_1})
-    assert status != 0
-    assert text.count(f"sae-lens-auxk: error: {message}") == 1, text
-    assert text.count("sae-lens-auxk: error") == 1
-    assert "[rank" not in text, "a traceback"
+    text = _refusal(flags, tmp_path / "said.txt", {1: of_rank_1})
+    assert f"sae-lens-auxk: error: {message}" in text
+    assert "checkpoint" not in text, "it has not begun"
 
 
 def test_a_process_without_text_is_named_once(tmp_path: Path) -> None:
@@ -95,11 +113,9 @@ def test_a_process_without_text_is_named_once(tmp_path: Path) -> None:
     text = " ".join(["w1"] * tiny_files.CONTEXT_SIZE)
     rows = [{"text": row} for row in [text, text, "", ""] * 50]  # blocks of two
     Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
-    status, text = _run(flags, 2, tmp_path / "said.txt")
-    assert status != 0
-    assert text.count("sae-lens-auxk: error: rank 1: ") == 1, text
-    assert text.count("sae-lens-auxk: error") == 1
-    assert "[rank" not in text, "a traceback"
+    text = _refusal([*flags, "--checkpoint_path", str(tmp_path)], tmp_path / "said.txt")
+    assert "sae-lens-auxk: error: rank 1: " in text
+    assert text.endswith(" It had no checkpoint yet: start it again.\n")
 
 
 def test_a_file_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
@@ -112,7 +128,9 @@ def test_a_file_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     assert "[rank" not in text, "a traceback"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.weekly), signal.SIGTERM]
+)
 def test_a_signal_leaves_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
     flags = [
         *tiny_files.write(tmp_path),
@@ -164,6 +182,36 @@ def test_other_versions_are_named() -> None:
     in_processes(2, _refused, "torch is .* on rank 0 and '0' on rank 1: it must be the same")
 
 
+def _an_error_without_text() -> None:
+    error = StopIteration() if dist.get_rank() == 1 else None
+    with pytest.raises(ValueError, match=r"^rank 1: StopIteration\(\)$"):
+        processes.agree(error, dist.group.WORLD)
+
+
+def test_an_error_without_text_is_named() -> None:
+    in_processes(2, _an_error_without_text)
+
+
+def _is_slow_to_end() -> str:
+    processes.SECONDS_TO_SAVE = 0
+    said = io.StringIO()
+    with redirect_stderr(said):
+        processes.end_with(lambda: "Resume")
+        with noted_signals() as noted:
+            signal.raise_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 20
+            while not said.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert noted == [signal.SIGTERM]
+        time.sleep(0.1)  # in which it would end
+    return said.getvalue()
+
+
+def test_a_slow_checkpoint_is_not_cut_off() -> None:
+    (said,) = in_processes(1, _is_slow_to_end)
+    assert said.count("error: told to stop 0 seconds ago") == said.count(". Resume.") == 1
+
+
 def _config(of_rank_1: dict[str, Any]) -> Any:
     return runner_config(
         "auxk-topk",
@@ -196,6 +244,8 @@ def test_another_field_is_named(fields: dict[str, Any], message: str) -> None:
 
 def _what_only_rank_0_uses_may_differ() -> None:
     cfg = _config({"output_path": "o", "run_name": "r", "verbose": True})
+    for name in ("model_name", "dataset_path", "resume_from_checkpoint"):
+        setattr(cfg, name, f"/node{dist.get_rank()}/same")  # its own copy
     require_same_run(cfg, dist.group.WORLD)
 
 

@@ -1,12 +1,16 @@
 """How rows are dealt to processes, without processes."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
-from sae_lens_auxk.sharded.data import share_data
+from sae_lens_auxk.files import write_tensors
+from sae_lens_auxk.sharded.data import BLOCK, BY_RANK, load_position, share_data
 
 
 def shares(dataset: Any, n: int, n_prompts: int) -> list[list[int]]:
@@ -49,6 +53,28 @@ def test_a_stream_of_files_is_dealt_by_file() -> None:
     found = shares(rows(12).to_iterable_dataset(num_shards=4), 2, 5)
     assert sorted(row for share in found for row in share) == [*range(12)]
     assert [len(share) for share in found] == [6, 6]
+
+
+def position(state: dict[str, Any], block: int, folder: Path) -> int:
+    """The position of rank 1 of two in a run with this block."""
+    found: list[int] = []
+
+    def load(path: str) -> None:
+        found.append(int(load_file(path)["n_dataset_processed"]))
+
+    write_tensors(folder / "activations_store_state.safetensors", state)
+    store: Any = SimpleNamespace(store_batch_size_prompts=block, load=load)
+    load_position(store, SimpleNamespace(size=lambda: 2, rank=lambda: 1), folder)
+    return found[0]
+
+
+def test_a_position_is_of_rows_that_are_dealt_in_the_same_way(tmp_path: Path) -> None:
+    state = {"n_dataset_processed": 60, BY_RANK: [19, 40], BLOCK: 4}
+    saved = {name: torch.tensor(value) for name, value in state.items()}
+    assert position(saved, 4, tmp_path) == 40
+    assert position(saved, 8, tmp_path) == 30
+    del saved[BY_RANK], saved[BLOCK]
+    assert position(saved, 4, tmp_path) == 30
 
 
 def test_every_process_gets_a_row_where_there_are_enough() -> None:
