@@ -784,7 +784,26 @@ MUTANTS = [
     ),
     Mutant("saelens", "full_disks_not_known", 'or "inline_container" in text', "", INTERRUPTED),
     Mutant("saelens", "signals_not_given_back", "before.items():", "{}.items():", INTERRUPTED),
-    Mutant("saelens", "folders_left_behind", "reversed(made):", "():", START),
+    Mutant(
+        "saelens", "second_sigterm_kills", "if number == signal.SIGINT:", "if True:", INTERRUPTED
+    ),
+    Mutant("saelens", "ignored_signals_noted", "is not signal.SIG_IGN", "is not None", INTERRUPTED),
+    Mutant(
+        "saelens",
+        "late_signal_forgotten",
+        "if runner.noted:  # in its",
+        "if False:  #",
+        INTERRUPTED,
+    ),
+    Mutant(
+        "saelens", "folders_where_they_go", "Path(trial, path.rel", "Path(there, path.rel", START
+    ),
+    Mutant("saelens", "one_prompt_tried", "torch.zeros((2, cfg", "torch.zeros((1, cfg", START),
+    Mutant("saelens", "d_sae_counts_as_width", '== [config["d_sae"]] else', "== [] else", RESUME),
+    Mutant("saelens", "missing_k_accepted", "if absent := [", "if False and [", RESUME),
+    Mutant(
+        "sharded", "another_block_resumed", "group.size() and is_dealt_so", "group.size()", DATA
+    ),
     Mutant("saelens", "last_buffer_too_small", "buffer < smallest", "buffer < smallest - 1", START),
     Mutant(
         "sharded",
