@@ -148,13 +148,12 @@ class Counts(_Base):
         super().process_state_dict_for_loading(state_dict)
         # SAELens's own architectures save none. A trainer that resumes knows its steps.
         fresh = torch.zeros_like(self.tokens_since_fired), self.training_steps
+        self._loaded = "training_steps" in state_dict or bool(self.training_steps.any())
         for name, count in zip(_COUNTS, fresh, strict=True):
             if name in state_dict:
                 state_dict[name] = count_from_bytes(state_dict[name])
-                self._loaded = True
             else:
                 state_dict[name] = count.to(state_dict["W_dec"].device)
-                self._loaded = bool(count.any())
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
