@@ -23,7 +23,8 @@ MEASURED = ("metrics", "peeking", "found_again_by_age", "pairs")
 
 def compact(results: Results) -> Results:
     """The same results with fewer digits and points."""
-    report, digits = _report(results), DIGITS
+    report = _report({**results, "groups": list(groups_of(results["runs"]))})
+    digits = DIGITS
     while True:
         runs = [_run(run, digits) for run in results["runs"]]
         small: Results = {**results, "runs": runs, "groups": list(groups_of(runs))}
