@@ -265,7 +265,7 @@ PEEKING = {
         "Cosine of the latent's decoder row with the nearest one of another alive latent.",
     ),
     "found_again": Metric(
-        "found again, of these",
+        "found again",
         1,
         "Share of all alive latents of the group that have a cosine above "
         f"{FOUND_AGAIN} with an alive latent, of any group, of another seed.",

@@ -263,6 +263,7 @@ def test_a_report_alone_trains_nothing(
 ) -> None:
     results = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))
     write_json(tmp_path / "results.json", results)
+    monkeypatch.setattr(command, "read_results", read_results)
     reported: list[Any] = []
 
     def write(results: Any, folder: Path) -> Path:

@@ -302,7 +302,7 @@ def results_of(l0: float = 8, **cases: Any) -> Any:
         (
             {"a": (0.5, 0.51, 0.5), "b": (0.6, 0.61, 0.6)},
             '"b", 0.603 ± 0.006 (L0 8.0, 25.0% of 4,096 latents dead), is better than the other, '
-            'and than the next, "a" (0.503 ± 0.006), by 0.100 to 0.100 (95% interval).',
+            '"a" (0.503 ± 0.006), by 0.100 to 0.100 (95% interval).',
         ),
         (
             {
@@ -310,7 +310,7 @@ def results_of(l0: float = 8, **cases: Any) -> Any:
                 for case, shares in {"a": (0.3, 0.4, 0.3), "b": (0.1, 0.1, 0.11)}.items()
             },
             '"b", 10.33 ± 0.58% (L0 8.0, 10.33% of 4,096 latents dead), is better than the other, '
-            'and than the next, "a" (33.33 ± 5.77%), by 7.89 to 38.11 points (95% interval).',
+            '"a" (33.33 ± 5.77%), by 7.89 to 38.11 points (95% interval).',
         ),
         (
             {"a": (0.5, 0.7, 0.4), "b": (0.6, 0.61, 0.6), "c, d": (0.1, 0.12, 0.1)},
@@ -640,7 +640,7 @@ def test_found_again_by_group_and_by_age() -> None:
     results = fake_results(ks=(25,), ground_truth=False)
     made = {figure.name: figure for figure in figures_of(results)}
     (panel,) = made["found_again"].panels
-    assert panel.title == "found again, of these, %"
+    assert panel.title == "found again, %"
     assert {*panel.categories} == {*results["comparison"]["cases"][1:]}
     assert [series.filled for series in panel.series[:2]] == [False, True]
     assert (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_lens_auxk import ops
+from sae_lens_auxk.ops import selection
 from sae_lens_auxk.ops.selection import indices_of
 from tests.helpers import PAIRS, build_sae, build_trainer, kill_latents
 
@@ -50,7 +50,7 @@ def test_no_operation_is_used_that_mps_lacks(
 ) -> None:
     sparse, used = trained(architecture, variant)
     assert used or "topk" not in architecture
-    monkeypatch.setattr(ops, "SPARSE_DEVICES", ("cuda",))
+    monkeypatch.setattr(selection, "SPARSE_DEVICES", ("cuda",))
     dense, used = trained(architecture, variant)
     assert used == set()
     for name, value in sparse.state_dict().items():
@@ -61,5 +61,5 @@ def test_the_indices_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.rand(200) < 0.4
     static = indices_of(mask, 100)
     assert len(static) == 128
-    monkeypatch.setattr(ops, "SPARSE_DEVICES", ())
+    monkeypatch.setattr(selection, "SPARSE_DEVICES", ())
     assert torch.equal(indices_of(mask, 100), static)

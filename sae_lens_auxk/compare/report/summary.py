@@ -143,12 +143,12 @@ def _answer(results: Results, key: str, metric: Metric) -> list[str]:
     best = best_of(compared(results), key, metric)
     if best is not None:
         others = [group for group in rivals if group is not best]
-        than = "each of the others" if len(others) > 1 else "the other"
+        than = "each of the others, and than the next" if len(others) > 1 else "the other"
         low, high = interval(differences(best, others[0], key))
         low, high = (low, high) if metric.better == "up" else (-high, -low)
         sentences = [
-            f"{named(best)}, {in_full(best)}, is better than {than}, and than the next, "
-            f"{said(others[0])}, by {metric.difference(low, high)} (95% interval)."
+            f"{named(best)}, {in_full(best)}, is better than {than}, {said(others[0])}, by "
+            f"{metric.difference(low, high)} (95% interval)."
         ]
     elif all(len(differences(a, b, key)) < MIN_SEEDS for a, b in combinations(rivals, 2)):
         pairs = " whose pairs are all known" if key in ACROSS_SEEDS else ""
