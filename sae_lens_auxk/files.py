@@ -1,7 +1,7 @@
 """Files that are never half written, and errors that name the file.
 
 All files of the package are written here. A link under one of their names is replaced, and a link
-in the place of a folder is refused, so that nothing is written where a link leads.
+where a folder belongs is refused, so that nothing is written where a link leads.
 """
 
 import json
@@ -116,7 +116,7 @@ def make_folder(path: Path) -> None:
 
 
 def require_no_link(path: Path) -> None:
-    """Raise a ValueError if what is there, if anything, is no folder or is a link to one."""
+    """Raise a ValueError if something is there that is not a folder, or is a link to one."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} must be a folder and no link: move it away.")
 

@@ -102,7 +102,7 @@ def test_no_link_in_a_comparison_is_followed_out_of_it(
                     assert error.count("\n") == 1, error
     # The report of what is there says that a case failed.
     assert {status for pair in statuses.values() for status in pair} == {0, 1, 2}
-    # A link under the name of a report is replaced, and one in the place of a folder refused.
+    # A link under the name of a report is replaced, and one where a folder belongs is refused.
     assert statuses["report.md file"] == [1, 0]
     assert statuses["figures folder"] == statuses[".lock file"] == [2, 2]
     assert statuses["report.md hard"] == statuses[".lock hard"] == [1, 0]
