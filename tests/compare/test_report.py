@@ -490,9 +490,9 @@ def peeking_of(n: int = 90, rates: tuple[float, float] = (0.1, 0.2), **junk: Any
 
 
 def test_the_peeking_line_by_hand() -> None:
-    about = "Junk (no true feature is near), in latents that came back and in others that fire as "
-    about += "often."
-    again = "Found again, of those that came back and of all others:"
+    about = "Junk is what no true feature is near; given of those that came back, and of others "
+    about += "that fire as often."
+    again = "Found again of those that came back, and of all that never died:"
     worse, same = [(0.5, 0.2), (0.5, 0.21), (0.52, 0.2)], [(0.5, 0.2), (0.2, 0.5), (0.3, 0.3)]
     assert peeking_of(a=worse, b=[share[::-1] for share in worse], c=same) == (
         f'{about} Larger: "a" 50.7% and 20.3%. Not told apart: "c" 33.3% and 33.3%. Smaller: "b" '

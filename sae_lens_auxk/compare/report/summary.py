@@ -33,8 +33,8 @@ from sae_lens_auxk.saelens.names import get_sae_training_class
 
 REVIVED_OR_NOT = ("revived", "never_died")
 WORSE = {
-    "junk_share": "Junk (no true feature is near)",
-    "direction_spread": "Spread (the larger, the less specific; a random direction has 33%)",
+    "junk_share": "Junk is what no true feature is near",
+    "direction_spread": "Spread is larger where latents are less specific (0.333: at random)",
 }
 """What speaks for residual peeking, in the order of its weight."""
 MAX_RATE_RATIO = 2.0
@@ -193,11 +193,12 @@ def _peeking(results: Results) -> str:
         for group in having(key):
             heads.setdefault(_revived_are(group, key), []).append(said(group, key))
         if heads:
-            found = [f"{name}, in latents that came back and in others that fire as often."]
+            found = [f"{name}; given of those that came back, and of others that fire as often."]
             found += [f"{head}: {_list(cases)}." for head, cases in sorted(heads.items())]
             if again := [said(group, "found_again") for group in having("found_again")]:
                 found.append(
-                    f"Found again, of those that came back and of all others: {_list(again)}."
+                    "Found again of those that came back, and of all that never died: "
+                    f"{_list(again)}."
                 )
             return " ".join(found)
     return "Not measured, or on too few latents that were dead and came back."
