@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from sae_lens_auxk import cli
 from sae_lens_auxk.saelens import interruption
+from tests import tiny_files
 from tests.fuzz.test_shared import newest
-from tests.sharded import tiny_files
 
 
 def flags_in(folder: Path) -> list[str]:

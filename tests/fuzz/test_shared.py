@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests import tiny_files
 from tests.fuzz import LENGTH, some_random
-from tests.sharded import tiny_files
 
 N_STEPS = 600
 MESSAGE = "another process of this run has died"

@@ -9,8 +9,7 @@ import pytest
 
 from sae_lens_auxk import cli, runner_config
 from sae_lens_auxk.saelens.start import require_startable
-from tests import tiny_model
-from tests.sharded import tiny_files
+from tests import tiny_files, tiny_model
 
 
 def config(**fields: Any) -> Any:

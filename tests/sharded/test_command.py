@@ -21,9 +21,8 @@ from sae_lens.saes.sae import SAE
 from sae_lens_auxk import cli, processes, runner_config
 from sae_lens_auxk.saelens.interruption import noted_signals
 from sae_lens_auxk.sharded.runner import ShardedTrainingRunner, require_same_run
-from tests import tiny_model
+from tests import tiny_files, tiny_model
 from tests.fuzz.test_shared import MESSAGE, newest, ranks, start
-from tests.sharded import tiny_files
 from tests.sharded.processes import NCCL, in_processes
 
 DEVICE = ["--device", "cuda"] if NCCL else []
