@@ -134,7 +134,7 @@ def _parse(args: Sequence[str]) -> Namespace:
         exit_on_error=False,
         description=(
             "Train auxiliary losses side by side on the same activations, measure them, and "
-            "write a report. Without arguments: six cases on a small synthetic model, in about 80 "
+            "write a report. Without arguments: six cases on a small synthetic model, in about 85 "
             "seconds on 2 CPU cores. The same command resumes it if interrupted, and trains again "
             "what failed. The exit status is 1 if a case failed."
         ),
