@@ -56,6 +56,7 @@ SAES["auxk-topk, pursuit, before"] = SAES["auxk-topk, pursuit"]
 BEST = {"autocast_lm": True, "store_batch_size_prompts": 128}
 STORES: dict[str, dict[str, Any]] = {
     "as it comes": {},
+    "autocast_lm": {"autocast_lm": True},
     "best": BEST,
     "cached": {"use_cached_activations": True},
 }
