@@ -31,11 +31,15 @@ MAX_SLUG = 200
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is compared: a label, an architecture and fields of its config."""
+    """One thing that is compared: a label, an architecture and fields of its config.
+
+    ``lr`` is its own learning rate, or None for that of the comparison.
+    """
 
     name: str
     architecture: str
     fields: dict[str, Any]
+    lr: float | None = None
 
     @property
     def k(self) -> float | None:
@@ -81,13 +85,18 @@ def cases_of(comparison: Resolved) -> list[Case]:
     def add(name: str | None, architecture: str, given: dict[str, Any]) -> None:
         _, config_class = get_sae_training_class(architecture)
         known = {f.name for f in fields(config_class)}
-        require_known(given, known - {"d_in", "d_sae", "device"}, f"a case of {architecture}")
+        allowed_fields = known - {"d_in", "d_sae", "device"} | {"lr"}
+        require_known(given, allowed_fields, f"a case of {architecture}")
         if "k" in given:
             require_number("k", given["k"], "a finite number > 0", lambda k: k > 0)
         name = name or _label(architecture, given)
+        given = dict(given)
+        lr = given.pop("lr", None)
+        if lr is not None:
+            require_number("lr", lr, "a finite number > 0", lambda lr: lr > 0)
         ks = [given["k"]] if "k" in given else comparison.k if "k" in known else [None]
         for k in ks:
-            case = Case(name, architecture, given if k is None else {**given, "k": k})
+            case = Case(name, architecture, given if k is None else {**given, "k": k}, lr)
             if len(case.slug) > MAX_SLUG:
                 allowed = "shorter, since it names a folder; give the case a name"
                 raise reject("name", name, allowed)

@@ -32,8 +32,8 @@ class Comparison:
         k (list[int] | None): Active latents per sample, one or more values, for the TopK family.
             None: 8, for a language model 32.
         cases (list[dict]): In a configuration file only. Further cases, each a mapping of
-            fields of the SAE's config, with "architecture" (this package's or SAELens's) and
-            "name", both optional.
+            fields of the SAE's config, with "architecture" (this package's or SAELens's), "name"
+            and "lr", its own learning rate, all three optional.
         sae (dict): In a configuration file only. Fields of the SAE's config for all cases whose
             architecture has them; a case can override them.
         seeds (list[int]): One pass over the data for each. It seeds the initial weights, and the
@@ -43,7 +43,8 @@ class Comparison:
             200000, for a language model 20 million.
         batch_size (int | None): Activations per training step. None: 256, for a language
             model 4096.
-        lr (float | None): Learning rate. None: 2e-3, for a language model 3e-4.
+        lr (float | None): Learning rate of the cases that have none of their own. None: 2e-3, for
+            a language model 3e-4.
         dead_after (int | None): A latent that is silent for this many activations is dead, in
             the measurements of every case and, unless a case says otherwise, for its auxiliary
             loss. None: 10 million or a twentieth of training_samples, whichever is less.

@@ -298,7 +298,8 @@ def _train_pass(
     measured: dict[str, Measured] = {}
     if saes:
         data = source.open(seed, saes)
-        logs = _train(comparison, data, saes, partial, on_samples, fail)
+        rates = {slug: lr for slug in saes if (lr := cases[slug].lr) is not None}
+        logs = _train(comparison, data, saes, rates, partial, on_samples, fail)
         saes.clear()  # frees memory for the measurements
         if trained := [slug for slug in logs if slug not in failures]:
             x = data.held_out().to(comparison.device)
@@ -342,6 +343,7 @@ def _train(
     comparison: Resolved,
     data: Pass,
     saes: dict[str, TrainingSAE[Any]],
+    learning_rates: Mapping[str, float],
     partial: Path,
     on_samples: Callable[[int], None],
     fail: Callable[[str, Exception], None],
@@ -353,6 +355,7 @@ def _train(
         hook_name=data.hook_name,
         data_provider=data.batches(),
         dead_after=comparison.dead_after,
+        learning_rates=learning_rates,
         on_samples=on_samples,
         on_failure=fail,
     )

@@ -1,9 +1,9 @@
 """Lockstep training: every SAE of a pass takes the same step at the same time."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -114,7 +114,8 @@ class LockstepTrainer(MultiSAETrainer):
 
     SAELens's loop has no hook for looking at a step, and it stops for all SAEs when one of them
     raises. So this class has its own loop around SAELens's public steps. An SAE that fails is
-    left out of the rest of the training, and ``on_failure`` gets its name and the error.
+    left out of the rest of the training, and ``on_failure`` gets its name and the error. An SAE may
+    have a learning rate of its own.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class LockstepTrainer(MultiSAETrainer):
         hook_name: str,
         data_provider: MultiHookDataProvider,
         dead_after: int,
+        learning_rates: Mapping[str, float],
         on_samples: Callable[[int], object],
         on_failure: Callable[[str, Exception], object],
     ):
@@ -133,6 +135,11 @@ class LockstepTrainer(MultiSAETrainer):
             hook_names=dict.fromkeys(saes, hook_name),
             data_provider=data_provider,
         )
+        # SAELens has one rate for all. One that a schedule ends with keeps its share of the rate.
+        for name, lr in learning_rates.items():
+            own = self.trainers[name].cfg
+            own = replace(own, lr=lr, lr_end=(own.lr_end or 0.0) * lr / own.lr)
+            self.trainers[name] = SAETrainer(own, saes[name], data_provider=iter(()))
         self.hook_name = hook_name
         self.logs = {name: TrainingLog.of(sae, dead_after) for name, sae in saes.items()}
         self._on_samples = on_samples

@@ -51,7 +51,11 @@ def fake_results(
         "finished": True,
         "machine": "NVIDIA H100 80GB HBM3, Linux x86_64, 16 CPU cores",
         "packages": {"sae-lens": "6.54.12", "torch": "2.11.0", "sae-lens-auxk": "0.1.0"},
-        "comparison": {"cases": list(cases), "ks": list(ks), "seeds": list(seeds)},
+        "comparison": {
+            "cases": [{"name": case} for case in cases],
+            "ks": list(ks),
+            "seeds": list(seeds),
+        },
         "command": "sae-lens-auxk compare --preset published",
         "data": {"kind": kind, "description": "16,384 known features in 768 dimensions"},
         "runs": runs,

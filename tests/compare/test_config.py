@@ -151,7 +151,7 @@ def test_explicit_cases_and_shared_fields() -> None:
         cases=[
             {"name": "mine", "aux_variant": "auxk", "k_aux": 3},
             {"architecture": "jumprelu", "l0_coefficient": 0.5},
-            {"aux_variant": "auxk", "k": 5, "aux_bias": "none"},
+            {"aux_variant": "auxk", "k": 5, "aux_bias": "none", "lr": 0.004},
             {"aux_variant": "none", "resample_every_steps": 100, "resample_stop_step": 400},
         ],
         sae={"apply_b_dec_to_input": False, "k_aux": 7},
@@ -159,7 +159,7 @@ def test_explicit_cases_and_shared_fields() -> None:
     mine, jumprelu, last, resampled = cases_of(comparison)
     assert resampled.name == "none, resample every 100, resample until 400"
     assert (mine.name, jumprelu.name) == ("mine", "SAELens jumprelu, l0_coefficient 0.5")
-    assert (last.name, last.k) == ("auxk, bias none", 5)
+    assert (last.name, last.k, last.lr) == ("auxk, bias none, lr 0.004", 5, 0.004)
     configs: list[Any] = [case.sae_config(comparison, 12) for case in (mine, jumprelu, last)]
     assert [config.apply_b_dec_to_input for config in configs] == [False] * 3
     assert (configs[0].k_aux, configs[2].k_aux) == (3, 7)
@@ -240,6 +240,7 @@ def test_seeds_with_a_model_each() -> None:
         ({"k": "abc"}, "k='abc' .*a list of one or more"),
         ({"cases": [{"name": 5}]}, "name=5 .*a string"),
         ({"cases": [{"k": "abc"}]}, "k='abc' .*a finite number > 0"),
+        ({"cases": [{"lr": 0}]}, "lr=0 .*a finite number > 0"),
         ({"aux_variant": None, "aux_loss_coefficient": [0.1]}, "aux_loss_coefficient.*aux_variant"),
         ({"aux_loss_coefficient": [-1.0]}, "aux_loss_coefficient=-1.0 .*finite numbers >= 0"),
         ({"k": [0]}, "k=0 is not allowed: it must be an integer >= 1"),

@@ -145,7 +145,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(tmp_path: Path) -> None:
         head, *rows = table
         rows_by_group = {(row[0].replace("\\", ""), row[2]): row for row in rows}
         assert len(rows_by_group) == len(rows) == 18
-        for case in results["comparison"]["cases"]:
+        for case in names_of(results):
             runs = [r for r in results["runs"] if r["case"] == case and r["k"] == 50]
             row = rows_by_group[case, "50"]
             assert row[head.index("seeds")] == "3"
@@ -165,7 +165,7 @@ def test_the_peeking_table_holds_the_numbers_of_the_runs(tmp_path: Path) -> None
     results = fake_results(ks=(25,))
     page, _ = report(results, tmp_path)
     head, *rows = page.tables[1]
-    assert {row[0] for row in rows} == {f"{c}, k 25" for c in results["comparison"]["cases"][1:]}
+    assert {row[0] for row in rows} == {f"{c}, k 25" for c in names_of(results)[1:]}
     runs = [r for r in results["runs"] if r["case"] == "auxk"]
     for group, never_died, shown in (
         ("revived", "never_died", "revived"),
@@ -275,6 +275,10 @@ def test_the_markdown_cannot_steer_a_terminal(tmp_path: Path) -> None:
     _, markdown = report(results, tmp_path)
     assert all(character.isprintable() or character == "\n" for character in markdown)
     assert r"\\x1b\[2Ja" in markdown
+
+
+def names_of(results: Any) -> list[str]:
+    return [case["name"] for case in results["comparison"]["cases"]]
 
 
 def results_of(l0: float = 8, **cases: Any) -> Any:
@@ -514,6 +518,10 @@ def test_the_settings_say_what_each_case_is() -> None:
         run["sae_config"] |= {"aux_bias": bias, "k_aux": 32, "d_sae": 64}
     cases = ("cases", '"auxk" (auxk-topk); "hard" (auxk-topk, aux_bias none)')
     assert cases in settings(results)
+    results["comparison"] = {"cases": [{"name": "hard", "lr": 1e-3}, {"aux_variant": "auxk"}]}
+    shown = dict(settings(results))["cases"]
+    assert shown == cases[1].replace("aux_bias none", "aux_bias none, lr 0.001")
+    results["comparison"] = {}
     unfinished = [{**run, "seed": 1, "status": "unfinished", "sae_config": {}}
                   for run in results["runs"]]  # fmt: skip
     results["runs"] += unfinished
@@ -614,7 +622,7 @@ def test_what_it_takes_to_find_latents_again() -> None:
 def test_with_one_k_explained_variance_is_drawn_by_case() -> None:
     results = fake_results(ks=(25,))
     (figure,) = (f for f in figures_of(results) if f.name == "explained_variance")
-    assert {*figure.panels[0].categories} == {*results["comparison"]["cases"]}
+    assert {*figure.panels[0].categories} == {*names_of(results)}
     groups = {group["case"]: group for group in results["groups"]}
     for series in figure.panels[0].series:
         group = groups[series.label]
@@ -641,7 +649,7 @@ def test_found_again_by_group_and_by_age() -> None:
     made = {figure.name: figure for figure in figures_of(results)}
     (panel,) = made["found_again"].panels
     assert panel.title == "found again, %"
-    assert {*panel.categories} == {*results["comparison"]["cases"][1:]}
+    assert {*panel.categories} == {*names_of(results)[1:]}
     assert [series.filled for series in panel.series[:2]] == [False, True]
     assert (
         "Fewer than 0.01% of random directions would be found again." in made["found_again"].caption

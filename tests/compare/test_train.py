@@ -33,6 +33,7 @@ def trainer_of(
         hook_name=data.hook_name,
         data_provider=data.batches(),
         dead_after=comparison.dead_after,
+        learning_rates={case.name: case.lr for case in cases_of(comparison) if case.lr},
         on_samples=int,
         on_failure=on_failure,
     )
@@ -51,6 +52,19 @@ def test_a_case_trains_as_it_would_alone_in_saelens() -> None:
         SAETrainer(data.trainer_config, sae, batches).fit()
         for name, parameter in sae.named_parameters():
             assert torch.equal(parameter, dict(together[case.name].named_parameters())[name])
+
+
+def test_a_case_may_have_its_own_learning_rate() -> None:
+    """It trains as a comparison of that rate, and the case beside it as one of the other."""
+    rows: list[dict[str, Any]] = [{"aux_variant": "auxk", "name": name} for name in ("own", "all")]
+    rows[0]["lr"] = 7e-3
+    together = trainer_of(tiny(aux_variant=None, cases=rows)).fit()
+    for row in rows:
+        lr = row.pop("lr", None)
+        alone = trainer_of(tiny(aux_variant=None, cases=[row], **({"lr": lr} if lr else {}))).fit()
+        name = row["name"]
+        assert torch.equal(alone[name].W_dec, together[name].W_dec)
+    assert not torch.equal(together["own"].W_dec, together["all"].W_dec)
 
 
 @pytest.mark.parametrize("sae", [{}, {"resample_every_steps": 7}])

@@ -70,6 +70,7 @@ def _cases(results: Results) -> Iterator[str]:
         key = (run["case"], run["architecture"])
         # A run that is not finished has none.
         configs[key] = run["sae_config"] or configs.get(key, {})
+    rates = {case.get("name"): case.get("lr") for case in results["comparison"].get("cases") or []}
     for (case, architecture), config in configs.items():
         by_itself = _defaults(architecture)
         own = [
@@ -78,6 +79,8 @@ def _cases(results: Results) -> Iterator[str]:
             if name in by_itself and value != by_itself[name]
             if any(other.get(name, value) != value for other in configs.values())
         ]
+        if (lr := rates.get(case)) is not None:
+            own.append(f"lr {lr:g}")
         yield f'"{case}" ({", ".join([architecture, *own])})'
 
 
