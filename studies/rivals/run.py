@@ -1,0 +1,168 @@
+"""Each rival at its best learning rate: prevention beside auxiliary losses, on two model families.
+
+    python studies/rivals/run.py rates smollm2 15 topk    # one seed, three learning rates
+    python studies/rivals/run.py best smollm2 15 topk     # three other seeds, each arm at its best
+    python studies/rivals/run.py slow gemma3 6 topk       # the same, all arms at 3e-4
+
+Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
+repeated, or made by several processes at once. The rate of an arm is the one with the highest
+explained variance, of the mean over both layers of SmolLM2, for TopK and BatchTopK separately:
+``rates`` of both layers comes first, and no rate is chosen on Gemma 3. README.md says how to get
+the models and the text.
+
+SAELens's loss and its unit rows are computed by this package's step, which ends with SAELens's
+weights (tests/saelens/test_swapped_class.py) in a third of the time. ``--stock`` adds both in
+SAELens's own classes.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_lens_auxk.compare.checks import resolve
+from sae_lens_auxk.compare.config import Comparison
+from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.run import run_comparison
+
+RATES = (3e-4, 1e-3, 2e-3)
+LAYERS = {"smollm2": (7, 15), "gemma3": (6, 12)}
+WIDTH = {"smollm2": 576, "gemma3": 640}
+SPECIAL = {"smollm2": [0], "gemma3": [2]}
+"""The first token of each row, whose norm is hundreds of times the others'."""
+DEAD_AFTER = 1_000_000
+UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
+
+
+def arms(model: str) -> dict[str, dict[str, Any]]:
+    """The fields of each, by name."""
+    saelens = {
+        "aux_variant": "auxk",
+        "aux_loss_coefficient": 1.0,
+        "k_aux": WIDTH[model] // 2,
+        "aux_bias": "none",
+        "dead_criterion": "steps",
+    }
+    return {
+        "SAELens": saelens,
+        "unit rows, no loss": UNIT_ROWS,
+        "auxk": {"aux_variant": "auxk"},
+        "resampling": {"aux_variant": "none", "resample_every_steps": 500},
+        "pursuit": {"aux_variant": "pursuit"},
+        "pursuit, mean": {"aux_variant": "pursuit", "b_dec_init": "mean"},
+    }
+
+
+def folder_of(args: argparse.Namespace, stage: str, model: str, layer: int) -> Path:
+    tokens = "" if args.tokens == 10 else f"-{args.tokens:g}m"
+    return args.output / f"{stage}-{model}-{layer}-{args.family}{tokens}"
+
+
+def best_rates(args: argparse.Namespace) -> dict[str, float]:
+    """The learning rate of each arm, as the module says."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for layer in LAYERS["smollm2"]:
+        results = read_results(args.output / f"rates-smollm2-{layer}-{args.family}")
+        for run in results["runs"]:
+            if run["status"] == "finished":
+                arm, _, rate = run["case"].rpartition(", ")
+                value = run["metrics"]["explained_variance"]
+                found.setdefault(arm, {}).setdefault(float(rate), []).append(value or 0.0)
+    return {arm: max(of, key=lambda rate: np.mean(of[rate])) for arm, of in found.items()}
+
+
+def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    architecture = f"auxk-{args.family}"
+    own = {name: {"architecture": architecture, **row} for name, row in arms(args.model).items()}
+    if args.stage == "rates":
+        return [
+            {"name": f"{name}, {lr:g}", "lr": lr, **row}
+            for lr in RATES
+            for name, row in own.items()
+        ]
+    rates = best_rates(args) if args.stage == "best" else dict.fromkeys(own, RATES[0])
+    if args.whitening:
+        own["pursuit, whitened"] = {
+            **own["pursuit"],
+            "normalize_activations": "covariance_whitening",
+        }
+        rates["pursuit, whitened"] = rates["pursuit"]
+    if args.stock:
+        own["SAELens, its class"] = {"architecture": args.family}
+        own["unit rows, its class"] = {
+            "architecture": args.family,
+            "decoder_init_norm": 1.0,
+            "aux_loss_coefficient": 0.0,
+        }
+        rates["SAELens, its class"] = rates["SAELens"]
+        rates["unit rows, its class"] = rates["unit rows, no loss"]
+    return [{"name": name, "lr": rates[name], **row} for name, row in own.items()]
+
+
+def comparison_of(args: argparse.Namespace) -> Comparison:
+    n_tokens = int(1e6 * args.tokens)
+    return Comparison(
+        model_name=str(args.data / args.model / "model"),
+        model_class_name="AutoModelForCausalLM",
+        dataset_path=str(args.data / args.model / "text"),
+        hook_name=f"model.layers.{args.layer}",
+        architecture=[f"auxk-{args.family}"],
+        preset=[],
+        k=[32],
+        d_sae=args.d_sae,
+        training_samples=n_tokens,
+        batch_size=args.batch_size,
+        dead_after=min(DEAD_AFTER, n_tokens // 10),
+        eval_samples=min(65_536, n_tokens // 10),
+        max_norm_multiple=10.0,
+        context_size=256,
+        seeds=[0] if args.stage == "rates" else args.seeds,
+        effect=args.effect,
+        device=args.device,
+        autocast=args.device.startswith("cuda"),
+        sae={"normalize_activations": "expected_average_only_in"},
+        language_model={
+            "streaming": False,
+            "prepend_bos": False,
+            "exclude_special_tokens": SPECIAL[args.model],
+            "store_batch_size_prompts": 64,
+            "n_batches_in_buffer": 1024,
+            "n_eval_batches": 2 if args.stage == "rates" else 8,
+            "eval_batch_size_prompts": 16,
+            "model_from_pretrained_kwargs": {"dtype": "bfloat16"},
+        },
+        cases=cases_of(args),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("rates", "best", "slow"))
+    parser.add_argument("model", choices=LAYERS)
+    parser.add_argument("layer", type=int)
+    parser.add_argument("family", choices=("topk", "batchtopk"))
+    parser.add_argument(
+        "--data", type=Path, default=Path(), help="the folder of the models' folders"
+    )
+    parser.add_argument("--output", type=Path, default=Path("rivals"))
+    parser.add_argument("--tokens", type=float, default=10, help="millions")
+    parser.add_argument("--d_sae", type=int, default=9216)
+    parser.add_argument("--batch_size", type=int, default=4096)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--whitening", action="store_true", help="pursuit on whitened activations, too"
+    )
+    parser.add_argument("--stock", action="store_true", help="SAELens's own classes, too")
+    parser.add_argument("--effect", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    folder = folder_of(args, args.stage, args.model, args.layer)
+    comparison = resolve(comparison_of(args))
+    print(run_comparison(comparison, folder, command="", say=print))
+
+
+if __name__ == "__main__":
+    main()
