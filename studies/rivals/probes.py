@@ -1,6 +1,6 @@
 """k-sparse probes on the SAEs of a comparison: what few latents know of a token.
 
-    python studies/rivals/probes.py rivals/best-smollm2-15-topk
+    python -m studies.rivals.probes rivals/best-smollm2-15-topk
 
 Gurnee et al. 2023 (arXiv 2305.01610), as in sae-probes (Kantamneni et al. 2025): for each property
 of a token the k latents with the largest difference between the means of both classes, a logistic

@@ -1,8 +1,8 @@
 """Each rival at its best learning rate: prevention beside auxiliary losses, on two model families.
 
-    python studies/rivals/run.py rates smollm2 15 topk    # one seed, three learning rates
-    python studies/rivals/run.py best smollm2 15 topk     # three other seeds, each arm at its best
-    python studies/rivals/run.py slow gemma3 6 topk       # the same, all arms at 3e-4
+    python -m studies.rivals.run rates smollm2 15 topk    # one seed, three learning rates
+    python -m studies.rivals.run best smollm2 15 topk     # three other seeds, each arm at its best
+    python -m studies.rivals.run slow gemma3 6 topk       # the same, all arms at 3e-4
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
@@ -16,11 +16,14 @@ SAELens's own classes.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.made_by import commit
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
 from sae_lens_auxk.compare.files import read_results
@@ -161,7 +164,8 @@ def main() -> None:
     args = parser.parse_args()
     folder = folder_of(args, args.stage, args.model, args.layer)
     comparison = resolve(comparison_of(args))
-    print(run_comparison(comparison, folder, command="", say=print))
+    command = f"python -m studies.rivals.run {shlex.join(sys.argv[1:])}  # commit {commit()}"
+    print(run_comparison(comparison, folder, command, say=print))
 
 
 if __name__ == "__main__":
