@@ -105,6 +105,7 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def comparison_of(args: argparse.Namespace) -> Comparison:
     n_tokens = int(1e6 * args.tokens)
+    prompts = 64 if args.model == "smollm2" else 16  # of whose logits there are five times as many
     return Comparison(
         model_name=str(args.data / args.model / "model"),
         model_class_name="AutoModelForCausalLM",
@@ -129,10 +130,10 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
             "streaming": False,
             "prepend_bos": False,
             "exclude_special_tokens": SPECIAL[args.model],
-            "store_batch_size_prompts": 64,
+            "store_batch_size_prompts": prompts,
             "n_batches_in_buffer": 1024,
-            "n_eval_batches": 2 if args.stage == "rates" else 8,
-            "eval_batch_size_prompts": 16,
+            "n_eval_batches": 2 if args.stage == "rates" else 512 // prompts,
+            "eval_batch_size_prompts": prompts // 4,
             "model_from_pretrained_kwargs": {"dtype": "bfloat16"},
         },
         cases=cases_of(args),
