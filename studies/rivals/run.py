@@ -1,13 +1,13 @@
 """Each rival at its best learning rate: prevention beside auxiliary losses, on two model families.
 
-    python -m studies.rivals.run rates smollm2 15 topk    # one seed, three learning rates
-    python -m studies.rivals.run best smollm2 15 topk     # three other seeds, each arm at its best
-    python -m studies.rivals.run slow gemma3 6 topk       # the same, all arms at 3e-4
+    python -m studies.rivals.run rates smollm2 15 topk --lr 1e-3    # one seed; also 3e-4 and 2e-3
+    python -m studies.rivals.run best smollm2 15 topk               # three others, each at its best
+    python -m studies.rivals.run slow gemma3 6 topk                 # the same, all arms at 3e-4
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
 explained variance, of the mean over both layers of SmolLM2, for TopK and BatchTopK separately:
-``rates`` of both layers comes first, and no rate is chosen on Gemma 3. README.md says how to get
+all of ``rates`` comes first, and no rate is chosen on Gemma 3. README.md says how to get
 the models and the text.
 
 SAELens's loss and its unit rows are computed by this package's step, which ends with SAELens's
@@ -59,31 +59,29 @@ def arms(model: str) -> dict[str, dict[str, Any]]:
 
 def folder_of(args: argparse.Namespace, stage: str, model: str, layer: int) -> Path:
     tokens = "" if args.tokens == 10 else f"-{args.tokens:g}m"
-    return args.output / f"{stage}-{model}-{layer}-{args.family}{tokens}"
+    rate = f"-{args.lr:g}" if stage == "rates" else ""
+    return args.output / f"{stage}-{model}-{layer}-{args.family}{tokens}{rate}"
 
 
 def best_rates(args: argparse.Namespace) -> dict[str, float]:
     """The learning rate of each arm, as the module says."""
-    found: dict[str, dict[float, list[float]]] = {}
+    values: dict[str, dict[float, list[float]]] = {}
     for layer in LAYERS["smollm2"]:
-        results = read_results(args.output / f"rates-smollm2-{layer}-{args.family}")
-        for run in results["runs"]:
-            if run["status"] == "finished":
-                arm, _, rate = run["case"].rpartition(", ")
-                value = run["metrics"]["explained_variance"]
-                found.setdefault(arm, {}).setdefault(float(rate), []).append(value or 0.0)
-    return {arm: max(of, key=lambda rate: np.mean(of[rate])) for arm, of in found.items()}
+        for path in args.output.glob(f"rates-smollm2-{layer}-{args.family}-*"):
+            results = read_results(path)
+            for run in results["runs"]:
+                rates = values.setdefault(run["case"], {})
+                # A run that failed has no number.
+                value = run["metrics"].get("explained_variance") or 0.0
+                rates.setdefault(results["comparison"]["lr"], []).append(value)
+    return {arm: max(rates, key=lambda lr: np.mean(rates[lr])) for arm, rates in values.items()}
 
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     architecture = f"auxk-{args.family}"
     own = {name: {"architecture": architecture, **row} for name, row in arms(args.model).items()}
     if args.stage == "rates":
-        return [
-            {"name": f"{name}, {lr:g}", "lr": lr, **row}
-            for lr in RATES
-            for name, row in own.items()
-        ]
+        return [{"name": name, **row} for name, row in own.items()]
     rates = best_rates(args) if args.stage == "best" else dict.fromkeys(own, RATES[0])
     if args.whitening:
         own["pursuit, whitened"] = {
@@ -117,6 +115,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         d_sae=args.d_sae,
         training_samples=n_tokens,
         batch_size=args.batch_size,
+        lr=args.lr,
         dead_after=min(DEAD_AFTER, n_tokens // 10),
         eval_samples=min(65_536, n_tokens // 10),
         max_norm_multiple=10.0,
@@ -152,6 +151,7 @@ def main() -> None:
         "--data", type=Path, default=Path(), help="the folder of the models' folders"
     )
     parser.add_argument("--output", type=Path, default=Path("rivals"))
+    parser.add_argument("--lr", type=float, choices=RATES, default=RATES[0], help="of stage rates")
     parser.add_argument("--tokens", type=float, default=10, help="millions")
     parser.add_argument("--d_sae", type=int, default=9216)
     parser.add_argument("--batch_size", type=int, default=4096)
