@@ -15,7 +15,7 @@ A comparison's folder:
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
@@ -34,7 +34,7 @@ from sae_lens_auxk.compare.schema import (
     require_in_table,
 )
 from sae_lens_auxk.compare.seeds import groups_of
-from sae_lens_auxk.files import read_json, write_json
+from sae_lens_auxk.files import read_json, require_no_link, write_json
 
 RESULTS_FILENAME = "results.json"
 PASS_FILENAME = "pass.json"
@@ -92,8 +92,8 @@ def read_pass(folder: Path) -> list[Run]:
     """The runs of a finished pass.
 
     Raises:
-        ValueError: the folder has no pass.json, or it cannot be read, or it is not the runs of a
-            pass.
+        ValueError: the folder has no pass.json, or it cannot be read, or it is not the runs of this
+            pass, with their SAEs in it.
     """
     path = folder / PASS_FILENAME
     try:
@@ -101,6 +101,12 @@ def read_pass(folder: Path) -> list[Run]:
         _require_format(path, "runs", runs, list[Run])
         if not runs:
             raise ValueError(f"{path} is damaged: it has no runs.")
+        for run in runs:
+            own = pass_folder(Path(), run["seed"]) / PurePosixPath(run["folder"] or "").name
+            is_in_it = own.parent.name == folder.name and own.name != ".."
+            if run["folder"] != own.as_posix() or not is_in_it:
+                raise ValueError(f"{path} is damaged: the SAE of {run['name']!r} is elsewhere.")
+            require_no_link(folder / own.name)
     except ValueError as error:
         raise ValueError(f"{error} Move {folder} away to train the pass again.") from error
     # An earlier version may have measured a metric that is no longer in the table.

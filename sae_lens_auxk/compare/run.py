@@ -24,6 +24,7 @@ import torch
 from sae_lens import SAE, TrainingSAE
 from tqdm.auto import tqdm
 
+from sae_lens_auxk.checks import require_choice
 from sae_lens_auxk.compare.cases import Case, cases_of, folders_of
 from sae_lens_auxk.compare.config import Resolved
 from sae_lens_auxk.compare.effect import effects_of_pass
@@ -100,7 +101,7 @@ def run_comparison(
     Raises:
         ValueError: the folder holds the results of another comparison, or something else.
     """
-    _require_own(comparison, folder)
+    _require_own(folder)
     with claim(folder):
         for name in (RESULTS_FILENAME, PAGE_FILENAME, MARKDOWN_FILENAME):
             for left in left_behind(folder / name):
@@ -128,7 +129,7 @@ def run_comparison(
 
 def plan_comparison(comparison: Resolved, folder: Path) -> str:
     """What :func:`run_comparison` would say first. Raises the same errors, and writes nothing."""
-    _require_own(comparison, folder)
+    _require_own(folder)
     comparison = _with_effect_of(_load_or_begin(comparison, folder, ""), comparison)
     return plan_of(comparison, folder, _n_finished(comparison, folder))
 
@@ -202,8 +203,9 @@ def _measure_effects(comparison: Resolved, folder: Path) -> dict[str, dict[str, 
                     left.remove(seed)
                     own = [run for run in runs if run["seed"] == seed]
                     # A pass is not opened without an SAE, and these could be built.
-                    case = cases[Path(own[0]["folder"] or "").name]
-                    config = case.sae_config(comparison, source.d_in)
+                    name = Path(own[0]["folder"] or "").name
+                    require_choice(f"{pass_folder(folder, seed)}: folder", name, cases)
+                    config = cases[name].sae_config(comparison, source.d_in)
                     effects |= effects_of_pass(
                         own,
                         runs if comparison.has_one_model else own,
@@ -406,11 +408,10 @@ def _n_finished(comparison: Resolved, folder: Path) -> int:
 # --- results ---------------------------------------------------------------------------------
 
 
-def _require_own(comparison: Resolved, folder: Path) -> None:
+def _require_own(folder: Path) -> None:
     """Refuse a folder that holds something else, before anything in it is touched."""
     passes = [*(folder / RUNS_FOLDER).glob("seed-*[0-9]")]
-    cases = [path / name for path in passes for name in folders_of(cases_of(comparison))]
-    for path in (folder / RUNS_FOLDER, folder / FIGURES_FOLDER, *passes, *cases):
+    for path in (folder / RUNS_FOLDER, folder / FIGURES_FOLDER, *passes):
         require_no_link(path)
     found = {*folder.iterdir()} if folder.exists() else set[Path]()
     if folder / RESULTS_FILENAME in found:

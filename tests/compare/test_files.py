@@ -138,12 +138,14 @@ def test_a_pass_of_an_earlier_version_is_read_without_what_has_no_row_any_more(
     tmp_path: Path,
 ) -> None:
     (fake,) = fake_results(cases=("auxk",), ks=(25,), seeds=(0,))["runs"]
-    runs: Any = [dict.fromkeys(Run.__required_keys__) | fake]
-    write_pass(tmp_path, runs)
-    expected = read_pass(tmp_path)
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    runs: Any = [dict.fromkeys(Run.__required_keys__) | fake | {"folder": "runs/seed-0/auxk"}]
+    write_pass(folder, runs)
+    expected = read_pass(folder)
     runs[0]["metrics"]["novelty"] = runs[0]["peeking"]["revived"]["rows_hurt"] = 1.0
-    write_json(tmp_path / PASS_FILENAME, runs)
-    assert read_pass(tmp_path) == expected
+    write_json(folder / PASS_FILENAME, runs)
+    assert read_pass(folder) == expected
 
 
 def test_every_definition_is_a_sentence() -> None:

@@ -1,5 +1,6 @@
 """What a comparison writes stays in its folder, and a folder that is not its own stays as it is."""
 
+import json
 import os
 import re
 import shutil
@@ -133,3 +134,48 @@ def test_a_foreign_folder_stays_as_it_is(
     assert cli.main(["compare", option, str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"folder": "../outside/sae"},
+        {"folder": "{outside}/sae"},
+        {"folder": "runs/seed-0/../../../outside/sae"},
+        {"folder": "runs/seed-0/.."},
+        {"folder": "runs/seed-1/none-auxk-topk-k-2"},
+        {"folder": "runs/seed-0/link"},
+        {"folder": "runs/seed-0"},
+        {"folder": "runs/seed-0/of-no-case"},
+        {"folder": ""},
+        {"folder": None},
+        {"folder": "runs/seed-1/none-auxk-topk-k-2", "seed": 1},
+    ],
+)
+def test_a_pass_has_no_sae_elsewhere(
+    forged: dict[str, Any],
+    made: tuple[Path, set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(effect, "MIN_PAIRS", 1)
+    there, outside = tmp_path / "there", tmp_path / "outside"
+    shutil.copytree(made[0].with_name("both"), there)
+    shutil.copytree(there / "runs" / "seed-0" / "none-auxk-topk-k-2", outside / "sae")
+    (outside / "sae" / "effects.safetensors").unlink()
+    (there / "runs" / "seed-0" / "link").symlink_to(outside / "sae")
+    path = there / "runs" / "seed-0" / "pass.json"
+    runs = json.loads(path.read_text())
+    runs[0] |= {
+        key: value.format(outside=outside) if isinstance(value, str) else value
+        for key, value in forged.items()
+    }
+    path.write_text(json.dumps(runs))
+    before = state(outside), state(there)
+    assert cli.main([*COMMAND.split(), "--output", str(there)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "seed-0" in error
+    assert state(outside) == before[0]
+    assert {*state(there)} - {*before[1]} <= {str(there / ".lock")}
