@@ -112,11 +112,12 @@ def _differing_in_sae(sae: Any, checkpoint: str | Path) -> list[str]:
     require_type(str(path), there, dict)
     there = {"dtype": "float32", **DEFAULTS, **there}
     here = {**sae.to_dict(), "architecture": sae.architecture()}
-    names = [name for name in ("architecture", *SAME_IN_SAE) if name in here]
+    own = (here["architecture"], stock_architecture(type(sae)))
+    is_own = there.get("architecture") in own
+    # Another one has other fields, which say nothing.
+    names = [name for name in SAME_IN_SAE if name in here] if is_own else ["architecture"]
     if absent := [name for name in names if name not in there]:
         raise ValueError(f"{path} has no {', '.join(absent)}.")
-    if there["architecture"] == stock_architecture(type(sae)):
-        names.remove("architecture")
     return _differing(here, there, names)
 
 

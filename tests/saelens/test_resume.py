@@ -110,7 +110,7 @@ def test_a_renamed_model_is_warned_about(checkpoint: Saved) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["auxk-abstopk", "auxk-batchtopk", "auxk-standard"])
-@pytest.mark.parametrize("source", ["auxk-topk", "topk"])
+@pytest.mark.parametrize("source", ["auxk-topk", "topk", "gated", "auxk-jumprelu"])
 def test_another_architecture_is_refused(source: str, architecture: str, checkpoint: Saved) -> None:
     path = checkpoint(source)
     with pytest.raises(ValueError, match=f"architecture='{architecture}' must be '{source}'"):
