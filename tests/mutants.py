@@ -475,6 +475,13 @@ MUTANTS = [
         "pass",
         EVALUATION,
     ),
+    Mutant(
+        "step",
+        "own_class_made_by_a_call_is_captured",
+        "if base not in (ABC, Generic, object))",
+        "if base.__module__ not in ('abc', 'typing', 'builtins'))",
+        ("tests/step/test_replay.py", "-k", "ones_own"),
+    ),
     Mutant("step", "own_class_ignored", "getattr(cls, name) is m for", "True for", OWN_METHODS),
     Mutant(
         "step",

@@ -24,11 +24,12 @@ import gc
 import os
 import threading
 import weakref
+from abc import ABC
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from typing_extensions import override
@@ -163,8 +164,10 @@ class CapturedStep:
 @cache
 def _is_known(cls: type[Any]) -> bool:
     """Whether a class is the package's or SAELens's: one of your own may decide in Python."""
-    known = ("sae_lens", "sae_lens_auxk", "transformer_lens", "torch", "builtins", "abc", "typing")
-    return all(base.__module__.split(".")[0] in known for base in cls.__mro__)
+    known = ("sae_lens", "sae_lens_auxk", "transformer_lens", "torch")
+    # By themselves: a class that is made by a call has the module of ABC.
+    bases = (base for base in cls.__mro__ if base not in (ABC, Generic, object))
+    return all(base.__module__.split(".")[0] in known for base in bases)
 
 
 def _is_interruption(error: BaseException | None) -> bool:

@@ -45,14 +45,8 @@ def _described(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("fields", [{}, {"aux_batch_fraction": 0.5, "aux_bias": "matched"}])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
-def test_two_steps_run_the_same_operations(
-    architecture: str, variant: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selection, "SLOW_TO_ALLOCATE", ())  # as on a GPU
-    sae = build_sae(architecture, aux_variant=variant, dead_threshold_tokens=20, **fields)
+def require_the_same_operations(sae: Any) -> None:
+    """Take two steps that differ, and compare what they run."""
     assert isinstance(sae, SparseTopK)
     n_latents = sae.cfg.d_sae
     sae._dead_bound = lambda _: n_latents  # what is known beforehand
@@ -73,3 +67,14 @@ def test_two_steps_run_the_same_operations(
     for first, second in zip(*recorded, strict=True):
         assert first == second
         assert not first[0].startswith(READS), first
+
+
+@pytest.mark.parametrize("fields", [{}, {"aux_batch_fraction": 0.5, "aux_bias": "matched"}])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("architecture", TOPK_ARCHITECTURES)
+def test_two_steps_run_the_same_operations(
+    architecture: str, variant: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "SLOW_TO_ALLOCATE", ())  # as on a GPU
+    sae = build_sae(architecture, aux_variant=variant, dead_threshold_tokens=20, **fields)
+    require_the_same_operations(sae)

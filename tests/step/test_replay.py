@@ -122,6 +122,20 @@ def test_what_waits_for_its_backward_pass_is_not_overwritten(sae: Any) -> None:
     assert step(sae, 5) is not None
 
 
+def test_a_class_of_ones_own_is_not_captured(sae: Any) -> None:
+    """It may decide in Python. One made by a call says that it is of the module ``abc``."""
+    base = type(sae)
+
+    class Own(base):
+        pass
+
+    for cls in (Own, type("Own", (base,), {})):
+        sae.__class__ = cls
+        assert step(sae) is None
+    sae.__class__ = base
+    assert step(sae) is not None
+
+
 def graph_of(sae: Any) -> Any:
     (graph,) = sae._captured._graphs.values()
     return graph
