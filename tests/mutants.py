@@ -687,6 +687,13 @@ MUTANTS = [
     ),
     Mutant(
         "compare",
+        "sae_is_not_tried",
+        "    sae.encode(sae.W_dec.new_zeros(1, 1, sae.cfg.d_in))\n",
+        "",
+        ("tests/compare/test_effect.py", "-k", "synthetic_model"),
+    ),
+    Mutant(
+        "compare",
         "nested_as_deep_as_one_likes",
         "if _is_deeper(content, MAX_DEPTH):",
         "if _is_deeper(content, 10_000):",

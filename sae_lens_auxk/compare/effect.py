@@ -38,6 +38,7 @@ from sae_lens_auxk.compare.schema import (
 from sae_lens_auxk.compare.seeds import case_of
 from sae_lens_auxk.compare.sources import Pass
 from sae_lens_auxk.files import write_tensors
+from sae_lens_auxk.saelens.checkpoints import open_sae
 from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, cosine_similarities
 
 CONTRASTS = (("revived", "never_died"), ("found", "not_found"), ("feature", "junk"))
@@ -74,7 +75,7 @@ def effects_of_pass(
         if not (path / SAE_WEIGHTS_FILENAME).is_file() or not (path / LIVES_FILENAME).is_file():
             continue
         with naming(path):
-            sae = SAE.load_from_disk(path, device=device)
+            sae = open_sae(path, device)
         sae.eval()
         groups = _groups(sae, run, all_runs, data, folder)
         effects[run["folder"] or ""] = effects_of(sae, x, groups, prompts, path / EFFECTS_FILENAME)

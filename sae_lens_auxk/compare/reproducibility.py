@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from textwrap import shorten
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc
@@ -132,10 +133,12 @@ def naming(sae: Path) -> Generator[None]:
     """Whatever cannot be read of an SAE, raise a ValueError that names its folder."""
     try:
         yield
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each library has its own, and torch's have many lines
         raise ValueError(
-            f"the SAE in {sae} cannot be read: {error} Move {sae.parent} away to train the "
-            "pass again."
+            f"the SAE in {sae} cannot be read: {type(error).__name__}: {shorten(str(error), 300)} "
+            f"Move {sae.parent} away to train the pass again."
         ) from error
 
 

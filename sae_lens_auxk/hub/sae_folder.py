@@ -10,13 +10,13 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import TrainingSAE
 
 from sae_lens_auxk import files
 from sae_lens_auxk.compare.files import REPORT_FILES, RESULTS_FILENAME, RUNS_FOLDER, read_results
 from sae_lens_auxk.compare.schema import Results, Run
 from sae_lens_auxk.hub.errors import HubError
-from sae_lens_auxk.saelens.checkpoints import fold_scaling_beside, silent_latents
+from sae_lens_auxk.saelens.checkpoints import fold_scaling_beside, open_sae, silent_latents
 from sae_lens_auxk.saelens.evaluation import EVALUATION_FILENAME
 from sae_lens_auxk.saelens.names import (
     RUNNER_CFG_FILENAME,
@@ -184,7 +184,7 @@ def inference_folder(folder: Path, workspace: Path) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are meant for users of the SAE
-            SAE.load_from_disk(folder)
+            open_sae(folder)
     except Exception as error:  # whatever it is, nobody else could open the SAE either
         raise HubError(f"SAELens cannot open the SAE in {folder}: {_shown(error)}") from error
     try:

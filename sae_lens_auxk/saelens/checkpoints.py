@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sae_lens import TrainingSAE
+import torch
+from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file
 
 from sae_lens_auxk.saelens.names import (
@@ -68,6 +69,14 @@ def scaling_beside(mode: str, checkpoint: Path) -> ActivationScaler:
             f"must be {' and '.join(files)}. Use a checkpoint that was written completely."
         )
     return scaler
+
+
+@torch.no_grad()
+def open_sae(folder: Path, device: str = "cpu") -> SAE[Any]:
+    """Load an SAE and encode a row: what is wrong in its config may show only then."""
+    sae = SAE.load_from_disk(folder, device=device)
+    sae.encode(sae.W_dec.new_zeros(1, 1, sae.cfg.d_in))
+    return sae
 
 
 def silent_latents(folder: Path) -> int | None:

@@ -1,6 +1,7 @@
 """Effects of single latents, against one latent and one token at a time."""
 
 import html
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -520,9 +521,11 @@ def test_a_comparison_on_a_synthetic_model(tmp_path: Path, monkeypatch: pytest.M
     run_comparison(comparison, tmp_path / "one")
     assert read_results(tmp_path / "one") == results
     config = tmp_path / "one" / results["runs"][0]["folder"] / "cfg.json"
-    config.write_text("{")
-    with pytest.raises(ValueError, match=f"the SAE in {config.parent} cannot be read"):
-        run_comparison(comparison, tmp_path / "one")
+    whole = json.loads(config.read_text())
+    for damaged in ("{", *(json.dumps(whole | change) for change in ({"k": [2]}, {"d_in": 5}))):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match=f"the SAE in {config.parent} cannot be read: .*away"):
+            run_comparison(comparison, tmp_path / "one")
 
 
 def test_a_case_that_cannot_be_built_does_not_cost_the_effects_of_others(

@@ -22,7 +22,7 @@ from tests.fuzz import LENGTH, some_random
 from tests.hub.saes import comparison, train
 
 AGAIN = (
-    "compare --aux_variant none auxk --k 2 --seeds 0 1 --d_sae 24 --training_samples 320 "
+    "compare --effect --aux_variant none auxk --k 2 --seeds 0 1 --d_sae 24 --training_samples 320 "
     "--batch_size 32 --dead_after 128 --eval_samples 64 --n_features 32 --d_in 12 --output"
 )
 WRONG = (None, True, 0, -1, 2.5, 10**400, "", "x", "\ud800", [], {}, [[]], [1, "x"], {"a": 1})
@@ -80,8 +80,7 @@ def attack(
     outside.mkdir(parents=True)
     (outside / "file").write_text("theirs")
     if name == "compared" and rng.random() < 0.3:
-        found = [path for path in there.rglob("*") if path.parent.name != "seed-0"]
-        path = rng.choice([*found, there / ".lock", there / "runs" / "seed-0.lock"])
+        path = rng.choice([*there.rglob("*"), there / ".lock", there / "runs" / "seed-0.lock"])
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path.symlink_to(outside / rng.choice((".", "file", "nowhere")))
     else:

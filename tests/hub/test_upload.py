@@ -180,9 +180,10 @@ def test_what_cannot_be_opened_or_converted_is_refused(
     (folder / "cfg.json").write_text(json.dumps(plain | {"architecture": "auxk-topk"}))
     with pytest.raises(HubError, match=r"'auxk-topk', which SAELens cannot open.*topk"):
         upload_sae(folder, REPO)
-    (folder / "cfg.json").write_text(json.dumps(plain | {"d_in": 9}))
-    with pytest.raises(HubError, match="SAELens cannot open the SAE"):
-        upload_sae(folder, REPO)
+    for damage in ({"d_in": 9}, {"k": [3]}):
+        (folder / "cfg.json").write_text(json.dumps(plain | damage))
+        with pytest.raises(HubError, match="SAELens cannot open the SAE"):
+            upload_sae(folder, REPO)
     assert client.writes() == []
 
 
