@@ -686,6 +686,15 @@ MUTANTS = [
         ("tests/cli/test_compare.py", "-k", "report_alone"),
     ),
     Mutant(
+        "saelens",
+        "late_errors_of_the_text_are_tracebacks",
+        """        if isinstance(raised, ValueError) or is_for_a_file(raised):
+            return refuse(f"{str(raised).rstrip('.')}. {how""",
+        """        if is_for_a_file(raised):
+            return refuse(f"{str(raised).rstrip('.')}. {how""",
+        ("tests/cli/test_train.py", "-k", "text_that"),
+    ),
+    Mutant(
         "compare",
         "sae_is_not_tried",
         "    sae.encode(sae.W_dec.new_zeros(1, 1, sae.cfg.d_in))\n",

@@ -65,8 +65,9 @@ def train(args: Sequence[str]) -> int:
     except (KeyboardInterrupt, InterruptedException) as raised:
         return interrupted(raised, how_to_go_on(cfg))
     except Exception as raised:
-        if is_for_a_file(raised):
-            return refuse(f"{raised}. {how_to_go_on(cfg)}.")
+        # The former is of the text, which is read only now.
+        if isinstance(raised, ValueError) or is_for_a_file(raised):
+            return refuse(f"{str(raised).rstrip('.')}. {how_to_go_on(cfg)}.")
         raise
 
 
@@ -107,8 +108,8 @@ def _measure(runner: "_Runner", sae: TrainingSAE[Any]) -> int:
     except (KeyboardInterrupt, InterruptedException) as raised:
         return interrupted(raised, saved)
     except Exception as raised:
-        if is_for_a_file(raised):
-            return refuse(f"{raised}. {saved}.")
+        if isinstance(raised, ValueError) or is_for_a_file(raised):
+            return refuse(f"{str(raised).rstrip('.')}. {saved}.")
         raise
     return 0
 

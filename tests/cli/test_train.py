@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 from safetensors.torch import load_file
 
@@ -218,7 +219,10 @@ def test_a_signal_before_the_first_step_is_one_line(
     )
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("full"), 2)])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (OSError("full"), 2), (ValueError("no text"), 2)],
+)
 def test_what_ends_it_while_it_is_measured_is_no_reason_to_train_again(
     error: BaseException,
     status: int,
@@ -236,6 +240,20 @@ def test_what_ends_it_while_it_is_measured_is_no_reason_to_train_again(
     said = capsys.readouterr().err
     assert said.endswith(f". The SAE is in {output}; it was not measured.\n")
     assert "checkpoint" not in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("row", ["", None, 3, "w1 w2"])
+def test_text_that_cannot_be_read_is_one_line(
+    row: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SAELens reads it when the training asks for it."""
+    flags = flags_in(tmp_path)
+    Dataset.from_list([{"text": row}] * 50).to_parquet(tmp_path / "data" / "train.parquet")
+    assert train(flags, checkpoint_path=tmp_path / "checkpoints") == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("sae-lens-auxk: error: ")
+    assert last.endswith(". It had no checkpoint yet: start it again.")
+    assert ".. " not in last
 
 
 @pytest.mark.parametrize("n_bytes", [0, 10_000])
