@@ -68,8 +68,10 @@ def replace_file(path: Path) -> Generator[BinaryIO]:
         with file:
             yield file
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         raise
 
 

@@ -695,6 +695,27 @@ MUTANTS = [
         ("tests/cli/test_train.py", "-k", "text_that"),
     ),
     Mutant(
+        "saelens",
+        "full_disk_names_no_file",
+        "            error.filename = str(path)\n",
+        "            pass\n",
+        ("tests/cli/test_train.py", "-k", "full_disk_keeps"),
+    ),
+    Mutant(
+        "saelens",
+        "what_was_measured_is_lost_with_its_file",
+        """            print("\\n".join(f"{name:20}{value}" for name, value in lines.items()))
+            what = "what was measured is not"
+            if folder is not None:
+                write_evaluation(folder, found)
+""",
+        """            if folder is not None:
+                write_evaluation(folder, found)
+            print("\\n".join(f"{name:20}{value}" for name, value in lines.items()))
+""",
+        ("tests/cli/test_train.py", "-k", "full_disk_keeps"),
+    ),
+    Mutant(
         "compare",
         "sae_is_not_tried",
         "    sae.encode(sae.W_dec.new_zeros(1, 1, sae.cfg.d_in))\n",

@@ -6,7 +6,6 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
@@ -23,8 +22,7 @@ from sae_lens_auxk.checks import nearest, require_choice, require_device
 from sae_lens_auxk.cli.imports import add_import_flag, import_modules
 from sae_lens_auxk.config import AuxConfig
 from sae_lens_auxk.processes import n_processes, prefer_own_gpu
-from sae_lens_auxk.saelens.checkpoints import silent_latents
-from sae_lens_auxk.saelens.evaluation import evaluate, shown, write_evaluation
+from sae_lens_auxk.saelens.evaluation import measure
 from sae_lens_auxk.saelens.interruption import (
     fit,
     how_to_go_on,
@@ -93,25 +91,7 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         return refuse(str(error))
     sae = runner.run()
     print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
-    return _measure(runner, sae)
-
-
-def _measure(runner: "_Runner", sae: TrainingSAE[Any]) -> int:
-    """Evaluate a finished run. Nothing that happens here is a reason to train again."""
-    path = runner.cfg.output_path
-    saved = "It was not measured" if path is None else f"The SAE is in {path}; it was not measured"
-    try:
-        if runner.noted:  # in its last step or later
-            raise InterruptedException(runner.noted[0])
-        if runner.cfg.n_eval_batches > 0:
-            print(summary(runner, sae))
-    except (KeyboardInterrupt, InterruptedException) as raised:
-        return interrupted(raised, saved)
-    except Exception as raised:
-        if isinstance(raised, ValueError) or is_for_a_file(raised):
-            return refuse(f"{str(raised).rstrip('.')}. {saved}.")
-        raise
-    return 0
+    return measure(runner, lambda: sae)
 
 
 class _Runner(LanguageModelSAETrainingRunner):
@@ -191,20 +171,3 @@ def _parser_of_ours() -> Generator[None]:
         yield
     finally:
         ArgumentParser.error, ArgumentParser.format_help = own
-
-
-def summary(runner: _Runner, sae: TrainingSAE[Any]) -> str:
-    """Evaluate a finished run, keep the numbers beside the SAE, and say them in a few lines.
-
-    The latents silent in training are over the samples that SAELens's saved sparsity is of, which
-    it counts anew every ``feature_sampling_window``.
-    """
-    cfg = runner.cfg
-    found = evaluate(runner, sae)
-    lines = [f"{name:20}{value}" for name, value in shown(found, sae.cfg.d_sae).items()]
-    if cfg.output_path is not None:
-        write_evaluation(Path(cfg.output_path), found)
-        n_silent = silent_latents(Path(cfg.output_path))
-        n_train = runner.n_sparsity_samples
-        lines[-1] += f", {n_silent} in the last {n_train} of training"
-    return "\n".join(lines)

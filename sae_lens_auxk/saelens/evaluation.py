@@ -1,15 +1,24 @@
 """What ``train`` measures of an SAE at its end, by SAELens's own evaluator, and keeps beside it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
 from huggingface_hub.utils.sha import sha_fileobj
-from sae_lens import LanguageModelSAETrainingRunner, TrainingSAE, run_evals
+from sae_lens import SAE, LanguageModelSAETrainingRunner, run_evals
 
 from sae_lens_auxk.checks import require_type
 from sae_lens_auxk.files import read_json, write_json
-from sae_lens_auxk.saelens.names import SAE_WEIGHTS_FILENAME, ActivationScaler, EvalConfig
+from sae_lens_auxk.saelens.checkpoints import silent_latents
+from sae_lens_auxk.saelens.interruption import interrupted, is_for_a_file
+from sae_lens_auxk.saelens.names import (
+    SAE_WEIGHTS_FILENAME,
+    ActivationScaler,
+    EvalConfig,
+    InterruptedException,
+)
+from sae_lens_auxk_cli import refuse
 
 EVALUATION_FILENAME = "evaluation.json"
 
@@ -31,7 +40,7 @@ class Evaluation(TypedDict):
 
 
 @torch.no_grad()
-def evaluate(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> Evaluation:
+def evaluate(runner: LanguageModelSAETrainingRunner, sae: SAE[Any]) -> Evaluation:
     """Measure on twice ``n_eval_batches`` batches of prompts, which follow the training text."""
     cfg = runner.cfg
     excluded = runner.activations_store.exclude_special_tokens
@@ -67,6 +76,44 @@ def evaluate(runner: LanguageModelSAETrainingRunner, sae: TrainingSAE[Any]) -> E
         "ce_loss_score": float(losses["ce_loss_score"]),
         "ce_tokens": model["token_stats"]["total_tokens_eval_reconstruction"],
     }
+
+
+def measure(runner: Any, sae: Callable[[], SAE[Any]]) -> int:
+    """Evaluate a finished run, say the numbers in a few lines, and keep them beside the SAE.
+
+    Nothing that happens here is a reason to train again. The latents silent in training are over
+    the samples that SAELens's saved sparsity is of, which it counts anew every
+    ``feature_sampling_window``.
+
+    Args:
+        runner: the run, with the signals ``noted`` while it trained, and ``n_sparsity_samples``.
+        sae: gives its SAE.
+
+    Returns:
+        The exit status.
+    """
+    folder = None if runner.cfg.output_path is None else Path(runner.cfg.output_path)
+    there, what = "" if folder is None else f"The SAE is in {folder}; ", "it was not measured"
+    try:
+        if runner.noted:  # in its last step or later
+            raise InterruptedException(runner.noted[0])
+        if runner.cfg.n_eval_batches > 0:
+            found = evaluate(runner, sae())
+            lines = shown(found, runner.cfg.sae.d_sae)
+            if folder is not None:
+                n_silent, n_train = silent_latents(folder), runner.n_sparsity_samples
+                lines["silent latents"] += f", {n_silent} in the last {n_train} of training"
+            print("\n".join(f"{name:20}{value}" for name, value in lines.items()))
+            what = "what was measured is not"
+            if folder is not None:
+                write_evaluation(folder, found)
+    except (KeyboardInterrupt, InterruptedException) as raised:
+        return interrupted(raised, f"{there}{what}")
+    except Exception as raised:
+        if isinstance(raised, ValueError | torch.OutOfMemoryError) or is_for_a_file(raised):
+            return refuse(f"{str(raised).rstrip('.')}. {there}{what}.")
+        raise
+    return 0
 
 
 def write_evaluation(folder: Path, found: Evaluation) -> None:

@@ -1,15 +1,19 @@
 """``sae-lens-auxk train`` under torchrun."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_auxk import processes
+from sae_lens_auxk.saelens.checkpoints import open_sae
+from sae_lens_auxk.saelens.evaluation import measure
 from sae_lens_auxk.saelens.interruption import how_to_go_on, interrupted, is_for_a_file
 from sae_lens_auxk.saelens.names import InterruptedException
 from sae_lens_auxk.saelens.resume import require_resumable
@@ -50,6 +54,10 @@ def train_shared(cfg: LanguageModelSAERunnerConfig[Any] | None, error: Exception
         raise
     if is_first:
         print(f"trained in {time.perf_counter() - start:.0f} s, model loading included")
+        if runner.cfg.output_path is not None:  # where alone the whole SAE is
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it tells of no dead process any more
+            path, device = Path(runner.cfg.output_path), runner.cfg.device
+            return measure(runner, lambda: open_sae(path, device))
     if runner.noted:  # in the last step or later
         return interrupted(InterruptedException(*runner.noted), "Its training was complete")
     return 0

@@ -40,6 +40,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
     noted: Sequence[int] = ()
     """The signals that came to this process while it trained."""
 
+    n_sparsity_samples: int = 0
+    """The samples that the firing rates saved with the SAE are of."""
+
     def __init__(
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
@@ -104,7 +107,9 @@ class ShardedTrainingRunner(LanguageModelSAETrainingRunner):
                 trainer.data_provider, self._group, self.cfg.device, told_to_stop=self.noted
             )
             trainer.data_provider = batches
-            return fit(trainer, batches.all_told_to_stop)
+            sae = fit(trainer, batches.all_told_to_stop)
+        self.n_sparsity_samples = trainer.n_frac_active_samples
+        return sae
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
+from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
 from safetensors.torch import load_file
 
 from sae_lens_auxk import cli
-from sae_lens_auxk.saelens import interruption
+from sae_lens_auxk.saelens import evaluation, interruption
 from tests import tiny_files
 from tests.fuzz.test_shared import newest
 
@@ -240,6 +240,30 @@ def test_what_ends_it_while_it_is_measured_is_no_reason_to_train_again(
     said = capsys.readouterr().err
     assert said.endswith(f". The SAE is in {output}; it was not measured.\n")
     assert "checkpoint" not in said.splitlines()[-1]
+
+
+def test_a_full_disk_keeps_the_sae_and_says_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: Any = evaluation.write_json
+
+    def write(path: Path, content: Any) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            own(path, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(evaluation, "write_json", write)
+    output = tmp_path / "output"
+    assert train(flags_in(tmp_path), output_path=output) == 2
+    said = capsys.readouterr()
+    assert "explained variance  0." in said.out
+    *_, last = said.err.splitlines()
+    assert f"'{output / 'evaluation.json'}'. The SAE is in {output}; what was measured" in last
+    assert SAE.load_from_disk(output).cfg.architecture() == "topk"
+    assert not [name for name in os.listdir(output) if "evaluation" in name]
 
 
 @pytest.mark.parametrize("row", ["", None, 3, "w1 w2"])

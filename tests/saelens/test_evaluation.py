@@ -8,13 +8,13 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_auxk import runner_config
-from sae_lens_auxk.cli.train import _Runner, summary
-from sae_lens_auxk.saelens.evaluation import read_evaluation
+from sae_lens_auxk.cli.train import _Runner
+from sae_lens_auxk.saelens.evaluation import measure, read_evaluation
 from tests import tiny_model
 from tests.tiny_model import CONTEXT_SIZE
 
 
-def test_train_keeps_what_it_measured(tmp_path: Path) -> None:
+def test_train_keeps_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = tiny_model.run_fields(n_eval_batches=3, output_path=str(tmp_path), k=4)
     cfg = runner_config("auxk-topk", dead_threshold_tokens=200, **fields)
     torch.manual_seed(0)
@@ -30,7 +30,8 @@ def test_train_keeps_what_it_measured(tmp_path: Path) -> None:
         return read[-1]
 
     runner.activations_store.get_batch_tokens = noted  # type: ignore[method-assign]
-    said = summary(runner, trained)
+    assert measure(runner, lambda: trained) == 0
+    said = capsys.readouterr().out
     found = read_evaluation(tmp_path)
     assert found is not None
     n_tokens = 3 * 4 * CONTEXT_SIZE

@@ -19,6 +19,7 @@ from datasets import Dataset
 from sae_lens.saes.sae import SAE
 
 from sae_lens_auxk import cli, processes, runner_config
+from sae_lens_auxk.saelens.evaluation import read_evaluation
 from sae_lens_auxk.saelens.interruption import noted_signals
 from sae_lens_auxk.sharded.runner import ShardedTrainingRunner, require_same_run
 from tests import tiny_files, tiny_model
@@ -60,6 +61,11 @@ def test_a_run_saves_a_plain_sae_and_speaks_once(tmp_path: Path) -> None:
     assert text.count("trained in") == 1
     assert text.count("Dataset is not tokenized") == 1, "a warning of every process"
     assert SAE.load_from_disk(tmp_path / "output").cfg.architecture() == "topk"
+    measured = read_evaluation(tmp_path / "output")
+    assert measured is not None
+    assert measured["l0"] == 4
+    assert "in the last 2560 of training\n" in text
+    assert text.count(f"explained variance  {measured['explained_variance']:.3f}") == 1
 
 
 @pytest.mark.parametrize(
