@@ -128,7 +128,7 @@ def be_quiet() -> None:
 
 
 def end_with(how_to_go_on: Callable[[], str]) -> Callable[[], None]:
-    """Print a message once and exit when torchrun stops this process because another one died.
+    """Print a message once and exit when torchrun stops this process, as where another one died.
 
     A Python signal handler would wait for the collective operation, which waits for the dead
     process.
@@ -154,7 +154,10 @@ def end_with(how_to_go_on: Callable[[], str]) -> Callable[[], None]:
                 print(error, file=sys.stderr, flush=True)
 
     def end() -> None:
-        say("another process of this run has died; torchrun's report below says which")
+        say(
+            "another process of this run has died, or torchrun was told to stop: its report below "
+            "says which"
+        )
         os._exit(1)
 
     def watch() -> None:

@@ -164,6 +164,37 @@ def test_a_signal_leaves_a_checkpoint_that_resumes(tmp_path: Path, number: signa
     assert again.wait(timeout=100) == 0, said.read_text()
 
 
+SLOW_MODEL = """
+import time
+from sae_lens import llm_sae_training_runner
+llm_sae_training_runner.load_model = lambda *_, **__: print("loading") or time.sleep(100)
+"""
+
+
+@pytest.mark.weekly
+def test_a_signal_while_the_model_loads_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_model.py").write_text(SLOW_MODEL)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    flags = [*tiny_files.write(tmp_path), "--import", "slow_model", *DEVICE]
+    flags += [f"--{name}_path={tmp_path / name}" for name in ("output", "checkpoint")]
+    before = {*tmp_path.rglob("*")}
+    said = tmp_path / "said.txt"
+    agent = start(flags, 2, None, said)
+    while said.read_text().count("loading") < 2:
+        assert agent.poll() is None, said.read_text()
+        time.sleep(0.1)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(timeout=50) != 0
+    text = said.read_text()
+    assert text.count("or torchrun was told to stop: its report below says which. It had no") == 1
+    assert "[rank" not in text, "a traceback of ours"
+    assert {*tmp_path.rglob("*")} - before <= {said, *tmp_path.glob("__pycache__*/**")}
+
+
 def test_the_death_of_a_process_ends_the_run_with_one_message(tmp_path: Path) -> None:
     flags = [*tiny_files.write(tmp_path), "--training_tokens", str(10**6), "--n_checkpoints", "900"]
     flags += ["--checkpoint_path", str(tmp_path / "checkpoints")]
