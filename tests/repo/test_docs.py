@@ -9,7 +9,9 @@ import pytest
 
 from sae_lens_auxk import AuxConfig, runner_config
 from sae_lens_auxk.cli.train import _parse
+from sae_lens_auxk.hub.sae_folder import SAE_FILES
 from sae_lens_auxk.losses import BUILT_IN
+from sae_lens_auxk.saelens.names import RUNNER_CONFIG_FILENAME
 from sae_lens_auxk.saelens.start import require_startable
 from tests.saelens.test_swapped_class import SAELENS_LOSS
 
@@ -109,6 +111,14 @@ def test_the_trainings_of_the_docs_can_start(
             started.append(name)
     assert {"getting-started.md", "scale.md"} <= {*started}
     assert len(started) >= 4
+
+
+def test_the_listing_of_a_dry_run_has_all_files_and_their_sum() -> None:
+    listed = re.findall(r"^ +([\d,]+)  (\S+)", page("hub.md"), re.MULTILINE)
+    sizes = [int(size.replace(",", "")) for size, _ in listed]
+    *names, last = [name.rpartition("/")[2] for _, name in listed]
+    assert names == [*(name for name in SAE_FILES if name != RUNNER_CONFIG_FILENAME), "README.md"]
+    assert (last, sizes[-1]) == ("bytes", sum(sizes[:-1]))
 
 
 def test_git_does_not_see_the_logs_of_the_commands() -> None:
