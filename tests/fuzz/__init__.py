@@ -2,7 +2,7 @@
 
     FUZZ=20 FUZZ_SEED=1 python -m pytest tests/fuzz -s -o faulthandler_timeout=0
 
-With ``-s`` they print what they counted. On 2 cores this takes 10 minutes, and the attack on shared
+With ``-s`` they print what they counted. On 2 cores this takes 13 minutes, and the attack on shared
 SAEs half an hour more.
 """
 
