@@ -129,7 +129,7 @@ def main() -> None:
         "--separator",
         type=int,
         default=0,
-        help="the token at the start of a row and between texts: 0, SmolLM2's <|endoftext|>, or 2, Gemma's <bos>",
+        help="the token that begins rows and texts: SmolLM2's <|endoftext|> is 0, Gemma's <bos> 2",
     )
     parser.add_argument("--tokens", type=int, default=42_000_000)
     parser.add_argument("--packages", nargs="+", default=PACKAGES)
