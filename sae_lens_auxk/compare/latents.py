@@ -1,7 +1,7 @@
 """Measures of single latents of an SAE, with or without the true features.
 
-docs/peeking.md derives each measure, shows on planted and on trained latents how well it tells
-latents without meaning, duplicates and split features from features, and says where it fails.
+docs/methods.md says where each measure fails. studies/peeking shows on planted and on trained
+latents how well it tells latents without meaning, duplicates and split features from features.
 ``W_i`` is the decoder row of latent i at unit length.
 """
 

@@ -4,7 +4,7 @@ A corrector's direction is an average of what other latents got wrong (SAELens #
 differ from frequent ones and young latents from old ones in every measure of
 ``sae_lens_auxk.compare.latents``, whatever brought them back. So latents that came back are
 compared with latents that never died and fire as often, and their younger half with the older.
-docs/peeking.md has the results.
+studies/peeking has the results.
 """
 
 from collections.abc import Mapping, Sequence

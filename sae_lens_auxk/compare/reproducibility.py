@@ -1,8 +1,8 @@
 """Reproducibility: are the latents of a run found again by the runs of other seeds?
 
 A direction that is learnt again from other weights and other samples is in the data; one that is
-not may be an accident of its run. docs/reproducibility.md has the sources, checks the measures on
-known features, and says where they fail.
+not may be an accident of its run. docs/methods.md has the sources and says where the measures fail;
+studies/found-again checks them on known features.
 
 Only alive latents count, on both sides: those that were not dead when training ended. What is found
 again is a share of all latents, so that a run does not gain by killing those that nothing finds.

@@ -277,7 +277,7 @@ PEEKING = {
         "Mean of that cosine over all alive latents of the group.",
     ),
 }
-"""Means over a group of latents, the entry ``peeking`` of a run; see docs/peeking.md."""
+"""Means over a group of latents, the entry ``peeking`` of a run; see docs/methods.md."""
 
 EFFECT = {
     "n_pairs": Metric(

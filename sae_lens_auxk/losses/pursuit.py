@@ -37,14 +37,14 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     A latent that only ever learns where to fire comes back firing on whatever rows have large
     activations, and stays there: too rare to be useful, too frequent to be dead. So the dead
     latents near to firing also get the main loss's gradient as if they fired at ``h``, where it
-    points down. docs/pursuit.md shows what each half does.
+    points down. studies/pursuit shows what each half does.
 
     Deviation from the main loss: each latent is assumed to fire alone. The up half uses ``r_b``
     from before the firing. AbsTopK: ``i`` is the latent with the largest ``|p_b|``, and may fire
     negatively: ``a_b`` has the sign of ``p_b``; ``T_b`` has the largest ``|h_b|``, which is pushed
     towards 0.
 
-    Source: ours (docs/pursuit.md); matching pursuit is Mallat and Zhang 1993.
+    Source: ours; matching pursuit is Mallat and Zhang 1993.
     """
     gain = _up(inputs) + _down(inputs, cfg.resolved_k_aux)
     return gain.mean().detach() - gain.mean()

@@ -21,14 +21,14 @@ Deviations from the source:
   row itself without ``b_dec``. The activations of a language model have a large part in common.
   SAELens's ``b_dec`` starts at 0 and takes thousands of steps to reach it, so the rows themselves
   all point the same way. New latents with their directions fire everywhere, and ruin the
-  reconstruction for hundreds of steps (docs/resampling.md).
+  reconstruction for hundreds of steps (studies/resampling).
 - The source's decoder rows have length 1 throughout. SAELens's rows have any length, so the new one
   gets the mean length of the living latents' rows. Its activations then compare with theirs as in
   the source, even if they are rescaled by that length.
 - The source's new encoder vectors have 0.2 times the mean length of the living latents', so that
   they fire weakly. This also holds here for architectures in which each latent has its own firing
   threshold. In the TopK family a latent has to beat living ones, and with 0.2 none does
-  (docs/resampling.md), so it gets their full mean length.
+  (studies/resampling), so it gets their full mean length.
 """
 
 import warnings

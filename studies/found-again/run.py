@@ -5,7 +5,7 @@
 Trains SAEs in FOLDER, on a model that is hard for them and on one that is easy. Of every alive
 latent it takes the best cosine with each other seed, which ``found_again`` thresholds, and the best
 cosine with a true feature; one of JUNK or more makes it a true latent. Prints the tables of
-docs/reproducibility.md and writes FOLDER/found_again.json.
+tables.md and writes FOLDER/found_again.json.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The evidence of docs/peeking.md: each module is a program, run as ``python -m``."""
+"""Do measures of latents tell error correctors from features? Each module is a program."""

@@ -2,7 +2,7 @@
 
 Builds SAEs whose latents are the true features of one of SAELens's synthetic models, plants
 latents of a known kind among them, and measures these and the others latent by latent. The tables
-are in docs/peeking.md.
+are in tables.md.
 
     python -m studies.peeking.planted      # a minute on a CPU core
 """

@@ -1,6 +1,6 @@
 """What would make the straight-through nudge better? Candidates, side by side with auxk.
 
-The answer is ``aux_variant="pursuit"`` (docs/pursuit.md). Each candidate is a loss of its own,
+The answer is ``aux_variant="pursuit"``. Each candidate is a loss of its own,
 registered as "st" and its name, and compared on a synthetic model:
 
     python studies/pursuit-candidates/pursuit_candidates.py --output candidates

@@ -1,7 +1,7 @@
 """How long must a resampled latent's encoder vector be in the TopK family?
 
 Bricken et al. 2023 gave it 0.2 times the mean length of the living latents'. This tries other
-lengths, with no auxiliary loss, otherwise as in config.yaml beside it (docs/resampling.md):
+lengths, with no auxiliary loss, otherwise as in config.yaml beside it:
 
     python studies/resampling/length.py --output resampled-length
 """

@@ -114,7 +114,7 @@ def figures_of(results: Results) -> list[Figure]:
             "found_again",
             "Found again: latents that came back (filled) and that never died (hollow)",
             "A direction that other seeds find too is in the data. Means over the alive latents of "
-            "a group; bars: standard deviation over pairs of seeds. docs/reproducibility.md says "
+            "a group; bars: standard deviation over pairs of seeds. docs/methods.md says "
             f"what they do not show.{_chance(results)}{at_k}",
             [*_by_group(results, ("found_again", "mean_best_cosine"))],
         ),
@@ -147,7 +147,7 @@ def figures_of(results: Results) -> list[Figure]:
             "Residual peeking: latents that came back (filled) and that never died (hollow)",
             "What counts is the difference from latents that never died and fire as often. In the "
             "table these are in brackets, and the latents that came back are halved by their age. "
-            f"docs/peeking.md defines each measure and says where it fails.{at_k}",
+            f"docs/methods.md defines each measure and says where it fails.{at_k}",
             [*_by_group(results, [key for key in PEEKING if key not in NO_PANEL])],
         ),
     )
