@@ -20,8 +20,8 @@ from sae_lens_auxk import AuxLossInputs, register_aux_loss
 
 @register_aux_loss("squared_margin", default_coefficient=1e-3)
 def squared_margin(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:  # noqa: ARG001
-    """``mean_b sum_{i in D} relu(threshold - h_bi)^2``."""
-    missing = inputs.dead_threshold() - inputs.dead_hidden_pre()
+    """``mean_b sum_{i in D} relu(threshold - nearness(h_bi))^2``."""
+    missing = inputs.dead_threshold() - inputs.nearness(inputs.dead_hidden_pre())
     return missing.relu().square().sum(dim=-1).mean()
 
 
