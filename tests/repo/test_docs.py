@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from sae_lens_auxk import AuxConfig, runner_config
 from sae_lens_auxk.cli.train import _parse
 from sae_lens_auxk.hub.sae_folder import SAE_FILES
-from sae_lens_auxk.losses import BUILT_IN
+from sae_lens_auxk.losses import AUX_LOSSES, BUILT_IN
 from sae_lens_auxk.saelens.names import RUNNER_CONFIG_FILENAME
 from sae_lens_auxk.saelens.start import require_startable
 from tests.repo import rules
@@ -57,12 +58,20 @@ def test_evidence_says_only_numbers_of_its_tables() -> None:
     assert numbers(says) - numbers(tables) == set()
 
 
-def test_variants_has_every_variant_and_field() -> None:
+def test_variants_has_every_variant_and_field_with_its_default() -> None:
     text = page("variants.md")
     for name in BUILT_IN:
         assert f"\n## `{name}`\n" in text
-    for field in fields(AuxConfig):
-        assert f"`{field.name}`" in text, field.name
+    variants, _, *of_fields = rules.tables(text)
+    shown = {row[0]: row[1].replace("–", "0") for row in variants[1:]}
+    losses = {f"[`{name}`](#{name})": AUX_LOSSES[name].default_coefficient for name in BUILT_IN}
+    assert {name: float(Fraction(number)) for name, number in shown.items()} == losses
+    defaults: dict[str, str] = {}
+    for names, values, _ in (row for table in of_fields for row in table[1:]):
+        named, given = (re.findall("`(.*?)`", cell) for cell in (names, values))
+        defaults |= zip(named, given * (len(named) // len(given)), strict=True)
+    of_config = {field.name: repr(field.default).replace("'", '"') for field in fields(AuxConfig)}
+    assert defaults == of_config
 
 
 def test_one_version_and_one_address() -> None:
