@@ -4,13 +4,13 @@
     python -m benchmarks.scale --device cuda --d_sae 131072 --out 1.json
     torchrun --nproc-per-node 2 -m benchmarks.scale --device cuda \\
         --whole_run --saes "auxk-topk, auxk"
-    python -m benchmarks.scale --model docs/scale
+    python -m benchmarks.scale --model docs/scale/cost
 
 The first two measure steps of SAELens's trainer on random data, with half of the latents dead as
 in benchmarks/step.py: milliseconds, GiB on each GPU, and how many milliseconds NCCL's kernels run.
 Without torchrun the step is the ordinary one; ``--shared`` sends it through a group of one. The
 third measures whole runs of this package's architectures, with flags of ``benchmarks.whole_run``.
-The last prints the tables of docs/scale.md and draws its figure. Times in it are computed: bytes
+The last draws the figure of docs/scale.md, and prints tables of it. Times in it are computed: bytes
 over bandwidth, a latency for each collective, and a line through measured steps of one H100.
 """
 

@@ -1,7 +1,7 @@
 """Measure an SAE shared among all GPUs of a host, and write everything in one command.
 
     python -m benchmarks.several_gpus                # measures; 6 minutes without the losses
-    python -m benchmarks.several_gpus --tables       # prints the tables of docs/scale.md
+    python -m benchmarks.several_gpus --tables       # prints tables, docs/scale.md has some
 
 For N = 1, 2, 4, 8, as far as there are GPUs: whole steps of ``benchmarks.scale``, whole runs of
 ``benchmarks.whole_run`` with GPT-2's shape, and for N > 1 ``benchmarks.shared_losses``. N = 1 is an
