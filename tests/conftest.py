@@ -9,8 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # sparsify would use Triton wherever it is installed, also without a GPU.
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -20,3 +24,14 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2's ``model`` and ``text``, written once for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    example = Path(__file__).parents[1] / "examples" / "prepare_smollm2.py"
+    with FileLock(f"{folder}.lock"):
+        runpy.run_path(str(example))["prepare"](folder)
+    return folder

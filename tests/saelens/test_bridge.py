@@ -1,7 +1,6 @@
 """SAEs of a Hugging Face module in SAELens's SAETransformerBridge, on SmolLM2-135M."""
 
 import logging
-import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,9 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("smollm2")
-    example = Path(__file__).parents[2] / "examples" / "prepare_smollm2.py"
-    runpy.run_path(str(example))["prepare"](folder)
-    return str(folder / "model")
+@pytest.fixture
+def model_folder(smollm2: Path) -> str:
+    return str(smollm2 / "model")
 
 
 @pytest.fixture
