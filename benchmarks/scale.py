@@ -300,7 +300,7 @@ def _draw(prefix: Path, counts: tuple[int, ...], sizes: tuple[int, ...]) -> None
         axis.set_xticks(counts, [str(n) for n in counts])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms a step")
-    axes[0].legend(title="solid: latents shared\ndashed: data parallel", fontsize=8)
+    axes[0].legend(title="solid: latents shared\ndashed: data parallel", fontsize=8, loc=2, ncols=2)
     figure.tight_layout()
     figure.savefig(prefix.with_suffix(".png"), dpi=130)
 
