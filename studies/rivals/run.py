@@ -7,7 +7,7 @@
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
 explained variance, of the mean over both layers of SmolLM2, for TopK and BatchTopK separately:
-all of ``rates`` comes first, and no rate is chosen on Gemma 3. README.md says how to get
+studies.rivals.rates collects them, and no rate is chosen on Gemma 3. README.md says how to get
 the models and the text.
 
 SAELens's loss and its unit rows are computed by this package's step, which ends with SAELens's
@@ -26,8 +26,8 @@ import numpy as np
 from benchmarks.made_by import commit
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
-from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.run import run_comparison
+from studies.rivals.rates import read_rates
 
 RATES = (3e-4, 1e-3, 2e-3)
 LAYERS = {"smollm2": (7, 15), "gemma3": (6, 12)}
@@ -57,24 +57,20 @@ def arms(model: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def folder_of(args: argparse.Namespace, stage: str, model: str, layer: int) -> Path:
+def folder_of(args: argparse.Namespace) -> Path:
     tokens = "" if args.tokens == 10 else f"-{args.tokens:g}m"
-    rate = f"-{args.lr:g}" if stage == "rates" else ""
-    return args.output / f"{stage}-{model}-{layer}-{args.family}{tokens}{rate}"
+    rate = f"-{args.lr:g}" if args.stage == "rates" else ""
+    return args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{tokens}{rate}"
 
 
-def best_rates(args: argparse.Namespace) -> dict[str, float]:
+def best_rates(family: str) -> dict[str, float]:
     """The learning rate of each arm, as the module says."""
-    values: dict[str, dict[float, list[float]]] = {}
-    for layer in LAYERS["smollm2"]:
-        for path in args.output.glob(f"rates-smollm2-{layer}-{args.family}-*"):
-            results = read_results(path)
-            for run in results["runs"]:
-                rates = values.setdefault(run["case"], {})
-                # A run that failed has no number.
-                value = run["metrics"].get("explained_variance") or 0.0
-                rates.setdefault(results["comparison"]["lr"], []).append(value)
-    return {arm: max(rates, key=lambda lr: np.mean(rates[lr])) for arm, rates in values.items()}
+    layers = [of for name, of in read_rates().items() if name.split("-")[1] == family]
+    best = {
+        arm: max(rates, key=lambda lr, arm=arm: np.mean([of[arm][lr] for of in layers]))
+        for arm, rates in layers[0].items()
+    }
+    return {arm: float(lr) for arm, lr in best.items()}
 
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -82,7 +78,7 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     own = {name: {"architecture": architecture, **row} for name, row in arms(args.model).items()}
     if args.stage == "rates":
         return [{"name": name, **row} for name, row in own.items()]
-    rates = best_rates(args) if args.stage == "best" else dict.fromkeys(own, RATES[0])
+    rates = best_rates(args.family) if args.stage == "best" else dict.fromkeys(own, RATES[0])
     if args.whitening:
         own["pursuit, whitened"] = {
             **own["pursuit"],
@@ -163,7 +159,7 @@ def main() -> None:
     parser.add_argument("--effect", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    folder = folder_of(args, args.stage, args.model, args.layer)
+    folder = folder_of(args)
     comparison = resolve(comparison_of(args))
     command = f"python -m studies.rivals.run {shlex.join(sys.argv[1:])}  # commit {commit()}"
     print(run_comparison(comparison, folder, command, say=print))

@@ -1,0 +1,51 @@
+"""What every arm reached at every learning rate, at one seed.
+
+python -m studies.rivals.rates rivals    # writes rivals/rates.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.files import write_json
+
+Rates = dict[str, dict[str, dict[str, float]]]
+"""A number by layer and family ("7-topk"), arm and rate."""
+
+
+FILE = Path(__file__).with_name("rates.json")
+
+
+def read_rates() -> Rates:
+    """The explained variances of the file."""
+    return json.loads(FILE.read_text(encoding="utf-8"))["explained_variance"]
+
+
+def rates_of(folder: Path, metric: str) -> Rates:
+    """Of all comparisons of the stage in ``folder``; a run that failed has 0."""
+    found: Rates = {}
+    for path in sorted(folder.glob("rates-smollm2-*")):
+        results = read_results(path)
+        layer, family = path.name.split("-")[2:4]
+        for run in results["runs"]:
+            values = found.setdefault(f"{layer}-{family}", {}).setdefault(run["case"], {})
+            value = run["metrics"].get(metric) or 0.0
+            values[f"{results['comparison']['lr']:g}"] = round(value, 5)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    commands = {read_results(path)["command"] for path in folder.glob("rates-smollm2-*")}
+    metrics = ("explained_variance", "dead_fraction")
+    rates = {metric: rates_of(folder, metric) for metric in metrics}
+    write_json(FILE, {"commands": sorted(commands), **rates})
+
+
+if __name__ == "__main__":
+    main()
