@@ -50,6 +50,7 @@ def arms(model: str) -> dict[str, dict[str, Any]]:
     return {
         "SAELens": saelens,
         "unit rows, no loss": UNIT_ROWS,
+        "unit rows, mean, no loss": {**UNIT_ROWS, "b_dec_init": "mean"},
         "auxk": {"aux_variant": "auxk"},
         "resampling": {"aux_variant": "none", "resample_every_steps": 500},
         "pursuit": {"aux_variant": "pursuit"},
@@ -76,6 +77,8 @@ def best_rates(family: str) -> dict[str, float]:
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     architecture = f"auxk-{args.family}"
     own = {name: {"architecture": architecture, **row} for name, row in arms(args.model).items()}
+    if args.arms:
+        own = {name: row for name, row in own.items() if name in args.arms}
     if args.stage == "rates":
         return [{"name": name, **row} for name, row in own.items()]
     rates = best_rates(args.family) if args.stage == "best" else dict.fromkeys(own, RATES[0])
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--whitening", action="store_true", help="pursuit on whitened activations, too"
     )
+    parser.add_argument("--arms", nargs="+", help="only these; studies/merge.py merges results")
     parser.add_argument("--stock", action="store_true", help="SAELens's own classes, too")
     parser.add_argument("--effect", action="store_true")
     parser.add_argument("--device", default="cuda")
