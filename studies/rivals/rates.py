@@ -6,6 +6,7 @@ python -m studies.rivals.rates rivals    # writes rivals/rates.json
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.files import write_json
@@ -41,10 +42,13 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    known: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     commands = {read_results(path)["command"] for path in folder.glob("rates-smollm2-*")}
-    metrics = ("explained_variance", "dead_fraction")
-    rates = {metric: rates_of(folder, metric) for metric in metrics}
-    write_json(FILE, {"commands": sorted(commands), **rates})
+    known["commands"] = sorted({*known.get("commands", []), *commands})
+    for metric in ("explained_variance", "dead_fraction"):
+        for setting, arms in rates_of(folder, metric).items():
+            known.setdefault(metric, {}).setdefault(setting, {}).update(arms)
+    write_json(FILE, known)
 
 
 if __name__ == "__main__":
