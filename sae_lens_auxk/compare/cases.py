@@ -90,7 +90,6 @@ def cases_of(comparison: Resolved) -> list[Case]:
         if "k" in given:
             require_number("k", given["k"], "a finite number > 0", lambda k: k > 0)
         name = name or _label(architecture, given)
-        given = dict(given)
         lr = given.pop("lr", None)
         if lr is not None:
             require_number("lr", lr, "a finite number > 0", lambda lr: lr > 0)

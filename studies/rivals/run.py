@@ -82,6 +82,10 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.stage == "rates":
         return [{"name": name, **row} for name, row in own.items()]
     rates = best_rates(args.family) if args.stage == "best" else dict.fromkeys(own, RATES[0])
+    if missing := [name for name in own if name not in rates]:
+        sys.exit(
+            f"{', '.join(missing)}: no rates yet. Run the stage rates, then studies.rivals.rates."
+        )
     if args.whitening:
         own["pursuit, whitened"] = {
             **own["pursuit"],
