@@ -12,7 +12,7 @@ from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.files import write_json
 
 Rates = dict[str, dict[str, dict[str, float]]]
-"""A number by layer and family ("7-topk"), arm and rate."""
+"""A number by model, layer and family ("smollm2-7-topk"), arm and rate."""
 
 
 FILE = Path(__file__).with_name("rates.json")
@@ -26,13 +26,11 @@ def read_rates() -> Rates:
 def rates_of(folder: Path, metric: str) -> Rates:
     """Of all comparisons of the stage in ``folder``; a run that failed has 0."""
     found: Rates = {}
-    for path in sorted(folder.glob("rates-smollm2-*")):
-        results = read_results(path)
-        layer, family = path.name.split("-")[2:4]
-        for run in results["runs"]:
-            values = found.setdefault(f"{layer}-{family}", {}).setdefault(run["case"], {})
-            value = run["metrics"].get(metric) or 0.0
-            values[f"{results['comparison']['lr']:g}"] = round(value, 5)
+    for path in sorted(folder.glob("rates-*")):
+        for run in read_results(path)["runs"]:
+            arm, _, rate = run["case"].rpartition(", ")
+            values = found.setdefault(path.name.removeprefix("rates-"), {}).setdefault(arm, {})
+            values[rate] = round(run["metrics"].get(metric) or 0.0, 5)
     return found
 
 
@@ -43,11 +41,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     known: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    commands = {read_results(path)["command"] for path in folder.glob("rates-smollm2-*")}
+    commands = {read_results(path)["command"] for path in folder.glob("rates-*")}
     known["commands"] = sorted({*known.get("commands", []), *commands})
     for metric in ("explained_variance", "dead_fraction"):
         for setting, arms in rates_of(folder, metric).items():
-            known.setdefault(metric, {}).setdefault(setting, {}).update(arms)
+            for arm, rates in arms.items():
+                known.setdefault(metric, {}).setdefault(setting, {}).setdefault(arm, {}).update(
+                    rates
+                )
     write_json(FILE, known)
 
 

@@ -1,14 +1,15 @@
 """Each rival at its best learning rate: prevention beside auxiliary losses, on two model families.
 
-    python -m studies.rivals.run rates smollm2 15 topk --lr 1e-3    # one seed; also 3e-4 and 2e-3
-    python -m studies.rivals.run best smollm2 15 topk               # three others, each at its best
-    python -m studies.rivals.run slow gemma3 6 topk                 # the same, all arms at 3e-4
+    python -m studies.rivals.run rates smollm2 15 topk    # one seed at three learning rates
+    python -m studies.rivals.run best smollm2 15 topk     # three others, each arm at its best rate
+    python -m studies.rivals.run slow gemma3 6 topk       # the same, all arms at 3e-4
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
 explained variance, of the mean over both layers of SmolLM2, for TopK and BatchTopK separately:
-studies.rivals.rates collects them, and no rate is chosen on Gemma 3. README.md says how to get
-the models and the text.
+studies.rivals.rates collects them, and no rate is chosen on Gemma 3. Matryoshka takes BatchTopK's.
+SynthSAEBench, which has no layers (0), has rates of its own. README.md says how to get the models
+and the text.
 
 SAELens's loss and its unit rows are computed by this package's step, which ends with SAELens's
 weights (tests/saelens/test_swapped_class.py) in a third of the time. ``--stock`` adds both in
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from benchmarks.made_by import commit
 from sae_lens_auxk.compare.checks import resolve
@@ -30,8 +32,8 @@ from sae_lens_auxk.compare.run import run_comparison
 from studies.rivals.rates import read_rates
 
 RATES = (3e-4, 1e-3, 2e-3)
-LAYERS = {"smollm2": (7, 15), "gemma3": (6, 12)}
-WIDTH = {"smollm2": 576, "gemma3": 640}
+WIDTH = {"smollm2": 576, "gemma3": 640, "synthsaebench": 768}
+SYNTHETIC = Path(__file__).parents[1] / "synthsaebench" / "config.yaml"
 SPECIAL = {"smollm2": [0], "gemma3": [2]}
 """The first token of each row, whose norm is hundreds of times the others'."""
 DEAD_AFTER = 1_000_000
@@ -60,18 +62,21 @@ def arms(model: str) -> dict[str, dict[str, Any]]:
 
 def folder_of(args: argparse.Namespace) -> Path:
     tokens = "" if args.tokens == 10 else f"-{args.tokens:g}m"
-    rate = f"-{args.lr:g}" if args.stage == "rates" else ""
-    return args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{tokens}{rate}"
+    return args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{tokens}"
 
 
-def best_rates(family: str) -> dict[str, float]:
+def best_rates(model: str, family: str) -> dict[str, float]:
     """The learning rate of each arm, as the module says."""
-    layers = [of for name, of in read_rates().items() if name.split("-")[1] == family]
-    best = {
-        arm: max(rates, key=lambda lr, arm=arm: np.mean([of[arm][lr] for of in layers]))
+    chosen_on = "synthsaebench" if model == "synthsaebench" else "smollm2"
+    layers = [
+        arms
+        for name, arms in read_rates().items()
+        if name.startswith(chosen_on) and name.split("-")[2] == family.split("-")[-1]
+    ]
+    return {
+        arm: float(max(rates, key=lambda lr, arm=arm: np.mean([of[arm][lr] for of in layers])))
         for arm, rates in layers[0].items()
     }
-    return {arm: float(lr) for arm, lr in best.items()}
 
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -80,8 +85,15 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.arms:
         own = {name: row for name, row in own.items() if name in args.arms}
     if args.stage == "rates":
-        return [{"name": name, **row} for name, row in own.items()]
-    rates = best_rates(args.family) if args.stage == "best" else dict.fromkeys(own, RATES[0])
+        return [
+            {"name": f"{name}, {lr:g}", "lr": lr, **row}
+            for name, row in own.items()
+            for lr in args.rates
+        ]
+    if args.stage == "best":
+        rates = best_rates(args.model, args.family)
+    else:
+        rates = dict.fromkeys(own, RATES[0])
     if missing := [name for name in own if name not in rates]:
         sys.exit(
             f"{', '.join(missing)}: no rates yet. Run the stage rates, then studies.rivals.rates."
@@ -106,27 +118,34 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def comparison_of(args: argparse.Namespace) -> Comparison:
     n_tokens = int(1e6 * args.tokens)
+    shared: dict[str, Any] = {
+        "architecture": [f"auxk-{args.family}"],
+        "preset": [],
+        "d_sae": args.d_sae,
+        "training_samples": n_tokens,
+        "batch_size": args.batch_size,
+        "dead_after": min(DEAD_AFTER, n_tokens // 10),
+        "eval_samples": min(65_536, n_tokens // 10),
+        "seeds": [0] if args.stage == "rates" else args.seeds,
+        "device": args.device,
+        "autocast": args.device.startswith("cuda"),
+        "cases": cases_of(args),
+    }
+    if args.model == "synthsaebench":
+        published = yaml.safe_load(SYNTHETIC.read_text(encoding="utf-8"))
+        names = ("k", "n_features", "d_in", "synthetic_model")
+        return Comparison(**shared, **{name: published[name] for name in names})
     prompts = 64 if args.model == "smollm2" else 16  # of whose logits there are five times as many
     return Comparison(
+        **shared,
         model_name=str(args.data / args.model / "model"),
         model_class_name="AutoModelForCausalLM",
         dataset_path=str(args.data / args.model / "text"),
         hook_name=f"model.layers.{args.layer}",
-        architecture=[f"auxk-{args.family}"],
-        preset=[],
         k=[32],
-        d_sae=args.d_sae,
-        training_samples=n_tokens,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        dead_after=min(DEAD_AFTER, n_tokens // 10),
-        eval_samples=min(65_536, n_tokens // 10),
         max_norm_multiple=10.0,
         context_size=256,
-        seeds=[0] if args.stage == "rates" else args.seeds,
         effect=args.effect,
-        device=args.device,
-        autocast=args.device.startswith("cuda"),
         sae={"normalize_activations": "expected_average_only_in"},
         language_model={
             "streaming": False,
@@ -138,7 +157,6 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
             "eval_batch_size_prompts": prompts // 4,
             "model_from_pretrained_kwargs": {"dtype": "bfloat16"},
         },
-        cases=cases_of(args),
     )
 
 
@@ -147,14 +165,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=("rates", "best", "slow"))
-    parser.add_argument("model", choices=LAYERS)
+    parser.add_argument("model", choices=WIDTH)
     parser.add_argument("layer", type=int)
-    parser.add_argument("family", choices=("topk", "batchtopk"))
+    parser.add_argument("family", choices=("topk", "batchtopk", "matryoshka-batchtopk"))
     parser.add_argument(
         "--data", type=Path, default=Path(), help="the folder of the models' folders"
     )
     parser.add_argument("--output", type=Path, default=Path("rivals"))
-    parser.add_argument("--lr", type=float, choices=RATES, default=RATES[0], help="of stage rates")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates of the stage rates"
+    )
     parser.add_argument("--tokens", type=float, default=10, help="millions")
     parser.add_argument("--d_sae", type=int, default=9216)
     parser.add_argument("--batch_size", type=int, default=4096)
