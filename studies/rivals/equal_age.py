@@ -46,9 +46,10 @@ Tensors = dict[str, torch.Tensor]
 def continued(before: Resolved, case: str, n_tokens: int, device: str) -> Resolved:
     """The comparison with the arms of this script and their training."""
     own = {"architecture": before.architecture[0]}
-    rates = best_rates(own["architecture"].removeprefix("auxk-"))
+    model = Path(before.model_name or "").parent.name
+    rates = best_rates(model, own["architecture"].removeprefix("auxk-"))
     rates["none"] = rates[case]  # at which the SAE was trained so far
-    rows = {**arms(Path(before.model_name or "").parent.name), "none": {"aux_variant": "none"}}
+    rows = {**arms(model), "none": {"aux_variant": "none"}}
     return replace(
         before,
         cases=[{"name": arm, "lr": rates[arm], **own, **rows[arm]} for arm in ARMS],
