@@ -135,7 +135,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         published = yaml.safe_load(SYNTHETIC.read_text(encoding="utf-8"))
         names = ("k", "n_features", "d_in", "synthetic_model")
         return Comparison(**shared, **{name: published[name] for name in names})
-    prompts = 64 if args.model == "smollm2" else 16  # of whose logits there are five times as many
+    prompts = 16 if args.model == "smollm2" else 4  # of whose logits there are five times as many
     return Comparison(
         **shared,
         model_name=str(args.data / args.model / "model"),
@@ -151,10 +151,10 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
             "streaming": False,
             "prepend_bos": False,
             "exclude_special_tokens": SPECIAL[args.model],
-            "store_batch_size_prompts": prompts,
+            "store_batch_size_prompts": 64,
             "n_batches_in_buffer": 1024,
-            "n_eval_batches": 2 if args.stage == "rates" else 512 // prompts,
-            "eval_batch_size_prompts": prompts // 4,
+            "n_eval_batches": 2 if args.stage == "rates" else 128 // prompts,
+            "eval_batch_size_prompts": prompts,
             "model_from_pretrained_kwargs": {"dtype": "bfloat16"},
         },
     )
