@@ -33,7 +33,6 @@ from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.saelens.checkpoints import open_sae
-from sae_lens_auxk.saelens.names import ActivationScaler
 from studies.rivals.run import arms, best_rates
 
 ARMS = ("none", "SAELens", "auxk", "resampling", "pursuit")
@@ -83,8 +82,8 @@ def train(
             fires = log.tokens_since_fired[which] == 0
             first[arm].masked_fill_(fires & (first[arm] == 0), log.n_samples)
 
-    def fail(arm: str, error: Exception) -> None:
-        raise RuntimeError(f"{arm} failed") from error
+    def fail(_: str, error: Exception) -> None:
+        raise error
 
     rates = {case.name: case.lr or own.lr for case in cases_of(own)}
     trainer = LockstepTrainer(
@@ -107,12 +106,12 @@ def run_seed(
     saes = {arm: build_sae(config, seed) for arm, config in configs.items()}
     data = source.open(seed, saes)
     x = data.held_out().to(own.device)
-    scaler = ActivationScaler()
-    scaler.estimate_scaling_factor(source.d_in, iter([x]), n_batches_for_norm_estimate=1)
-    scale = scaler.scaling_factor or 1.0
+    scale = source.d_in**0.5 / x.float().norm(dim=-1).mean().item()  # as SAELens estimates it
     base = open_sae(paths[seed], own.device).eval()
     generator = torch.Generator().manual_seed(seed)
     alive = count_firings(base, x).cpu().nonzero().flatten()
+    if len(alive) < 2 * n:
+        sys.exit(f"--n_latents {n}: of {len(alive)} that fire, as many again are left alone.")
     alive = alive[torch.randperm(len(alive), generator=generator)]
     groups = {"replaced": alive[:n], "untouched": alive[n : 2 * n]}
 
@@ -168,8 +167,8 @@ def run_seed(
                 pair = {"revived": groups["replaced"], "never_died": groups["untouched"]}
                 at, file = prompts.rows.to(own.device), of_arm[arm] / EFFECTS_FILENAME
                 numbers["effect"] = effects_of(sae, at, pair, prompts, file)
+                print(f"seed {seed}, {arm}:", numbers["effect"], flush=True)
                 write_json(args.folder / f"equal_age-{seed}.json", content)
-            print(f"seed {seed}, {arm}:", numbers, flush=True)
 
 
 def main() -> None:
