@@ -12,7 +12,9 @@ some and keeps the others.
 import argparse
 import json
 import platform
+import re
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from datetime import date
@@ -132,9 +134,7 @@ def processor() -> str:
 # --- tables and plots ------------------------------------------------------------------------
 
 
-def milliseconds(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return ""
+def milliseconds(result: dict[str, Any]) -> str:
     if "error" in result:
         return "out of memory" if "memory" in result["error"] else result["error"]
     digits = 2 if result["median"] < 10 else 1 if result["median"] < 100 else 0
@@ -150,22 +150,49 @@ ROWS = (
     *("SAELens", "SAELens, fused Adam", "SAELens, fused Adam, coefficient 0"),
     *("sparsify", "sparsify, no loss", *OURS, "pursuit, switched off"),
 )
-COLUMNS = {
-    "auxk-topk|8192": "8,192",
-    "auxk-topk|24576": "24,576",
-    "auxk-batchtopk|24576": "the same, BatchTopK",
+SIZES = {f"auxk-topk|{n}": f"{n:,}" for n in (8192, 24_576, 131_072, 524_288)}
+ARCHITECTURES = {
+    "auxk-topk|24576": "TopK",
+    "auxk-batchtopk|24576": "BatchTopK",
     "auxk-matryoshka-batchtopk|24576": "Matryoshka",
-    "auxk-topk|131072": "131,072",
 }
 
 
-def peer_table(results: dict[str, Any]) -> str:
-    rows = []
-    for name in ROWS:
-        label = f"`{name}`" if name in OURS else name.replace("pursuit", "`pursuit`")
-        cells = (milliseconds(results.get(f"{size}|{name}")) for size in COLUMNS)
-        rows.append([label, *cells])
-    return table(["ms a step", *COLUMNS.values()], rows)
+def peer_table(
+    head: str,
+    peers: dict[str, Any],
+    columns: dict[str, str],
+    rows: Sequence[str] = ROWS,
+    cell: Callable[[Any], str] = milliseconds,
+) -> str:
+    names = {name: re.sub(f"^({'|'.join(OURS)})", r"`\1`", name) for name in rows}
+    lines = [
+        [label, *(cell(peers[f"{column}|{name}"]) for column in columns)]
+        for name, label in names.items()
+    ]
+    return table([head, *columns.values()], lines)
+
+
+def whole_run_table() -> str:
+    saes = {
+        "SAELens topk": "SAELens",
+        **{f"auxk-topk, {name}": f"`{name}`" for name in OURS},
+        "auxk-topk, pursuit, before": "`pursuit`, switched off",
+    }
+    columns = {
+        ("gpt2", "as it comes"): "GPT-2, as it comes",
+        ("gpt2", "best"): "best settings",
+        ("gpt2", "cached"): "cached",
+        ("smollm2", "as it comes"): "SmolLM2, as it comes",
+        ("smollm2", "best"): "best settings",
+    }
+    rates = {
+        (model, run["store"], run["sae"]): f"{round(run['tokens_per_second'], -3):,.0f}"
+        for model in ("gpt2", "smollm2")
+        for run in read(f"whole-run-{model}")["runs"]
+    }
+    rows = [[saes[sae], *(rates[(*column, sae)] for column in columns)] for sae in saes]
+    return table(["tokens a second", *columns.values()], rows)
 
 
 def growth_plot(results: dict[str, Any], path: Path) -> None:
@@ -197,22 +224,34 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def render() -> None:
-    page = DOCS / "performance.md"
-    text = page.read_text()
-    results = json.loads((DOCS / "performance" / "cuda.json").read_text())
-    growth_plot(results, DOCS / "performance" / "growth.png")
+def read(name: str) -> dict[str, Any]:
+    return json.loads((DOCS / "performance" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def with_tables(text: str) -> str:
+    """The page's text with what was measured between its pairs of marks."""
+    results = read("cuda")
+    peers, rivals = results["peers"], ("SAELens", "sparsify", *OURS)
     blocks = {
-        "cuda machine": ", ".join(f"{k} {v}" for k, v in results["machine"].items()),
-        "peers": peer_table(results["peers"]),
+        "cuda machine": ", ".join(f"{k} `{v}`" for k, v in results["machine"].items()),
+        "peers": peer_table("ms a step", peers, SIZES),
+        "architectures": peer_table("ms a step", peers, ARCHITECTURES, ("SAELens", *OURS)),
+        "memory": peer_table("GiB", peers, SIZES, rivals, lambda result: f"{result['GiB']:.1f}"),
+        "whole run": whole_run_table(),
     }
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        assert after, f"{page} has no {begin} ... {end}"
+        assert after, f"the page has no {begin} ... {end}"
         text = f"{before}{begin}\n{block}\n{end}{after}"
-    page.write_text(text)
+    return text
+
+
+def render() -> None:
+    page = DOCS / "performance.md"
+    growth_plot(read("cuda"), DOCS / "performance" / "growth.png")
+    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> None:
