@@ -61,8 +61,8 @@ def measure_latents(
         For each measure its values (n,):
 
         direction_spread: effective share of the rows (participation ratio of ``cos^2(x_b - mean,
-            W_i)``) that vary along the latent's direction: small for the direction of a rare
-            feature, 1/3 for one without meaning (a Gaussian's).
+            W_i)``) that vary along the latent's direction: small for the direction of a feature,
+            1/3 for one without meaning (a Gaussian's), and not much less for a very rare feature.
         nearest_cosine: cosine of ``W_i`` with the nearest decoder row of another alive latent;
             this and the cosines below are absolute ones in AbsTopK.
 

@@ -58,6 +58,7 @@ def test_performance_has_the_measured_numbers() -> None:
     says = " ".join(text.split())
     assert f"take {ours} minutes with `pursuit`, and {theirs} with SAELens's loss" in says
     assert f"the two take {ours_before} and {theirs_before} minutes" in says
+    assert f"about {ours} minutes on an H200" in page("getting-started.md")
 
 
 def test_evidence_says_only_numbers_of_its_tables() -> None:
