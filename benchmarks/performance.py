@@ -234,9 +234,11 @@ def with_tables(text: str) -> str:
     peers, rivals = results["peers"], ("SAELens", "sparsify", *OURS)
     blocks = {
         "cuda machine": ", ".join(f"{k} `{v}`" for k, v in results["machine"].items()),
-        "peers": peer_table("ms a step", peers, SIZES),
+        "peers": peer_table("ms a step by latents", peers, SIZES),
         "architectures": peer_table("ms a step", peers, ARCHITECTURES, ("SAELens", *OURS)),
-        "memory": peer_table("GiB", peers, SIZES, rivals, lambda result: f"{result['GiB']:.1f}"),
+        "memory": peer_table(
+            "GiB by latents", peers, SIZES, rivals, lambda result: f"{result['GiB']:.1f}"
+        ),
         "whole run": whole_run_table(),
     }
     for name, block in blocks.items():
