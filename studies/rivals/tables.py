@@ -1,0 +1,226 @@
+"""The tables of README.md and the figures of docs/figures, from the committed results.
+
+python -m studies.rivals.tables
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from sae_lens_auxk.compare.files import read_results
+from sae_lens_auxk.compare.report.groups import PALETTE, number
+from sae_lens_auxk.compare.schema import METRICS, Group
+from sae_lens_auxk.compare.seeds import differences, interval
+
+HERE = Path(__file__).parent
+FIGURES = HERE.parents[1] / "docs" / "figures"
+ARMS = (
+    "SAELens",
+    "unit rows, no loss",
+    "unit rows, mean, no loss",
+    "auxk",
+    "resampling",
+    "pursuit",
+    "pursuit, mean",
+    "pursuit, whitened",
+)
+DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
+SMOLLM2 = {
+    "smollm2-7-topk": "7, TopK",
+    "smollm2-7-batchtopk": "7, BatchTopK",
+    "smollm2-15-topk": "15, TopK",
+    "smollm2-15-batchtopk": "15, BatchTopK",
+}
+GEMMA = {
+    "gemma3-6-topk": "6, TopK",
+    "gemma3-6-batchtopk": "6, BatchTopK",
+    "gemma3-12-topk": "12, TopK",
+}
+SLOW = {"gemma3-12-topk-slow": "12, TopK, 3e-4"}
+SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
+    f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
+}
+Groups = dict[str, Group]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def groups_in(folder: str) -> Groups:
+    """The seeds of each arm, by its name."""
+    return {group["case"]: group for group in read_results(HERE / folder)["groups"]}
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(groups: Groups, arm: str) -> str:
+    """Explained variance, latents found again and dead latents."""
+    if arm not in groups:
+        return "–"
+    group = groups[arm]
+    ev, dead = number(group, "explained_variance")[0], number(group, "dead_fraction")[0]
+    found = METRICS["found_again"].show(*number(group, "found_again"))
+    return f"{ev:.4f}, {found}, {100 * (dead or 0):.0f}%"
+
+
+def of_arms(settings: dict[str, str]) -> str:
+    """A row for each arm, a column for each setting."""
+    groups = {name: groups_in(folder) for folder, name in settings.items()}
+    arms = [arm for arm in ARMS if any(arm in found for found in groups.values())]
+    rows = [[arm, *(_cell(found, arm) for found in groups.values())] for arm in arms]
+    return _table(["arm", *groups], rows)
+
+
+def _difference(groups: Groups, a: str, b: str, key: str) -> str:
+    values = differences(groups[a], groups[b], key)
+    low, high = interval(values)
+    middle = mean(values)
+    if key == "found_again":
+        return f"{100 * middle:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{middle:+.4f} [{low:.4f}, {high:.4f}]"
+
+
+def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
+    """What ``a`` is ahead of others, found again in points: mean and 95% t interval."""
+    keys = {"found_again": "found again", "explained_variance": "EV"}
+    rows = []
+    for name, folder in SETTINGS.items():
+        groups = groups_in(folder)
+        pairs = ((b, key) for b in rivals for key in keys)
+        rows.append([name, *(_difference(groups, a, b, key) for b, key in pairs)])
+    return _table(["setting", *(f"{b}: {key}" for b in rivals for key in keys.values())], rows)
+
+
+def _spread(values: list[float], digits: int, factor: float = 1.0) -> str:
+    values = [factor * value for value in values]
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def of_revived() -> str:
+    """Found again of revived latents less of those that never died: mean and 95% t interval."""
+    arms = ("SAELens", "auxk", "pursuit", "pursuit, mean")
+    rows = []
+    for name, folder in SETTINGS.items():
+        cells = []
+        for arm in arms:
+            parts = [run["peeking"] or {} for run in groups_in(folder)[arm]["runs"]]
+            points = [
+                100
+                * ((part["revived"]["found_again"] or 0) - (part["never_died"]["found_again"] or 0))
+                for part in parts
+            ]
+            low, high = interval(points)
+            cells.append(f"{mean(points):+.1f} [{low:.1f}, {high:.1f}]")
+        rows.append([name, *cells])
+    return _table(["setting", *arms], rows)
+
+
+def of_probes() -> str:
+    """Mean areas of each arm, over the seeds, and how far those of five are behind pursuit's."""
+    found: dict[str, list[list[float]]] = {}
+    for run in read_json(HERE / "smollm2-15-topk" / "probes.json")["runs"]:
+        found.setdefault(run["case"], []).append([mean(run[f"k{k}"]) for k in (1, 5)])
+    rows = []
+    for arm, of_seeds in found.items():
+        one, five = (list(areas) for areas in zip(*of_seeds, strict=True))
+        less = [a - b[1] for a, b in zip(five, found["pursuit"], strict=True)]
+        low, high = interval(less)
+        behind = "" if arm == "pursuit" else f"{mean(less):+.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([arm, _spread(one, 3), _spread(five, 3), behind])
+    return _table(["arm", "one latent", "five latents", "five, less `pursuit`"], rows)
+
+
+def of_equal_age() -> str:
+    """What became of the replaced latents, over the seeds."""
+    files = sorted((HERE / "smollm2-15-topk").glob("equal_age-*.json"))
+    seeds = [read_json(path)["arms"] for path in files]
+    keys = {
+        "alive, %": ("alive", 0, 100.0),
+        "found again of these, %": ("found_again_of_alive", 1, 100.0),
+        "best cosine of these": ("mean_best_cosine_of_alive", 3, 1.0),
+    }
+    rows = [
+        [arm, *(_spread([of[arm]["replaced"][key] for of in seeds], digits, factor)
+                for key, digits, factor in keys.values())]
+        for arm in seeds[0]
+    ]  # fmt: skip
+    return _table(["arm", *keys], rows)
+
+
+RIVALS = ("unit rows, mean, no loss", "auxk")
+TABLES = {
+    "smollm2": lambda: of_arms(SMOLLM2),
+    "gemma3": lambda: of_arms(GEMMA | SLOW),
+    "pursuit": lambda: of_pairs("pursuit", RIVALS),
+    "pursuit, mean": lambda: of_pairs("pursuit, mean", RIVALS),
+    "unit rows": lambda: of_pairs(RIVALS[0], ("SAELens", "auxk")),
+    "revived": of_revived,
+    "probes": of_probes,
+    "equal age": of_equal_age,
+}
+
+
+def with_tables(text: str) -> str:
+    """The page with each table between its markers."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + table() + end + rest.split(end)[1]
+    return text
+
+
+def _found_again(group: Group) -> float:
+    return number(group, "found_again")[0] or 0.0
+
+
+def _revived(group: Group) -> float:
+    """Found again of the latents that came back, less of those that never died."""
+    come_back, never_died = (
+        number(group, "found_again", latents)[0] or 0.0 for latents in ("revived", "never_died")
+    )
+    return come_back - never_died
+
+
+def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence[str]) -> None:
+    """A dot for each arm and setting, in percent; most spreads are smaller than a dot."""
+    figure, axes = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
+    for arm in arms:
+        place = DRAWN.index(arm)
+        x = [100 * value(groups_in(folder)[arm]) for folder in SETTINGS.values()]
+        y = [row + 0.08 * (place - 2) for row in range(len(x))]
+        marker = "oDsv^"[place]
+        axes.plot(x, y, marker, color=PALETTE[place], label=arm, markersize=8, clip_on=False)
+    axes.set_yticks(range(len(SETTINGS)), SETTINGS, fontsize=12)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel(label, fontsize=12)
+    axes.tick_params(axis="x", labelsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=11, frameon=False)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main() -> None:
+    readme = HERE / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(FIGURES / "rivals.png", "found again by other seeds, % of all latents",
+         _found_again, DRAWN)  # fmt: skip
+    draw(FIGURES / "revived.png", "found again, revived less never died, points",
+         _revived, ("SAELens", "auxk", "pursuit"))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
