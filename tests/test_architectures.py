@@ -3,9 +3,6 @@
 import copy
 import importlib
 import pickle
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +19,7 @@ from sae_lens.registry import (
 from sae_lens.saes.sae import SAEConfig, TrainingSAE
 
 import sae_lens_auxk
+from tests import fresh
 from tests.helpers import (
     ARCHITECTURES,
     STOCK,
@@ -129,7 +127,7 @@ def test_plain_saelens_loads_it_where_the_package_cannot_be_imported(tmp_path: P
         folder = tmp_path / architecture
         sae.save_inference_model(folder)
         torch.save((x, SAE.load_from_disk(folder)(x).detach()), folder / "expected.pt")
-    script = textwrap.dedent(
+    said = fresh.run(
         """
         import sys
         sys.modules["sae_lens_auxk"] = None
@@ -144,13 +142,10 @@ def test_plain_saelens_loads_it_where_the_package_cannot_be_imported(tmp_path: P
             assert sae.cfg.metadata.training_architecture == folder.name
             assert details["aux_variant"] == "straight_through" and details["k_aux"] == 7
             print(folder.name, type(sae).__name__)
-        """
+        """,
+        tmp_path,
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split("\n")) == len(ARCHITECTURES) + 1
+    assert len(said.splitlines()) == len(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,7 +1,5 @@
 """The command: flags, files, refusals, Ctrl-C."""
 
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.report.summary import answer
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.losses.registry import AUX_LOSSES
+from tests import fresh
 from tests.compare.conftest import tiny
 from tests.compare.fake_results import fake_results
 
@@ -279,11 +278,10 @@ def test_a_report_alone_trains_nothing(
 
 
 def test_the_other_commands_do_not_import_it() -> None:
-    code = (
+    fresh.run(
         "import sys; from sae_lens_auxk import cli; cli.main(['--help']); "
         "sys.exit('sae_lens_auxk.compare' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_autocast_needs_no_value(asked_for: list[Any]) -> None:

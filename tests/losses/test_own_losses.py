@@ -1,6 +1,5 @@
 """Losses from elsewhere: an installed package's entry point, and ``--import``."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_auxk import cli, runner_config
 from sae_lens_auxk.losses.registry import AUX_LOSSES
+from tests import fresh
 from tests.helpers import build_config, build_sae
 from tests.tiny_model import run_fields
 
@@ -93,8 +93,7 @@ def test_an_unknown_variant_lists_installed_ones_too(site: Path) -> None:
 
 def test_importing_the_package_asks_for_no_entry_point(site: Path) -> None:
     install(site, "my_losses", "raise SystemExit(1)")
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import sae_lens_auxk"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    fresh.run(f"import sys; sys.path.insert(0, {str(site)!r}); import sae_lens_auxk")
 
 
 def test_a_checkpoint_says_how_to_import_its_loss(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """What importing the package changes of SAELens: two constructors, and no training."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from tests import fresh
 
 pytestmark = pytest.mark.oldest
 
@@ -38,9 +38,7 @@ print(sorted(set(sae_lens.registry.SAE_CLASS_REGISTRY) - inference))
 
 
 def test_two_methods_of_saelens_are_patched_and_nothing_else() -> None:
-    printed = subprocess.run(
-        [sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    printed = fresh.run(SNAPSHOT).splitlines()
     assert eval(printed[0]) == ["LanguageModelSAETrainingRunner.__init__", "SAETrainer.__init__"]
     assert len(eval(printed[1])) == 7
     assert eval(printed[2]) == []
@@ -100,9 +98,7 @@ def test_trainings_of_saelens_are_bit_equal_with_and_without_the_import(tmp_path
     states = []
     for how in ("plain", "imported"):
         file = tmp_path / how
-        subprocess.run(
-            [sys.executable, "-c", TRAININGS, how, str(file), *stock], check=True, text=True
-        )
+        fresh.run(TRAININGS, how, file, *stock)
         states.append(torch.load(file))
     plain, imported = states
     assert len({name.rpartition(" ")[0] for name in plain}) >= 7 * 4

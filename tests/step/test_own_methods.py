@@ -1,9 +1,6 @@
 """The sparse step runs only where it is SAELens's step: nothing that it would call is ignored."""
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ from sae_lens import BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE, Train
 from sae_lens.registry import get_sae_training_class
 
 from sae_lens_auxk.step.sparse import HOOK_POINTS, REPLACED
+from tests import fresh
 from tests.helpers import TOPK_ARCHITECTURES, build_config, build_sae, build_trainer, forward
 
 OVERRIDES = [name for name in REPLACED if name != "_iterable_decode"]
@@ -193,7 +191,7 @@ def test_a_patch_of_saelens_own_step_is_called(owner: Any, monkeypatch: pytest.M
 
 
 def test_a_patch_from_before_the_import_is_called() -> None:
-    code = """
+    fresh.run("""
 import warnings
 warnings.simplefilter("ignore")
 import torch
@@ -203,8 +201,7 @@ TopKTrainingSAE.encode_with_hidden_pre = lambda *args: called.append(1) or their
 from tests.helpers import build_sae, forward
 forward(build_sae("auxk-topk"), torch.randn(16, 8))
 assert called
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+""")
 
 
 @pytest.mark.parametrize("result", [{}, torch.ones(())])
