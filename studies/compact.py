@@ -26,7 +26,7 @@ def compact(results: Results) -> Results:
     report = _report({**results, "groups": list(groups_of(results["runs"]))})
     digits = DIGITS
     while True:
-        runs = [_run(run, digits) for run in results["runs"]]
+        runs = [rounded(run, digits) for run in results["runs"]]
         small: Results = {**results, "runs": runs, "groups": list(groups_of(runs))}
         if _report(small) == report:
             return small
@@ -37,7 +37,7 @@ def _report(results: Results) -> str:
     return markdown_of(results, figures_of(results))
 
 
-def _run(run: Run, digits: int) -> Run:
+def rounded(run: Run, digits: int) -> Run:
     small: Any = {
         **run,
         "history": _rounded(run["history"], DIGITS),

@@ -275,15 +275,13 @@ def _band(
 
 def _chance(results: Results) -> str:
     """What random directions would have, at most: as if all latents of the largest were alive."""
-    shares = [
-        by_chance(
-            run["sae_config"]["d_sae"],
-            run["sae_config"]["d_in"],
-            has_signed_rows(run["architecture"]),
-        )["found_again"]
+    sizes = {
+        (sae["d_sae"], sae["d_in"], has_signed_rows(run["architecture"]))
         for run in results["runs"]
+        for sae in [run["sae_config"]]
         if run["status"] == "finished"
-    ]
+    }
+    shares = [by_chance(*size)["found_again"] for size in sizes]
     chance = max((share for share in shares if share is not None), default=0.0)
     bound = f"At most {100 * chance:.2g}%" if chance >= 1e-4 else "Fewer than 0.01%"
     return f" {bound} of random directions would be found again."
