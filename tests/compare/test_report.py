@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 import sae_lens_auxk
-from sae_lens_auxk.compare.report import figures, write_report
+from sae_lens_auxk.compare import report as module
+from sae_lens_auxk.compare.report import drawing, figures, write_report
 from sae_lens_auxk.compare.report.drawing import drawn, svg
 from sae_lens_auxk.compare.report.figures import figures_of
 from sae_lens_auxk.compare.report.groups import PALETTE, colours, reference_k
@@ -205,9 +206,13 @@ def test_the_lines_of_a_figure_are_the_first_rows_of_the_table() -> None:
     assert list(figure.panels[0].categories) == rows
 
 
-def test_images_are_written_and_stale_ones_removed(tmp_path: Path) -> None:
+def test_images_are_written_and_stale_ones_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report(fake_results(ks=(16, 25)), tmp_path)
-    report(fake_results(ks=(25,), seeds=(0, 1)), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "png", drawing.png)
+        report(fake_results(ks=(25,), seeds=(0, 1)), tmp_path)
     images = sorted((tmp_path / "figures").iterdir())
     assert [image.name for image in images] == [f"{name}.png" for name in AT_ONE_K]
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
