@@ -6,7 +6,7 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
 from sae_lens_auxk.compare import latents as module
 from sae_lens_auxk.compare.latents import count_firings, measure_latents
-from studies.peeking.planted import World, auc, planted
+from studies.peeking.planted import auc, planted
 from tests.helpers import ARCHITECTURES, build_sae
 
 SETTINGS = [(a, s) for a in ("jumprelu", "topk") for s in ("rotation", "shrinkage")]
@@ -186,30 +186,30 @@ def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(values, whole[name], rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def ranking(world: World, key: str) -> float:
-    measured, which = world.measure()
-    found = auc(measured[key], which)
-    assert found is not None
-    return found
-
-
 @pytest.mark.parametrize(("architecture", "spoilt_by"), SETTINGS)
 def test_planted_correctors_differ_from_planted_features(architecture: str, spoilt_by: str) -> None:
-    worlds = planted(architecture, spoilt_by, 0)
+    worlds = {kind: world.measure() for kind, world in planted(architecture, spoilt_by, 0).items()}
+
+    def ranking(kind: str, key: str) -> float:
+        measured, which = worlds[kind]
+        found = auc(measured[key], which)
+        assert found is not None
+        return found
+
     for key in ("features_hurt", "direction_spread", "nearest_cosine"):
-        assert 0.25 < ranking(worlds["feature"], key) < 0.75
+        assert 0.25 < ranking("feature", key) < 0.75
     for kind in ("mean error", "error direction", "random"):
-        assert ranking(worlds[kind], "direction_spread") > 0.85
-        assert ranking(worlds[kind], "features_hurt") > 0.7
+        assert ranking(kind, "direction_spread") > 0.85
+        assert ranking(kind, "features_hurt") > 0.7
     for kind in ("mean error", "error direction"):
-        assert ranking(worlds[kind], "nearest_cosine") > 0.9
-        measured, which = worlds[kind].measure()
+        assert ranking(kind, "nearest_cosine") > 0.9
+        measured, which = worlds[kind]
         not_new = measured["junk_share"][which] + measured["duplicate_share"][which]
         # A principal direction of shrunk features may be one of them, held better than before.
         assert not_new.mean() >= 0.75
-    measured, which = worlds["duplicate"].measure()
+    measured, which = worlds["duplicate"]
     assert (measured["duplicate_share"] == which.float()).all()
-    measured, which = worlds["random"].measure()
+    measured, which = worlds["random"]
     assert (measured["junk_share"] == which.float()).all()
 
 

@@ -1,11 +1,15 @@
 """One process at a time in a folder, and none that is dead."""
 
 import errno
-import signal
-import subprocess
+import multiprocessing
+import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,28 +18,36 @@ from sae_lens_auxk.compare.locks import claim, claim_if_free, is_held
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is claimed on Windows")
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from sae_lens_auxk.compare.locks import claim_if_free
-with claim_if_free(Path(sys.argv[1])) as is_own:
-    print(is_own, flush=True)
-    time.sleep(600)
-"""
+FORK = multiprocessing.get_context("fork")  # imports would take longer than the tests
+
+
+@contextmanager
+def held(path: Path, seconds: float = 600) -> Iterator[BaseProcess]:
+    """Another process that holds the lock of this path, and dies after so many seconds."""
+    theirs, mine = FORK.Pipe()
+    process = FORK.Process(target=_hold, args=(path, seconds, theirs))
+    process.start()
+    try:
+        assert mine.recv()
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _hold(path: Path, seconds: float, ready: Connection) -> None:
+    with claim_if_free(path) as is_own:
+        ready.send(is_own)
+        time.sleep(seconds)
+        os._exit(9)
 
 
 def test_a_second_process_does_not_get_it_and_a_dead_one_gives_up(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    args = [sys.executable, "-c", HOLD, str(path)]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "True\n"
-            with claim_if_free(path) as is_own:
-                assert not is_own
-            assert is_held(path)
-        finally:
-            holder.send_signal(signal.SIGKILL)
+    with held(path):
+        with claim_if_free(path) as is_own:
+            assert not is_own
+        assert is_held(path)
     assert not is_held(path)
     assert path.exists(), "the dead process left its file"
     assert not is_held(tmp_path / "none")

@@ -1,8 +1,6 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from sae_lens_auxk.compare.train import LockstepTrainer
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from sae_lens_auxk_cli import printable
 from tests.compare.conftest import tiny
+from tests.compare.test_locks import held
 
 RUN_KEYS = {
     "name",
@@ -297,19 +296,7 @@ def test_whoever_is_at_work_keeps_its_configuration(tmp_path: Path) -> None:
 
 def test_who_waits_takes_over_what_a_dead_process_was_at_work_on(tmp_path: Path) -> None:
     run_comparison(tiny(seeds=[1]), tmp_path)
-    hold = """
-import os, sys, time
-from pathlib import Path
-from sae_lens_auxk.compare.locks import claim_if_free
-with claim_if_free(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(3)
-    os._exit(9)
-"""
-    args = [sys.executable, "-c", hold, str(tmp_path / "runs" / "seed-0.lock")]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with held(tmp_path / "runs" / "seed-0.lock", seconds=3):
         run_comparison(tiny(seeds=[0, 1]), tmp_path, wait=True)
     assert read_results(tmp_path)["finished"]
 
