@@ -108,7 +108,7 @@ AREA_TESTS: dict[str, tuple[str, ...]] = {
         "tests/sharded/test_step.py",
         "tests/sharded/test_training.py",
         "-k",
-        "not 4 and not float32 and (not 200_steps or topk-2)",
+        "not 4 and not float32 and (not 60_steps or topk-2)",
     ),
     "compare": (
         "tests/compare/test_measure.py",
@@ -142,7 +142,7 @@ AREA_TESTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-RESAMPLING_WHERE_SHARED = ("tests/sharded/test_training.py", "-k", "200_steps and topk-2")
+RESAMPLING_WHERE_SHARED = ("tests/sharded/test_training.py", "-k", "60_steps and topk-2")
 RESAMPLING_RUNS = ("tests/step/test_resampling_runs.py", "-k", "not compiled")
 HUB_CARD = ("tests/hub/test_model_card.py",)
 HUB_PRIVATE = ("tests/hub/test_private.py", "-k", "not real_report")

@@ -13,7 +13,7 @@ from tests.helpers import build_trainer
 from tests.sharded.helpers import D_IN, both, part
 from tests.sharded.processes import COUNTS, SEVERAL, device, in_processes
 
-N_STEPS = 200
+N_STEPS = 60
 
 
 def _batch(step: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,7 +81,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "n"), CASES)
-def test_200_steps_give_the_weights_of_one_process(architecture: str, n: int) -> None:
+def test_60_steps_give_the_weights_of_one_process(architecture: str, n: int) -> None:
     cases = [
         {"aux_variant": "auxk"},
         {"aux_variant": "pursuit", "resample_every_steps": 20},
@@ -89,7 +89,7 @@ def test_200_steps_give_the_weights_of_one_process(architecture: str, n: int) ->
     in_processes(n, _equal_trainings, architecture, cases, 1e-9)
 
 
-def test_200_steps_in_float32_stay_within_a_tolerance() -> None:
+def test_60_steps_in_float32_stay_within_a_tolerance() -> None:
     """Rounding grows over the steps: Adam divides small gradients by their own size."""
     in_processes(2, _equal_trainings, "auxk-topk", [{"dtype": "float32"}], 1e-3)
 
