@@ -100,6 +100,7 @@ def test_compiled_run_equals_an_eager_one(
     assert [n for _, n in put_in_counts] == 2 * [put_in_counts[0][1]]
     for (name, p), q in zip(saes[0].named_parameters(), saes[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
+    assert torch.equal(saes[0].tokens_since_fired, saes[1].tokens_since_fired)
 
 
 # --- around a run ----------------------------------------------------------------------------
