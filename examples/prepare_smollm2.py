@@ -41,11 +41,10 @@ def write_model(folder: Path) -> None:
 
 
 def save(source: Path, gguf: str, folder: Path, dtype: str = "float32") -> None:
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=dtype)
+    config = AutoConfig.from_pretrained(source, gguf_file=gguf)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, config=config, dtype=dtype)
     # transformers refuses to save a model loaded from a GGUF file, but saves a fresh one.
-    plain = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(source, gguf_file=gguf), dtype=model.dtype
-    )
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)

@@ -22,6 +22,7 @@ def test_train_command(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         f"--dataset_path {smollm2}/text --is_dataset_tokenized false --streaming false "
         f"--training_tokens 8000 --train_batch_size_tokens 128 --lr 1e-3 "
         f"--store_batch_size_prompts 8 --n_batches_in_buffer 16 --n_eval_batches 2 "
+        f"--eval_batch_size_prompts 2 "
         f"--output_path {tmp_path}/sae --checkpoint_path {tmp_path}/checkpoints "
         f"--log_to_wandb false --verbose false".split()
     )
@@ -29,7 +30,7 @@ def test_train_command(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     output = capsys.readouterr().out
     explained_variance = float(output.split("explained variance")[1].split()[0])
     assert explained_variance > 0.3
-    assert "of 2,304 in 2,048 tokens" in output
+    assert "of 2,304 in 512 tokens" in output
     sae = SAE.load_from_disk(tmp_path / "sae")
     assert sae.cfg.architecture() == "topk"
     assert sae.cfg.metadata.hook_name == "model.layers.6"

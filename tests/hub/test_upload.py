@@ -41,11 +41,11 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 
 def test_from_pretrained_opens_it_without_the_plugin(
-    hub: Hub, trained: dict[str, Path], tmp_path: Path
+    client: Hub, trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command and SAELens alone, each in a process of its own: nothing is patched."""
-    env = environment(hub, tmp_path / "home")
-    # It imports SAELens while the command does, and waits for the card to tell it what to run.
+    """SAELens alone, in a process of its own: nothing is patched."""
+    env = environment(client, tmp_path / "home")
+    # It imports SAELens, and waits for the card to tell it what to run.
     program = """
 import sys
 import sae_lens
@@ -64,17 +64,15 @@ save_file({"out": sae(x), "acts": sae.encode(x), "sparsity": sparsity}, "got.saf
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    command = [sys.executable, "-m", "sae_lens_auxk.cli", "upload", str(trained["output"]), REPO]
-    done = subprocess.run([*command, "--sae_id", "l1/a"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"published at {hub.url}/{REPO}" in done.stdout
-    assert set(hub.files(REPO)) == {
+    assert cli.main(["upload", str(trained["output"]), REPO, "--sae_id", "l1/a"]) == 0
+    assert f"published at {client.url}/{REPO}" in capsys.readouterr().out
+    assert set(client.files(REPO)) == {
         ".gitattributes",
         "README.md",
         *(f"l1/a/{path.name}" for path in trained["output"].iterdir()),
     }
     # What the card tells people to do, word by word.
-    (load,) = re.findall(r"```python\n(from sae_lens import SAE\n.*?)```", card(hub), re.DOTALL)
+    (load,) = re.findall(r"```python\n(from sae_lens import SAE\n.*?)```", card(client), re.DOTALL)
     x = torch.randn(256, 16)
     save_file({"x": x}, tmp_path / "x.safetensors")
     _, errors = reader.communicate(load)

@@ -19,6 +19,7 @@ from sae_lens_auxk.losses.registry import AUX_LOSSES
 from tests.compare.fake_results import failed, fake_results
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+N_WORDS = 500
 
 
 def load(name: str) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def load(name: str) -> dict[str, Any]:
 def openwebtext(tmp_path: Path) -> Path:
     """A folder as SAELens's pretokenizer pushes one: Parquet, rows of 1,024 tokens of GPT-2."""
     folder = tmp_path / "text"
-    rows = torch.randint(0, 50_257, (64, 1024), generator=torch.manual_seed(0)).tolist()
+    rows = torch.randint(0, N_WORDS, (64, 1024), generator=torch.manual_seed(0)).tolist()
     features = Features({"input_ids": Sequence(Value("int32"))})
     parquet = folder / "data" / "train-00000-of-00001.parquet"
     Dataset.from_dict({"input_ids": rows}, features=features).to_parquet(parquet)
@@ -39,9 +40,9 @@ def openwebtext(tmp_path: Path) -> Path:
 
 
 def random_gpt2(*_: Any, **__: Any) -> HookedTransformer:
-    """GPT-2 small's shape, but for its number of layers."""
+    """GPT-2 small's shape, but for its numbers of layers and words, which take most of the time."""
     config = HookedTransformerConfig(
-        n_layers=1, d_model=768, n_ctx=1024, n_heads=12, d_head=64, d_mlp=3072, d_vocab=50_257,
+        n_layers=1, d_model=768, n_ctx=1024, n_heads=12, d_head=64, d_mlp=3072, d_vocab=N_WORDS,
         act_fn="gelu_new", model_name="gpt2", seed=0,
     )  # fmt: skip
     return HookedTransformer(config)
