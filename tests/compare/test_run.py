@@ -1,6 +1,7 @@
 """Whole comparisons: what is written, kept, gone on with, and refused."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,36 @@ RUN_KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _no_report() -> Iterator[None]:
     """The report has tests of its own, and takes longer than these comparisons."""
 
     def write(results: dict[str, Any], folder: Path) -> Path:
         (folder / "report.html").write_text(str(results["finished"]))
         return folder / "report.html"
 
-    monkeypatch.setattr(run, "write_report", write)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_report", write)
+        yield
+
+
+BOTH = tiny(seeds=[0, 1])
+
+
+@pytest.fixture(scope="module")
+def whole(_no_report: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BOTH that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_comparison(BOTH, folder)
+    return folder
+
+
+def same_runs(*folders: Path) -> bool:
+    """But for the time that they took."""
+    first, second = (read_results(folder)["runs"] for folder in folders)
+    for entry in first + second:
+        del entry["metrics"]["ms_per_step"]
+    return first == second
 
 
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -125,12 +147,9 @@ def test_the_same_command_again_trains_nothing(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_and_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     """What was done before is kept and reported; what comes after is as if nothing happened."""
-    comparison = tiny(seeds=[0, 1])
-    run_comparison(comparison, tmp_path / "whole")
-
     folder = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         passes = count_passes(patch)
@@ -144,7 +163,7 @@ def test_interrupted_and_gone_on_with(
 
         patch.setattr(LockstepTrainer, "fit", interrupted)
         with pytest.raises(error):
-            run_comparison(comparison, folder)
+            run_comparison(BOTH, folder)
     results = read_results(folder)
     assert not results["finished"]
     statuses = ["finished", "finished", "unfinished", "unfinished"]
@@ -153,13 +172,10 @@ def test_interrupted_and_gone_on_with(
     assert (folder / "report.html").read_text() == "False"
 
     passes = count_passes(monkeypatch)
-    run_comparison(comparison, folder)
+    run_comparison(BOTH, folder)
     assert passes == [2]
     assert (folder / "report.html").read_text() == "True"
-    runs = [read_results(tmp_path / name)["runs"] for name in ("whole", "interrupted")]
-    for entry in runs[0] + runs[1]:
-        del entry["metrics"]["ms_per_step"]
-    assert runs[0] == runs[1]
+    assert same_runs(folder, whole)
 
 
 def test_more_seeds_go_on_with_the_same_results(
@@ -197,20 +213,24 @@ def test_fewer_seeds_drop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_pass_that_cannot_be_read_is_named_before_anything_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str | None,
+    message: str,
 ) -> None:
-    run_comparison(tiny(), tmp_path)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     first = read_results(tmp_path)
     file = tmp_path / "runs" / "seed-0" / "pass.json"
     file.unlink() if text is None else file.write_text(text)
     passes = count_passes(monkeypatch)
     with pytest.raises(ValueError, match=f"{file} {message}.* Move .*seed-0 away"):
-        run_comparison(tiny(), tmp_path)
+        run_comparison(BOTH, tmp_path)
     assert passes == []
     assert read_results(tmp_path) == first
 
     (tmp_path / "runs" / "seed-0").rename(tmp_path / "away")
-    run_comparison(tiny(), tmp_path)
+    run_comparison(BOTH, tmp_path)
     assert passes == [2]
 
 
@@ -385,16 +405,15 @@ def test_a_failed_case_is_shown_and_kept_and_alone_trained_again(
     fail: Any,
     error: str,
     frame: str,
+    whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    comparison = tiny(seeds=[0, 1])
-    run_comparison(comparison, tmp_path / "whole")
     folder = tmp_path / "failed"
     with monkeypatch.context() as patch:
         fail(patch, "auxk")
-        run_comparison(comparison, folder)
+        run_comparison(BOTH, folder)
     shown = capsys.readouterr().err
     assert "auxk, auxk-topk, k 2, seed 0, failed. Traceback" in shown
     assert "auxk, auxk-topk, k 2, seed 1, failed. Traceback" in shown
@@ -411,14 +430,11 @@ def test_a_failed_case_is_shown_and_kept_and_alone_trained_again(
     assert [group["case"] for group in results["groups"]] == ["none"]
 
     passes = count_passes(monkeypatch)
-    run_comparison(comparison, folder)
+    run_comparison(BOTH, folder)
     assert passes == [1, 1]
     assert "failed" not in capsys.readouterr().err
-    again, whole = (read_results(path)["runs"] for path in (folder, tmp_path / "whole"))
-    for entry in again + whole:
-        del entry["metrics"]["ms_per_step"]
-    assert again == whole
-    for entry in again:
+    assert same_runs(folder, whole)
+    for entry in read_results(folder)["runs"]:
         SAE.load_from_disk(folder / entry["folder"])
     assert not list(folder.rglob("*.partial*"))
 
