@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 from unittest.mock import patch
 
@@ -40,7 +41,6 @@ from benchmarks.made_by import commit
 from sae_lens_auxk.files import replace_file, write_json
 from sae_lens_auxk.step.inputs import Targets, targets_of
 from sae_lens_auxk.step.resampling import NewLatents
-from studies.over_seeds import over_seeds
 
 LAYER, N_HELD_OUT = 15, 8192
 STEPS, BATCH, D_SAE, K, K_AUX, LR = 700, 1024, 1024, 16, 512, 1e-3
@@ -214,6 +214,15 @@ def kept_activations(args: argparse.Namespace) -> torch.Tensor:
             np.save(file, x.numpy())
     x = torch.from_numpy(np.load(kept))[: args.activations]
     return x * x.shape[1] ** 0.5 / x.norm(dim=1).mean()
+
+
+def over_seeds(results: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Of each number in the results of the seeds; ``std`` is None for a single seed."""
+    return {
+        key: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+        for key in results[0]
+        for values in [[result[key] for result in results]]
+    }
 
 
 def runs(args: argparse.Namespace, x: torch.Tensor) -> Iterator[dict[str, Any]]:

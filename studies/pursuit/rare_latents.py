@@ -1,6 +1,6 @@
 """How many latents are neither dead nor useful: alive, but firing on hardly any sample.
 
-    python studies/rare_latents.py studies/pursuit/heldout
+    python studies/pursuit/rare_latents.py studies/pursuit/heldout
 
 For each case of a comparison the number of latents that fire on a smaller share of the held-out
 samples than ``--rate``, from the histogram of firing rates in results.json: mean and standard
