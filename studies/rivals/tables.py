@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
-from sae_lens_auxk.compare.schema import METRICS, Group
-from sae_lens_auxk.compare.seeds import differences, interval
+from sae_lens_auxk.compare.schema import METRICS, Group, Run
+from sae_lens_auxk.compare.seeds import differences, interval, over_pairs
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parents[1] / "docs" / "figures"
@@ -107,21 +107,26 @@ def _spread(values: list[float], digits: int, factor: float = 1.0) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
+def _ahead(runs: list[Run]) -> float:
+    """Found again of revived latents less of those that never died, in points, over all pairs."""
+    revived, never_died = (
+        mean(over_pairs(runs, "found_again", latents)) for latents in ("revived", "never_died")
+    )
+    return 100 * (revived - never_died)
+
+
 def of_revived() -> str:
-    """Found again of revived latents less of those that never died: mean and 95% t interval."""
+    """How far revived latents are ahead: mean and 95% t interval of the jackknife's values."""
     arms = ("SAELens", "auxk", "pursuit", "pursuit, mean")
     rows = []
     for name, folder in SETTINGS.items():
         cells = []
         for arm in arms:
-            parts = [run["peeking"] or {} for run in groups_in(folder)[arm]["runs"]]
-            points = [
-                100
-                * ((part["revived"]["found_again"] or 0) - (part["never_died"]["found_again"] or 0))
-                for part in parts
-            ]
-            low, high = interval(points)
-            cells.append(f"{mean(points):+.1f} [{low:.1f}, {high:.1f}]")
+            runs = groups_in(folder)[arm]["runs"]
+            n, everywhere = len(runs), _ahead(runs)
+            without = [_ahead([run for run in runs if run is not left]) for left in runs]
+            low, high = interval([n * everywhere - (n - 1) * rest for rest in without])
+            cells.append(f"{everywhere:+.1f} [{low:.1f}, {high:.1f}]")
         rows.append([name, *cells])
     return _table(["setting", *arms], rows)
 
@@ -185,11 +190,7 @@ def _found_again(group: Group) -> float:
 
 
 def _revived(group: Group) -> float:
-    """Found again of the latents that came back, less of those that never died."""
-    come_back, never_died = (
-        number(group, "found_again", latents)[0] or 0.0 for latents in ("revived", "never_died")
-    )
-    return come_back - never_died
+    return _ahead(group["runs"]) / 100
 
 
 def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence[str]) -> None:
