@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
+NOTEBOOK_LINK = re.compile(r'(?<=href=")(?![a-z]+:|#|/)([^"#]+\.(?:md|ipynb|py))')
 
 
 def on_config(config: Any) -> Any:
@@ -62,6 +63,20 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return f"{config.repo_url}/{'tree' if file.is_dir() else 'blob'}/main/{target}"
 
     return LINK.sub(mended, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any, **_: Any) -> str:
+    """Point the links of a notebook, which MkDocs leaves as they are, to pages of the site."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def mended(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match.group(1)))
+        file = files.get_file_from_path(target)
+        if file is not None:
+            return file.url_relative_to(page.file)
+        return f"{config.repo_url}/blob/main/{posixpath.normpath(f'docs/{target}')}"
+
+    return NOTEBOOK_LINK.sub(mended, html) if page.file.src_uri.endswith(".ipynb") else html
 
 
 def on_post_page(output: str, **_: Any) -> str:

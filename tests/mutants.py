@@ -1187,9 +1187,9 @@ MUTANTS = [
     ),
     Mutant(
         "compare",
-        "resampled_at_every_window",
-        "every = 2 * (comparison.dead_feature_window + 1)",
-        "every = comparison.dead_feature_window + 1",
+        "the_best_start_keeps_its_b_dec",
+        '"decoder_init_norm": 1.0, "b_dec_init": "mean"},',
+        '"decoder_init_norm": 1.0},',
     ),
     Mutant(
         "compare",

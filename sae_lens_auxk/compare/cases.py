@@ -108,7 +108,7 @@ def cases_of(comparison: Resolved) -> list[Case]:
         for variant in comparison.aux_variant or []
         for alpha in comparison.aux_loss_coefficient or [None]
     ]
-    rows = itertools.chain(*(_rows_of(name, comparison) for name in comparison.preset), variants)
+    rows = itertools.chain(*(_rows_of(name) for name in comparison.preset), variants)
     for architecture, row in itertools.product(comparison.architecture, rows):
         given = dict(row)
         name = given.pop("name", None)
@@ -133,7 +133,7 @@ def cases_of(comparison: Resolved) -> list[Case]:
     return list(cases.values())
 
 
-def _rows_of(preset: str, comparison: Resolved) -> list[dict[str, Any]]:
+def _rows_of(preset: str) -> list[dict[str, Any]]:
     """The fields, and a name if need be, of a preset's cases.
 
     A row without ``aux_variant`` is of SAELens's own architecture.
@@ -145,15 +145,18 @@ def _rows_of(preset: str, comparison: Resolved) -> list[dict[str, Any]]:
     if preset == "biases":
         own = {"aux_variant": "auxk"}  # whose bias is "decoder"
         return [own, *({**own, "aux_bias": bias} for bias in ("matched", "none"))]
-    # As in Bricken et al. 2023. A latent that was resampled in vain is dead again by the next time.
-    every = 2 * (comparison.dead_feature_window + 1)
     return [
         {},
         {"name": "unit rows, no loss", "decoder_init_norm": 1.0, "aux_loss_coefficient": 0.0},
-        {"aux_variant": "none"},
+        {
+            "name": "unit rows, mean, no loss",
+            "aux_variant": "none",
+            "decoder_init_norm": 1.0,
+            "b_dec_init": "mean",
+        },
         {"aux_variant": "auxk"},
         {"aux_variant": "pursuit"},
-        {"name": "pursuit, resampling", "aux_variant": "pursuit", "resample_every_steps": every},
+        {"name": "pursuit, mean", "aux_variant": "pursuit", "b_dec_init": "mean"},
     ]
 
 

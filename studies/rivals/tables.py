@@ -33,17 +33,17 @@ ARMS = (
 )
 DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
 SMOLLM2 = {
-    "smollm2-7-topk": "7, TopK",
-    "smollm2-7-batchtopk": "7, BatchTopK",
-    "smollm2-15-topk": "15, TopK",
-    "smollm2-15-batchtopk": "15, BatchTopK",
+    "smollm2-7-topk": "layer 7, TopK",
+    "smollm2-7-batchtopk": "layer 7, BatchTopK",
+    "smollm2-15-topk": "layer 15, TopK",
+    "smollm2-15-batchtopk": "layer 15, BatchTopK",
 }
 GEMMA = {
-    "gemma3-6-topk": "6, TopK",
-    "gemma3-6-batchtopk": "6, BatchTopK",
-    "gemma3-12-topk": "12, TopK",
+    "gemma3-6-topk": "layer 6, TopK",
+    "gemma3-6-batchtopk": "layer 6, BatchTopK",
+    "gemma3-12-topk": "layer 12, TopK",
 }
-SLOW = {"gemma3-12-topk-slow": "12, TopK, 3e-4"}
+SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
 }
@@ -92,14 +92,14 @@ def _difference(groups: Groups, a: str, b: str, key: str) -> str:
 
 
 def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
-    """What ``a`` is ahead of others, found again in points: mean and 95% t interval."""
-    keys = {"found_again": "found again", "explained_variance": "EV"}
+    """What ``a`` is ahead of others, found again in points: mean and 95% interval."""
+    keys = ("found_again", "explained_variance", "ce_loss_recovered")
     rows = []
     for name, folder in SETTINGS.items():
         groups = groups_in(folder)
-        pairs = ((b, key) for b in rivals for key in keys)
-        rows.append([name, *(_difference(groups, a, b, key) for b, key in pairs)])
-    return _table(["setting", *(f"{b}: {key}" for b in rivals for key in keys.values())], rows)
+        for b in rivals:
+            rows.append([name, b, *(_difference(groups, a, b, key) for key in keys)])
+    return _table(["setting", "less", "found again", "EV", "CE recovered"], rows)
 
 
 def _spread(values: list[float], digits: int, factor: float = 1.0) -> str:
@@ -126,7 +126,9 @@ def of_revived() -> str:
             n, everywhere = len(runs), _ahead(runs)
             without = [_ahead([run for run in runs if run is not left]) for left in runs]
             low, high = interval([n * everywhere - (n - 1) * rest for rest in without])
-            cells.append(f"{everywhere:+.1f} [{low:.1f}, {high:.1f}]")
+            never_died = 100 * mean(over_pairs(runs, "found_again", "never_died"))
+            shares = f"{never_died + everywhere:.1f}%, {never_died:.1f}%"
+            cells.append(f"{shares}: {everywhere:+.1f} [{low:.1f}, {high:.1f}]")
         rows.append([name, *cells])
     return _table(["setting", *arms], rows)
 
@@ -163,13 +165,13 @@ def of_equal_age() -> str:
     return _table(["arm", *keys], rows)
 
 
-RIVALS = ("unit rows, mean, no loss", "auxk")
+START, RIVALS = "unit rows, mean, no loss", ("SAELens", "unit rows, mean, no loss", "auxk")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
     "gemma3": lambda: of_arms(GEMMA | SLOW),
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
-    "pursuit, mean": lambda: of_pairs("pursuit, mean", RIVALS),
-    "unit rows": lambda: of_pairs(RIVALS[0], ("SAELens", "auxk")),
+    "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
+    "unit rows": lambda: of_pairs(START, ("SAELens", "auxk")),
     "revived": of_revived,
     "probes": of_probes,
     "equal age": of_equal_age,
@@ -202,7 +204,7 @@ def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence
         y = [row + 0.08 * (place - 2) for row in range(len(x))]
         marker = "oDsv^"[place]
         axes.plot(x, y, marker, color=PALETTE[place], label=arm, markersize=8, clip_on=False)
-    axes.set_yticks(range(len(SETTINGS)), SETTINGS, fontsize=12)
+    axes.set_yticks(range(len(SETTINGS)), SETTINGS, fontsize=11)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel(label, fontsize=12)
@@ -219,8 +221,8 @@ def main() -> None:
     readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
     draw(FIGURES / "rivals.png", "found again by other seeds, % of all latents",
          _found_again, DRAWN)  # fmt: skip
-    draw(FIGURES / "revived.png", "found again, revived less never died, points",
-         _revived, ("SAELens", "auxk", "pursuit"))  # fmt: skip
+    draw(FIGURES / "revived.png", "found again: revived minus never died, points",
+         _revived, ("SAELens", "auxk", "pursuit", "pursuit, mean"))  # fmt: skip
 
 
 if __name__ == "__main__":
