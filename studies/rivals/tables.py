@@ -197,31 +197,35 @@ def _revived(group: Group) -> float:
 
 def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence[str]) -> None:
     """A dot for each arm and setting, in percent; most spreads are smaller than a dot."""
-    figure, axes = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(4.5, 5.2), layout="constrained")
     for arm in arms:
         place = DRAWN.index(arm)
         x = [100 * value(groups_in(folder)[arm]) for folder in SETTINGS.values()]
         y = [row + 0.08 * (place - 2) for row in range(len(x))]
         marker = "oDsv^"[place]
         axes.plot(x, y, marker, color=PALETTE[place], label=arm, markersize=8, clip_on=False)
-    axes.set_yticks(range(len(SETTINGS)), SETTINGS, fontsize=11)
+    axes.set_yticks(
+        range(len(SETTINGS)),
+        [name.replace(", layer", ",\nlayer") for name in SETTINGS],
+        fontsize=11,
+    )
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(label, fontsize=12)
+    axes.set_xlabel(label, fontsize=11)
     axes.tick_params(axis="x", labelsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, fontsize=11, frameon=False)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def main() -> None:
     readme = HERE / "README.md"
     readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(FIGURES / "rivals.png", "found again by other seeds, % of all latents",
+    draw(FIGURES / "rivals.png", "found again, % of all latents",
          _found_again, DRAWN)  # fmt: skip
-    draw(FIGURES / "revived.png", "found again: revived minus never died, points",
+    draw(FIGURES / "revived.png", "revived minus never died, points",
          _revived, ("SAELens", "auxk", "pursuit", "pursuit, mean"))  # fmt: skip
 
 
