@@ -11,9 +11,9 @@ studies.rivals.rates collects them, and no rate is chosen on Gemma 3. Matryoshka
 SynthSAEBench, which has no layers (0), has rates of its own. README.md says how to get the models
 and the text.
 
-SAELens's loss and its unit rows are computed by this package's step, which ends with SAELens's
-weights (tests/saelens/test_swapped_class.py) in a third of the time. ``--stock`` adds both in
-SAELens's own classes.
+SAELens's loss and its unit rows are computed by this package's step, in a third of the time. It ends
+with SAELens's weights (tests/saelens/test_swapped_class.py) as long as ``k_aux`` latents are dead:
+with fewer, SAELens scales the loss down. ``--stock`` adds both in SAELens's own classes.
 """
 
 import argparse
