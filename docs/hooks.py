@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
-NOTEBOOK_LINK = re.compile(r'(?<=href=")(?![a-z]+:|#|/)([^"#]+\.(?:md|ipynb|py))')
+NOTEBOOK_LINK = re.compile(r'(?<=href=")(?![a-z]+:|#|/)([^"#]+\.(?:md|ipynb|py))(?=["#])')
 
 
 def on_config(config: Any) -> Any:

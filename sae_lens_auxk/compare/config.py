@@ -19,11 +19,11 @@ class Comparison:
 
     Args:
         preset (list[str] | None): Sets of cases, one or more: "main" (SAELens's own architecture
-            with its defaults, and with unit decoder rows and no loss; the same with b_dec at the
-            mean; auxk; pursuit, and pursuit with b_dec at the mean), "saelens" (SAELens's own
-            architecture with its defaults), "variants" (the eight aux variants at their published
-            coefficients), "biases" (auxk with each aux_bias). None: "main", unless cases or
-            aux_variant say what to compare.
+            with its defaults, and with unit decoder rows and no loss; this package's with these,
+            b_dec at the mean and no loss; auxk; pursuit, and pursuit with b_dec at the mean),
+            "saelens" (SAELens's own architecture with its defaults), "variants" (the eight aux
+            variants at their published coefficients), "biases" (auxk with each aux_bias). None:
+            "main", unless cases or aux_variant say what to compare.
         aux_variant (list[str] | None): Further cases: each of these variants with each value of
             aux_loss_coefficient.
         aux_loss_coefficient (list[float] | None): Coefficients for the variants in aux_variant.

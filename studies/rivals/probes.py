@@ -5,8 +5,8 @@
 Gurnee et al. 2023 (arXiv 2305.01610), as in sae-probes (Kantamneni et al. 2025): for each property
 of a token the k latents with the largest difference between the means of both classes, a logistic
 regression on them, and the area under its ROC curve on other rows of the text. The rows are those
-that no seed trains on. Writes probes.json beside the results: for each run the mean over the
-properties, k 1 and 5.
+that no seed trains on. Writes probes.json beside the results: for each run the areas of
+all properties, k 1 and 5.
 """
 
 import argparse

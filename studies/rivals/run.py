@@ -2,7 +2,7 @@
 
     python -m studies.rivals.run rates smollm2 15 topk    # one seed at three learning rates
     python -m studies.rivals.run best smollm2 15 topk     # three others, each arm at its best rate
-    python -m studies.rivals.run slow gemma3 6 topk       # the same, all arms at 3e-4
+    python -m studies.rivals.run slow gemma3 12 topk      # the same, all arms at 3e-4
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
@@ -11,9 +11,9 @@ studies.rivals.rates collects them, and no rate is chosen on Gemma 3. Matryoshka
 SynthSAEBench, which has no layers (0), has rates of its own. README.md says how to get the models
 and the text.
 
-SAELens's loss and its unit rows are computed by this package's step, in a third of the time. It ends
-with SAELens's weights (tests/saelens/test_swapped_class.py) as long as ``k_aux`` latents are dead:
-with fewer, SAELens scales the loss down. ``--stock`` adds both in SAELens's own classes.
+SAELens's loss and its unit rows are computed by this package's step, in a third of the time. It
+ends with SAELens's weights (tests/saelens/test_swapped_class.py) as long as ``k_aux`` latents are
+dead: with fewer, SAELens scales the loss down. ``--stock`` adds both in SAELens's own classes.
 """
 
 import argparse
@@ -71,8 +71,10 @@ def best_rates(model: str, family: str) -> dict[str, float]:
     layers = [
         arms
         for name, arms in read_rates().items()
-        if name.startswith(chosen_on) and name.split("-")[2] == family.split("-")[-1]
+        if name.startswith(chosen_on) and name.split("-")[2:] == [family.split("-")[-1]]
     ]
+    if not layers:
+        sys.exit(f"{chosen_on}, {family}: no rates yet. Run the stage rates, then .rates.")
     return {
         arm: float(max(rates, key=lambda lr, arm=arm: np.mean([of[arm][lr] for of in layers])))
         for arm, rates in layers[0].items()

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
 from sae_lens_auxk.compare.schema import METRICS, Group, Run
-from sae_lens_auxk.compare.seeds import differences, interval, over_pairs
+from sae_lens_auxk.compare.seeds import differences, have_one_l0, interval, over_pairs
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parents[1] / "docs" / "figures"
@@ -83,6 +83,8 @@ def of_arms(settings: dict[str, str]) -> str:
 
 
 def _difference(groups: Groups, a: str, b: str, key: str) -> str:
+    if not have_one_l0(groups[a], groups[b]):
+        return "–"
     values = differences(groups[a], groups[b], key)
     low, high = interval(values)
     middle = mean(values)
@@ -154,8 +156,9 @@ def of_equal_age() -> str:
     seeds = [read_json(path)["arms"] for path in files]
     keys = {
         "alive, %": ("alive", 0, 100.0),
-        "found again of these, %": ("found_again_of_alive", 1, 100.0),
-        "best cosine of these": ("mean_best_cosine_of_alive", 3, 1.0),
+        "found again, %": ("found_again", 1, 100.0),
+        "found again of the alive, %": ("found_again_of_alive", 1, 100.0),
+        "best cosine of the alive": ("mean_best_cosine_of_alive", 3, 1.0),
     }
     rows = [
         [arm, *(_spread([of[arm]["replaced"][key] for of in seeds], digits, factor)
