@@ -1,41 +1,49 @@
 """Python that has imported SAELens and not this package, as often as it is asked for.
 
-Importing SAELens takes seconds, forking a process that did so none.
+Importing SAELens takes seconds, forking a process that did so none. It is offline.
 """
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 _SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, tempfile, traceback
 import sae_lens, sae_lens.synthetic
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     code, args = json.loads(line)
-    read, write = os.pipe()
-    if not (child := os.fork()):
-        os.dup2(write, 1)
-        sys.argv[1:] = args
-        try:
-            exec(code, {"__name__": "__main__"})
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        if not (child := os.fork()):
+            signal.alarm(500)  # before pytest's faulthandler_timeout, which ends the whole run
+            os.dup2(said.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            sys.argv[1:] = args
             status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc(file=sys.stdout)
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    os.close(write)
-    with os.fdopen(read) as said:
-        text = said.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps([status, text]), file=answers, flush=True)
+            try:
+                exec(code, {"__name__": "__main__"})
+            except SystemExit as end:
+                if isinstance(end.code, int):
+                    status = end.code
+                elif end.code is not None:
+                    print(end.code, file=sys.stderr)
+                    status = 1
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        errors.seek(0)
+        print(json.dumps([status, said.read(), errors.read()]), file=answers, flush=True)
 """
 
 
@@ -47,6 +55,7 @@ def _server() -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[1],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "MPLBACKEND": "Agg"},
     )
 
 
@@ -55,7 +64,10 @@ def run(code: str, *args: Any) -> str:
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    print(json.dumps([dedent(code), [*map(str, args)]]), file=server.stdin, flush=True)
-    status, said = json.loads(server.stdout.readline())
-    assert status == 0, said
+    with suppress(BrokenPipeError):
+        print(json.dumps([dedent(code), [*map(str, args)]]), file=server.stdin, flush=True)
+    answer = server.stdout.readline()
+    assert answer, f"the process that imports SAELens ended with {server.wait()}"
+    status, said, errors = json.loads(answer)
+    assert status == 0, f"ended with {status}:\n{said[-3000:]}\n{errors[-3000:]}"
     return said
