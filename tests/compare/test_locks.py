@@ -18,16 +18,17 @@ from sae_lens_auxk.compare.locks import claim, claim_if_free, is_held
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is claimed on Windows")
 
-FORK = multiprocessing.get_context("fork")  # imports would take longer than the tests
-
 
 @contextmanager
 def held(path: Path, seconds: float = 600) -> Iterator[BaseProcess]:
     """Another process that holds the lock of this path, and dies after so many seconds."""
-    theirs, mine = FORK.Pipe()
-    process = FORK.Process(target=_hold, args=(path, seconds, theirs))
+    fork = multiprocessing.get_context("fork")  # imports would take longer than the tests
+    theirs, mine = fork.Pipe()
+    process = fork.Process(target=_hold, args=(path, seconds, theirs))
     process.start()
+    theirs.close()
     try:
+        assert mine.poll(60)
         assert mine.recv()
         yield process
     finally:

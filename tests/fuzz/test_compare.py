@@ -24,12 +24,12 @@ COMMAND = (
     "--aux_variant none auxk --k 2 --seeds 0 1 2 --d_sae 24 --training_samples 1600 "
     "--batch_size 32 --dead_after 128 --eval_samples 256 --n_features 32 --d_in 12 --output out"
 )
-FORK = multiprocessing.get_context("fork")  # imports take longer than a comparison
 
 
 def start(folder: Path, command: str = COMMAND) -> BaseProcess:
     """A process that runs the command in the folder."""
-    process = FORK.Process(target=_run, args=(folder, command))
+    # Imports take longer than a comparison.
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, command))
     process.start()
     return process
 

@@ -35,7 +35,6 @@ from tests import tiny_model
 from tests.fuzz import LENGTH, some_random
 from tests.helpers import PAIRS, STOCK, build_config, build_trainer, kill_latents
 
-FORK = multiprocessing.get_context("fork")  # imports take longer than a training
 N_STEPS = 48
 N_CHECKPOINTS = 12
 END = "end.pt"
@@ -78,7 +77,9 @@ class Training:
         folder.mkdir()
 
     def start(self) -> BaseProcess:
-        process = FORK.Process(target=self._run, args=(self.newest(),))
+        # Imports take longer than a training.
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=self._run, args=(self.newest(),))
         process.start()
         return process
 
