@@ -29,7 +29,7 @@ def tiny(**fields: Any) -> Resolved:
     return resolve(Comparison(**{**defaults, **fields}))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _each_figure_is_drawn_once() -> Iterator[None]:
     """Drawing takes most of the time of a report, and many tests write the same one.
 

@@ -209,9 +209,10 @@ def test_the_lines_of_a_figure_are_the_first_rows_of_the_table() -> None:
 def test_images_are_written_and_stale_ones_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report(fake_results(ks=(16, 25)), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(module, "png", drawing.png)
+        report(fake_results(ks=(16, 25)), tmp_path)
+        assert (tmp_path / "figures" / "pareto.png").read_bytes().startswith(b"\x89PNG")
         report(fake_results(ks=(25,), seeds=(0, 1)), tmp_path)
     images = sorted((tmp_path / "figures").iterdir())
     assert [image.name for image in images] == [f"{name}.png" for name in AT_ONE_K]
