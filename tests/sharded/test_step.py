@@ -53,13 +53,14 @@ def _equal_step(architecture: str, n_rows: int = 13, **fields: Any) -> None:
 
 
 # Only Matryoshka's levels end where a process's latents do, with some counts and not with others.
+# With one GPU the first case is listed twice.
 CASES = [
     ("auxk-topk", 1),
     *[(name, n) for name in TOPK_ARCHITECTURES for n in COUNTS if n == SEVERAL or "mat" in name],
 ]
 
 
-@pytest.mark.parametrize(("architecture", "n"), CASES)
+@pytest.mark.parametrize(("architecture", "n"), dict.fromkeys(CASES))
 def test_losses_and_gradients_are_those_of_one_process(architecture: str, n: int) -> None:
     fields = FIELDS
     if "matryoshka" in architecture:
