@@ -56,27 +56,29 @@ _, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(sys.argv[1], sys.argv
 x = load_file("x.safetensors")["x"]
 save_file({"out": sae(x), "acts": sae.encode(x), "sparsity": sparsity}, "got.safetensors")
 """
-    reader = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program, REPO, "l1/a"],
         env=env | {"PYTHONPATH": "", "HF_TOKEN": READ_TOKEN},
         cwd=tmp_path,
         text=True,
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
-    assert cli.main(["upload", str(trained["output"]), REPO, "--sae_id", "l1/a"]) == 0
-    assert f"published at {client.url}/{REPO}" in capsys.readouterr().out
-    assert set(client.files(REPO)) == {
-        ".gitattributes",
-        "README.md",
-        *(f"l1/a/{path.name}" for path in trained["output"].iterdir()),
-    }
-    # What the card tells people to do, word by word.
-    (load,) = re.findall(r"```python\n(from sae_lens import SAE\n.*?)```", card(client), re.DOTALL)
-    x = torch.randn(256, 16)
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    _, errors = reader.communicate(load)
-    assert reader.returncode == 0, errors
+    ) as reader:  # whose stdin is closed at the end, also of an upload that fails, so it ends
+        assert cli.main(["upload", str(trained["output"]), REPO, "--sae_id", "l1/a"]) == 0
+        assert f"published at {client.url}/{REPO}" in capsys.readouterr().out
+        assert set(client.files(REPO)) == {
+            ".gitattributes",
+            "README.md",
+            *(f"l1/a/{path.name}" for path in trained["output"].iterdir()),
+        }
+        # What the card tells people to do, word by word.
+        (load,) = re.findall(
+            r"```python\n(from sae_lens import SAE\n.*?)```", card(client), re.DOTALL
+        )
+        x = torch.randn(256, 16)
+        save_file({"x": x}, tmp_path / "x.safetensors")
+        _, errors = reader.communicate(load)
+        assert reader.returncode == 0, errors
     got = load_file(tmp_path / "got.safetensors")
     local = SAE.load_from_disk(trained["output"])
     assert torch.equal(got["out"], local(x))
