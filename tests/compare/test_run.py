@@ -16,7 +16,7 @@ from sae_lens_auxk.compare.files import read_results, write_results
 from sae_lens_auxk.compare.locks import claim_if_free
 from sae_lens_auxk.compare.run import run_comparison
 from sae_lens_auxk.compare.seeds import groups_of
-from sae_lens_auxk.compare.train import LockstepTrainer
+from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
 from sae_lens_auxk.losses.registry import AUX_LOSSES
 from sae_lens_auxk_cli import printable
 from tests.compare.conftest import tiny
@@ -314,10 +314,22 @@ def test_whoever_is_at_work_keeps_its_configuration(tmp_path: Path) -> None:
         run_comparison(tiny(lr=0.1), tmp_path)
 
 
-def test_who_waits_takes_over_what_a_dead_process_was_at_work_on(tmp_path: Path) -> None:
+def test_who_waits_takes_over_what_a_dead_process_was_at_work_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_comparison(tiny(seeds=[1]), tmp_path)
-    with held(tmp_path / "runs" / "seed-0.lock", seconds=3):
+    ends: list[int | None] = []
+    with held(tmp_path / "runs" / "seed-0.lock", seconds=3) as holder:
+
+        def build(config: Any, seed: int) -> Any:
+            holder.join(1)  # a process gives up its locks a moment before it has ended
+            ends.append(holder.exitcode)
+            return build_sae(config, seed)
+
+        monkeypatch.setattr(run, "build_sae", build)
         run_comparison(tiny(seeds=[0, 1]), tmp_path, wait=True)
+    assert ends
+    assert {*ends} == {9}
     assert read_results(tmp_path)["finished"]
 
 
