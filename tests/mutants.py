@@ -1188,8 +1188,8 @@ MUTANTS = [
     Mutant(
         "compare",
         "the_best_start_keeps_its_b_dec",
-        '"decoder_init_norm": 1.0, "b_dec_init": "mean"},',
-        '"decoder_init_norm": 1.0},',
+        '"decoder_init_norm": 1.0,\n            "b_dec_init": "mean",\n',
+        '"decoder_init_norm": 1.0,\n',
     ),
     Mutant(
         "compare",
