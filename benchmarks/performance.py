@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.made_by import commit
+from benchmarks.pages import table, with_blocks
 from benchmarks.parts import measure_parts
 from benchmarks.step import Case, device_milliseconds, measure
 from sae_lens_auxk.compare.cases import PRESETS, STOCK
@@ -141,11 +142,6 @@ def milliseconds(result: dict[str, Any]) -> str:
     return f"{result['median']:.{digits}f}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 ROWS = (
     *("SAELens", "SAELens, fused Adam", "SAELens, fused Adam, coefficient 0"),
     *("sparsify", "sparsify, no loss", *OURS, "pursuit, switched off"),
@@ -241,13 +237,7 @@ def with_tables(text: str) -> str:
         ),
         "whole run": whole_run_table(),
     }
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        assert after, f"the page has no {begin} ... {end}"
-        text = f"{before}{begin}\n{block}\n{end}{after}"
-    return text
+    return with_blocks(text, blocks)
 
 
 def render() -> None:

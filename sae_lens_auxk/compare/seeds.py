@@ -171,8 +171,10 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return mean(differences) - half, mean(differences) + half
 
 
-def by_seed(runs: Sequence[Run], key: str) -> list[float]:
+def by_seed(runs: Sequence[Run], key: str, latents: str = "") -> list[float]:
     """A metric's value for each run, of runs that all have it.
+
+    With ``latents``, of one that compares seeds that of "revived" or "never_died" latents.
 
     Of a metric that compares seeds it is the jackknife's pseudo-value, n times the mean over the
     pairs less n - 1 times that over the pairs without the seed. Their mean is that over the pairs.
@@ -181,10 +183,10 @@ def by_seed(runs: Sequence[Run], key: str) -> list[float]:
     """
     if key not in ACROSS_SEEDS:
         return [run["metrics"][key] or 0.0 for run in runs]
-    n, everywhere = len(runs), over_pairs(runs, key)
+    n, everywhere = len(runs), over_pairs(runs, key, latents)
     if n < MIN_SEEDS or len(everywhere) < n * (n - 1) / 2:
         return []  # results of version 1 with more than three seeds
-    without = [mean(over_pairs([r for r in runs if r is not run], key)) for run in runs]
+    without = [mean(over_pairs([r for r in runs if r is not run], key, latents)) for run in runs]
     return [n * mean(everywhere) - (n - 1) * rest for rest in without]
 
 

@@ -1,11 +1,12 @@
-"""The same latents revived by each loss: age, context and identity are equal by design.
+"""The same latents replaced and trained on with each loss, so that their age is nearly equal.
 
     python -m studies.rivals.equal_age rivals/best-smollm2-15-topk    # --seeds 1 in each process
 
 Every arm goes on from the same SAE, in which the same latents, drawn from those that fire, are
-replaced by random ones that are born dead. All arms train on the same text in the same order, each
-at its best rate. Replaced latents are measured beside as many that were left alone, and found again
-in what the comparison trained with other seeds. Writes equal_age-<seed>.json beside the results.
+replaced by random ones. A third of these fire at once. All arms train on the same text in the same
+order, each at its best rate. Replaced latents are measured beside as many that were left alone, and
+found again in what the comparison trained with other seeds. Writes equal_age-<seed>.json beside the
+results.
 """
 
 import argparse

@@ -5,6 +5,7 @@ python -m studies.rivals.tables
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,10 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.pages import table, with_blocks
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
-from sae_lens_auxk.compare.schema import METRICS, Group, Run
-from sae_lens_auxk.compare.seeds import differences, have_one_l0, interval, over_pairs
+from sae_lens_auxk.compare.schema import METRICS, Group
+from sae_lens_auxk.compare.seeds import by_seed, differences, have_one_l0, interval
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parents[1] / "docs" / "figures"
@@ -54,14 +56,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@cache
 def groups_in(folder: str) -> Groups:
     """The seeds of each arm, by its name."""
     return {group["case"]: group for group in read_results(HERE / folder)["groups"]}
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cell(groups: Groups, arm: str) -> str:
@@ -79,7 +77,7 @@ def of_arms(settings: dict[str, str]) -> str:
     groups = {name: groups_in(folder) for folder, name in settings.items()}
     arms = [arm for arm in ARMS if any(arm in found for found in groups.values())]
     rows = [[arm, *(_cell(found, arm) for found in groups.values())] for arm in arms]
-    return _table(["arm", *groups], rows)
+    return table(["arm", *groups], rows)
 
 
 def _difference(groups: Groups, a: str, b: str, key: str) -> str:
@@ -101,7 +99,7 @@ def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
         groups = groups_in(folder)
         for b in rivals:
             rows.append([name, b, *(_difference(groups, a, b, key) for key in keys)])
-    return _table(["setting", "less", "found again", "EV", "CE recovered"], rows)
+    return table(["setting", "less", "found again", "EV", "CE recovered"], rows)
 
 
 def _spread(values: list[float], digits: int, factor: float = 1.0) -> str:
@@ -109,12 +107,15 @@ def _spread(values: list[float], digits: int, factor: float = 1.0) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def _ahead(runs: list[Run]) -> float:
-    """Found again of revived latents less of those that never died, in points, over all pairs."""
-    revived, never_died = (
-        mean(over_pairs(runs, "found_again", latents)) for latents in ("revived", "never_died")
-    )
-    return 100 * (revived - never_died)
+def _by_seed(group: Group, latents: str) -> list[float]:
+    """The jackknife's values of the latents found again, in percent; their mean is over pairs."""
+    return [100 * value for value in by_seed(group["runs"], "found_again", latents)]
+
+
+def _ahead(group: Group) -> list[float]:
+    """Of revived latents less of those that never died."""
+    both = (_by_seed(group, latents) for latents in ("revived", "never_died"))
+    return [revived - never_died for revived, never_died in zip(*both, strict=True)]
 
 
 def of_revived() -> str:
@@ -124,15 +125,14 @@ def of_revived() -> str:
     for name, folder in SETTINGS.items():
         cells = []
         for arm in arms:
-            runs = groups_in(folder)[arm]["runs"]
-            n, everywhere = len(runs), _ahead(runs)
-            without = [_ahead([run for run in runs if run is not left]) for left in runs]
-            low, high = interval([n * everywhere - (n - 1) * rest for rest in without])
-            never_died = 100 * mean(over_pairs(runs, "found_again", "never_died"))
-            shares = f"{never_died + everywhere:.1f}%, {never_died:.1f}%"
-            cells.append(f"{shares}: {everywhere:+.1f} [{low:.1f}, {high:.1f}]")
+            group = groups_in(folder)[arm]
+            ahead = _ahead(group)
+            low, high = interval(ahead)
+            shares = (mean(_by_seed(group, latents)) for latents in ("revived", "never_died"))
+            both = ", ".join(f"{share:.1f}%" for share in shares)
+            cells.append(f"{both}: {mean(ahead):+.1f} [{low:.1f}, {high:.1f}]")
         rows.append([name, *cells])
-    return _table(["setting", *arms], rows)
+    return table(["setting", *arms], rows)
 
 
 def of_probes() -> str:
@@ -147,7 +147,7 @@ def of_probes() -> str:
         low, high = interval(less)
         behind = "" if arm == "pursuit" else f"{mean(less):+.3f} [{low:.3f}, {high:.3f}]"
         rows.append([arm, _spread(one, 3), _spread(five, 3), behind])
-    return _table(["arm", "one latent", "five latents", "five, less `pursuit`"], rows)
+    return table(["arm", "one latent", "five latents", "five, less `pursuit`"], rows)
 
 
 def of_equal_age() -> str:
@@ -160,15 +160,20 @@ def of_equal_age() -> str:
         "found again of the alive, %": ("found_again_of_alive", 1, 100.0),
         "best cosine of the alive": ("mean_best_cosine_of_alive", 3, 1.0),
     }
-    rows = [
-        [arm, *(_spread([of[arm]["replaced"][key] for of in seeds], digits, factor)
-                for key, digits, factor in keys.values())]
-        for arm in seeds[0]
-    ]  # fmt: skip
-    return _table(["arm", *keys], rows)
+    rows = []
+    for arm in seeds[0]:
+        replaced = [of[arm]["replaced"] for of in seeds]
+        untouched = [of[arm]["untouched"]["found_again"] for of in seeds]
+        cells = (
+            _spread([of[key] for of in replaced], digits, factor)
+            for key, digits, factor in keys.values()
+        )
+        rows.append([arm, *cells, _spread(untouched, 1, 100.0)])
+    return table(["arm", *keys, "untouched: found again, %"], rows)
 
 
-START, RIVALS = "unit rows, mean, no loss", ("SAELens", "unit rows, mean, no loss", "auxk")
+START = "unit rows, mean, no loss"
+RIVALS = ("SAELens", START, "auxk")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
     "gemma3": lambda: of_arms(GEMMA | SLOW),
@@ -183,27 +188,23 @@ TABLES = {
 
 def with_tables(text: str) -> str:
     """The page with each table between its markers."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + table() + end + rest.split(end)[1]
-    return text
+    return with_blocks(text, {name: of() for name, of in TABLES.items()})
 
 
 def _found_again(group: Group) -> float:
-    return number(group, "found_again")[0] or 0.0
+    return 100 * (number(group, "found_again")[0] or 0.0)
 
 
 def _revived(group: Group) -> float:
-    return _ahead(group["runs"]) / 100
+    return mean(_ahead(group))
 
 
 def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence[str]) -> None:
-    """A dot for each arm and setting, in percent; most spreads are smaller than a dot."""
+    """A dot for each arm and setting; most spreads are smaller than a dot."""
     figure, axes = plt.subplots(figsize=(4.5, 5.2), layout="constrained")
     for arm in arms:
         place = DRAWN.index(arm)
-        x = [100 * value(groups_in(folder)[arm]) for folder in SETTINGS.values()]
+        x = [value(groups_in(folder)[arm]) for folder in SETTINGS.values()]
         y = [row + 0.08 * (place - 2) for row in range(len(x))]
         marker = "oDsv^"[place]
         axes.plot(x, y, marker, color=PALETTE[place], label=arm, markersize=8, clip_on=False)
