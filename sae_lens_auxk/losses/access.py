@@ -113,13 +113,17 @@ class LatentAccess(Protocol):
         """
         ...
 
-    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
+    def best_match(
+        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
+    ) -> Activations:
         """Each row's latent of largest ``nearness(W_i . x_b / |W_i|)``, if it is in ``among``.
 
         Args:
             x: (B, d_in).
             among: (d_sae,) bool, the latents. A row that another latent matches better gets none.
             level: the latents that compete: all, or those of a Matryoshka level.
+            weight: (d_sae,), what each latent's match is multiplied by before they are compared;
+                None for 1.
         """
         ...
 
@@ -165,9 +169,13 @@ class DenseAccess:
             h, rows = self.columns(latents), self.W_dec.index_select(0, latents)
         return DenseActivations.of(h, _largest(self.nearness(h), k), rows, self.rescaled)
 
-    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
+    def best_match(
+        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
+    ) -> Activations:
         with torch.no_grad():
             rows = self.W_dec[level] / row_norms(self.W_dec[level]).unsqueeze(1)
+            if weight is not None:
+                rows = rows * weight[level].unsqueeze(1)
             products = self.nearness(x.to(rows.dtype) @ rows.T)
             best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
             chosen = torch.zeros_like(self.h, dtype=torch.bool).scatter_(-1, best, among[best])

@@ -46,14 +46,19 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 
     Source: ours; matching pursuit is Mallat and Zhang 1993.
     """
-    gain = _up(inputs) + _down(inputs, cfg.resolved_k_aux)
+    return pursuit_among(inputs, cfg, None)
+
+
+def pursuit_among(inputs: AuxLossInputs, cfg: Any, weight: torch.Tensor | None) -> torch.Tensor:
+    """:func:`pursuit`, where the match of each latent counts ``weight`` (d_sae,) times."""
+    gain = _up(inputs, weight) + _down(inputs, cfg.resolved_k_aux)
     return gain.mean().detach() - gain.mean()
 
 
-def _up(inputs: AuxLossInputs) -> torch.Tensor:
+def _up(inputs: AuxLossInputs, weight: torch.Tensor | None) -> torch.Tensor:
     """(B,): the gain if the best match of each row fires; 0 if it is alive."""
     residual = inputs.residual
-    best = inputs.best_dead_match(residual)
+    best = inputs.best_dead_match(residual, weight)
     # Under a run-time normalisation with factor s, firing at a = r . W / s |W|^2 adds s a W. The
     # products s a are all that is needed, and finite where s is 0.
     product, norm = best.project(residual).to(inputs.x.dtype), best.norm()

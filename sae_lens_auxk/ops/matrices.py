@@ -261,11 +261,17 @@ class Decoder:
         W = self._matrix(selected)
         return selected.dots(x.to(W.dtype), W)
 
-    def all_dots(self, x: torch.Tensor, latents: slice) -> torch.Tensor:
-        """(B, n): the products of ``x`` (B, d_in) with rows of W_dec at unit length; no graph."""
+    def all_dots(
+        self, x: torch.Tensor, latents: slice, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, n): the products of ``x`` (B, d_in) with rows of W_dec at unit length; no graph.
+
+        Those of each latent are multiplied by its ``weight`` (d_sae,), if that is given.
+        """
         norms = row_norms(self.W[latents]) if self.norm is None else self.norm[latents]
         # 0 / 0 would be NaN, which is the largest of all products.
         scale = 1 / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        scale = scale if weight is None else scale * weight[latents]
         return scaled_product(x.to(self._autocast or self.W.dtype), self.W[latents].T, scale)
 
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:

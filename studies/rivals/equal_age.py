@@ -45,14 +45,14 @@ Tensors = dict[str, torch.Tensor]
 
 def continued(before: Resolved, case: str, n_tokens: int, device: str) -> Resolved:
     """The comparison with the arms of this script and their training."""
-    own = {"architecture": before.architecture[0]}
-    model = Path(before.model_name or "").parent.name
-    rates = best_rates(model, own["architecture"].removeprefix("auxk-"))
+    architecture = before.architecture[0]
+    family = architecture.removeprefix("auxk-")
+    rates = best_rates(Path(before.model_name or "").parent.name, family)
     rates["none"] = rates[case]  # at which the SAE was trained so far
-    rows = {**arms(model), "none": {"aux_variant": "none"}}
+    rows = {**arms(family), "none": {"architecture": architecture, "aux_variant": "none"}}
     return replace(
         before,
-        cases=[{"name": arm, "lr": rates[arm], **own, **rows[arm]} for arm in ARMS],
+        cases=[{"name": arm, "lr": rates[arm], **rows[arm]} for arm in ARMS],
         training_samples=n_tokens,
         dead_after=min(DEAD_AFTER, n_tokens // 10),
         device=device,

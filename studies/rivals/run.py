@@ -11,9 +11,8 @@ studies.rivals.rates collects them, and no rate is chosen on Gemma 3. Matryoshka
 SynthSAEBench, which has no layers (0), has rates of its own. README.md says how to get the models
 and the text.
 
-SAELens's loss and its unit rows are computed by this package's step, in a third of the time. It
-ends with SAELens's weights (tests/saelens/test_swapped_class.py) as long as ``k_aux`` latents are
-dead: with fewer, SAELens scales the loss down. ``--stock`` adds both in SAELens's own classes.
+SAELens's loss is SAELens's own class; its unit rows are computed by this package's step, which ends
+with SAELens's weights (tests/saelens/test_swapped_class.py).
 """
 
 import argparse
@@ -29,10 +28,11 @@ from benchmarks.made_by import commit
 from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison
 from sae_lens_auxk.compare.run import run_comparison
+from studies.rivals import candidates  # noqa: F401  registers its losses
 from studies.rivals.rates import read_rates
 
 RATES = (3e-4, 1e-3, 2e-3)
-WIDTH = {"smollm2": 576, "gemma3": 640, "synthsaebench": 768}
+MODELS = ("smollm2", "gemma3", "synthsaebench")
 SYNTHETIC = Path(__file__).parents[1] / "synthsaebench" / "config.yaml"
 SPECIAL = {"smollm2": [0], "gemma3": [2]}
 """The first token of each row, whose norm is hundreds of times the others'."""
@@ -40,24 +40,26 @@ DEAD_AFTER = 1_000_000
 UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
 
 
-def arms(model: str) -> dict[str, dict[str, Any]]:
+CANDIDATES: dict[str, dict[str, Any]] = {
+    f"{name}{suffix}": {"aux_variant": variant, **start}
+    for name, variant in (("relative", "pursuit_relative"), ("dead only", "pursuit_dead"))
+    for suffix, start in (("", {}), (", mean", {"b_dec_init": "mean"}))
+}
+
+
+def arms(family: str) -> dict[str, dict[str, Any]]:
     """The fields of each, by name."""
-    saelens = {
-        "aux_variant": "auxk",
-        "aux_loss_coefficient": 1.0,
-        "k_aux": WIDTH[model] // 2,
-        "aux_bias": "none",
-        "dead_criterion": "steps",
-    }
-    return {
-        "SAELens": saelens,
+    own: dict[str, dict[str, Any]] = {
         "unit rows, no loss": UNIT_ROWS,
         "unit rows, mean, no loss": {**UNIT_ROWS, "b_dec_init": "mean"},
         "auxk": {"aux_variant": "auxk"},
         "resampling": {"aux_variant": "none", "resample_every_steps": 500},
         "pursuit": {"aux_variant": "pursuit"},
         "pursuit, mean": {"aux_variant": "pursuit", "b_dec_init": "mean"},
+        **CANDIDATES,
     }
+    own = {name: {"architecture": f"auxk-{family}", **row} for name, row in own.items()}
+    return {"SAELens": {"architecture": family}, **own}
 
 
 def folder_of(args: argparse.Namespace) -> Path:
@@ -82,10 +84,9 @@ def best_rates(model: str, family: str) -> dict[str, float]:
 
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    architecture = f"auxk-{args.family}"
-    own = {name: {"architecture": architecture, **row} for name, row in arms(args.model).items()}
-    if args.arms:
-        own = {name: row for name, row in own.items() if name in args.arms}
+    own = arms(args.family)
+    chosen = args.arms or [name for name in own if name not in CANDIDATES]
+    own = {name: own[name] for name in own if name in chosen}
     if args.stage == "rates":
         return [
             {"name": f"{name}, {lr:g}", "lr": lr, **row}
@@ -94,6 +95,8 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         ]
     if args.stage == "best":
         rates = best_rates(args.model, args.family)
+        # What each differs from has it, too.
+        rates |= {name: rates[name.replace(name.split(",")[0], "pursuit")] for name in CANDIDATES}
     else:
         rates = dict.fromkeys(own, RATES[0])
     if missing := [name for name in own if name not in rates]:
@@ -106,15 +109,6 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
             "normalize_activations": "covariance_whitening",
         }
         rates["pursuit, whitened"] = rates["pursuit"]
-    if args.stock:
-        own["SAELens, its class"] = {"architecture": args.family}
-        own["unit rows, its class"] = {
-            "architecture": args.family,
-            "decoder_init_norm": 1.0,
-            "aux_loss_coefficient": 0.0,
-        }
-        rates["SAELens, its class"] = rates["SAELens"]
-        rates["unit rows, its class"] = rates["unit rows, no loss"]
     return [{"name": name, "lr": rates[name], **row} for name, row in own.items()]
 
 
@@ -167,7 +161,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=("rates", "best", "slow"))
-    parser.add_argument("model", choices=WIDTH)
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("layer", type=int)
     parser.add_argument("family", choices=("topk", "batchtopk", "matryoshka-batchtopk"))
     parser.add_argument(
@@ -185,7 +179,6 @@ def main() -> None:
         "--whitening", action="store_true", help="pursuit on whitened activations, too"
     )
     parser.add_argument("--arms", nargs="+", help="only these; studies/merge.py merges results")
-    parser.add_argument("--stock", action="store_true", help="SAELens's own classes, too")
     parser.add_argument("--effect", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
