@@ -107,6 +107,12 @@ def _straight_through(step: Step, cfg: Any) -> torch.Tensor:
 def _pursuit(step: Step, cfg: Any) -> torch.Tensor:
     """A loss with pursuit's gradient, not its value."""
     total = torch.zeros((), dtype=torch.float64)
+    usual = [
+        math.sqrt(
+            sum((_residual(step, b) * _latent(step, i)).sum().item() ** 2 for b in _rows(step))
+        )
+        for i in range(len(step.dead))
+    ]
     for b in _rows(step):
         residual, scale = _residual(step, b), step.scale[b]
         squares = [_latent(step, i).pow(2).sum().item() for i in range(len(step.dead))]
@@ -118,9 +124,9 @@ def _pursuit(step: Step, cfg: Any) -> torch.Tensor:
                 if downhill * h < 0:
                     total = total - 2 * scale * downhill * step.h[b, j]
 
-        projections = [p / math.sqrt(square) for p, square in zip(products, squares, strict=True)]
-        i = max(range(len(projections)), key=lambda j: _nearness(step, projections[j]))
-        if not step.dead[i] or _nearness(step, projections[i]) <= 0:
+        matches = [p / root if root else 0.0 for p, root in zip(products, usual, strict=True)]
+        i = max(range(len(matches)), key=lambda j: _nearness(step, matches[j]))
+        if not step.dead[i] or _nearness(step, matches[i]) <= 0:
             continue
         # sae_out = scale (a W + b), so what explains most is a = p / |W| in the decoder's units.
         a = products[i] / squares[i] / scale

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from sae_lens_auxk.ops.matrices import row_norms
+from sae_lens_auxk.ops.matrices import relative, row_norms
 from sae_lens_auxk.ops.selection import beyond, indices_of, top_k
 
 Pointwise = Callable[[torch.Tensor], torch.Tensor]
@@ -113,17 +113,16 @@ class LatentAccess(Protocol):
         """
         ...
 
-    def best_match(
-        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
-    ) -> Activations:
-        """Each row's latent of largest ``nearness(W_i . x_b / |W_i|)``, if it is in ``among``.
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
+        """Each row's latent of largest relative match, if it is in ``among``.
+
+        A match is ``nearness(W_i . x_b)``, relative to the root mean square of ``W_i . x`` over
+        the rows of the batch.
 
         Args:
             x: (B, d_in).
             among: (d_sae,) bool, the latents. A row that another latent matches better gets none.
             level: the latents that compete: all, or those of a Matryoshka level.
-            weight: (d_sae,), what each latent's match is multiplied by before they are compared;
-                None for 1.
         """
         ...
 
@@ -169,14 +168,10 @@ class DenseAccess:
             h, rows = self.columns(latents), self.W_dec.index_select(0, latents)
         return DenseActivations.of(h, _largest(self.nearness(h), k), rows, self.rescaled)
 
-    def best_match(
-        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
-    ) -> Activations:
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         with torch.no_grad():
-            rows = self.W_dec[level] / row_norms(self.W_dec[level]).unsqueeze(1)
-            if weight is not None:
-                rows = rows * weight[level].unsqueeze(1)
-            products = self.nearness(x.to(rows.dtype) @ rows.T)
+            rows = self.W_dec[level]
+            products = self.nearness(relative(x.to(rows.dtype) @ rows.T))
             best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
             chosen = torch.zeros_like(self.h, dtype=torch.bool).scatter_(-1, best, among[best])
         return DenseActivations.of(self.h, chosen, self.W_dec, self.rescaled)

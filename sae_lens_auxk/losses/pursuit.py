@@ -20,19 +20,24 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     """One more step of matching pursuit, and a push down where firing would be wrong. Value 0.
 
     Up: ``-2 mean_b [ stopgrad(r_b . W_i) h_bi + stopgrad(a_b r_b) . W_i ]``. Of *all* latents (or
-    the level's, if each Matryoshka level has its own loss), ``i`` is the one with the largest ``p_b
-    = r_b . W_i / |W_i|``, and ``a_b = p_b / |W_i|``. Rows in which ``i`` is alive, or ``p_b`` is
-    not above 0, count 0.
+    the level's, if each Matryoshka level has its own loss), ``i`` is the one with the largest ``r_b
+    . W_i`` relative to its own root mean square over the batch, and ``a_b = r_b . W_i / |W_i|^2``.
+    Rows in which ``i`` is alive, or ``a_b`` is not above 0, count 0.
 
     Down: ``-2 mean_b sum_{j in T_b, h_bj > 0} stopgrad(min(r_b . W_j - h_bj |W_j|^2, 0)) h_bj``,
     where ``T_b`` are the ``min(k_aux, |D|)`` dead latents with the largest ``h_b``.
 
-    Firing at ``a_b``, latent ``i`` would lower the row's squared error by ``p_b^2``, more than any
-    other latent could. If it is dead, it gets the gradients of the main loss as if it had fired:
+    Firing at ``a_b``, latent ``i`` would lower the row's squared error as much as one latent can
+    with its direction. If it is dead, it gets the gradients of the main loss as if it had fired:
     its pre-activation gets that of the activation, its decoder row its own (the norm is a constant
     where ``h`` is rescaled by it). Dead latents compete for a row instead of all learning the same
-    of it, and a row that a live latent could explain better is left to that one. Directions are
-    compared, so the rows of ``W_dec`` may be of any length.
+    of it, and a row that suits a live latent better is left to that one. The rows of ``W_dec`` may
+    be of any length.
+
+    Deviation from matching pursuit, which takes the largest ``p_b = r_b . W_i / |W_i|``: a residual
+    that lies mostly in a few directions matches every latent there better than a new one, on almost
+    every row. Compared with what is usual for each, it is the row that decides. studies/rivals has
+    both.
 
     A latent that only ever learns where to fire comes back firing on whatever rows have large
     activations, and stays there: too rare to be useful, too frequent to be dead. So the dead
@@ -40,25 +45,20 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     points down. studies/pursuit shows what each half does.
 
     Deviation from the main loss: each latent is assumed to fire alone. The up half uses ``r_b``
-    from before the firing. AbsTopK: ``i`` is the latent with the largest ``|p_b|``, and may fire
-    negatively: ``a_b`` has the sign of ``p_b``; ``T_b`` has the largest ``|h_b|``, which is pushed
-    towards 0.
+    from before the firing. AbsTopK: ``i`` is the latent with the largest ``|r_b . W_i|``, relative
+    to the same, and may fire negatively: ``a_b`` has the sign of ``r_b . W_i``; ``T_b`` has the
+    largest ``|h_b|``, which is pushed towards 0.
 
     Source: ours; matching pursuit is Mallat and Zhang 1993.
     """
-    return pursuit_among(inputs, cfg, None)
-
-
-def pursuit_among(inputs: AuxLossInputs, cfg: Any, weight: torch.Tensor | None) -> torch.Tensor:
-    """:func:`pursuit`, where the match of each latent counts ``weight`` (d_sae,) times."""
-    gain = _up(inputs, weight) + _down(inputs, cfg.resolved_k_aux)
+    gain = _up(inputs) + down(inputs, cfg.resolved_k_aux)
     return gain.mean().detach() - gain.mean()
 
 
-def _up(inputs: AuxLossInputs, weight: torch.Tensor | None) -> torch.Tensor:
+def _up(inputs: AuxLossInputs) -> torch.Tensor:
     """(B,): the gain if the best match of each row fires; 0 if it is alive."""
     residual = inputs.residual
-    best = inputs.best_dead_match(residual, weight)
+    best = inputs.best_dead_match(residual)
     # Under a run-time normalisation with factor s, firing at a = r . W / s |W|^2 adds s a W. The
     # products s a are all that is needed, and finite where s is 0.
     product, norm = best.project(residual).to(inputs.x.dtype), best.norm()
@@ -68,7 +68,7 @@ def _up(inputs: AuxLossInputs, weight: torch.Tensor | None) -> torch.Tensor:
     return 2 * (inputs.total(pull * best.h) + (residual * fired).sum(dim=-1))
 
 
-def _down(inputs: AuxLossInputs, k: int) -> torch.Tensor:
+def down(inputs: AuxLossInputs, k: int) -> torch.Tensor:
     """(B,): what the k dead latents nearest to firing lose, each if it fired alone."""
     nearest = inputs.nearest_dead(k)
     acts = inputs.fire(nearest.h.detach().to(inputs.x.dtype))

@@ -120,18 +120,19 @@ class AuxLossInputs:
         """The ``min(k, n_dead)`` dead latents of largest ``nearness(h)`` in each row: ``T_b``."""
         return self.access.largest(k, self.dead, self.dead_bound)
 
-    def best_dead_match(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> Activations:
-        """Each row's latent of largest ``nearness(W_i . x_b / |W_i|)``, if that latent is dead.
+    def best_dead_match(self, x: torch.Tensor) -> Activations:
+        """Each row's latent of largest relative match, if that latent is dead.
+
+        A match is ``nearness(W_i . x_b)``, relative to the root mean square of ``W_i . x`` over
+        the rows of the batch.
 
         Args:
             x: (B, d_in).
-            weight: (d_sae,), what each latent's match is multiplied by before they are compared;
-                None for 1.
 
         Returns:
             One entry per row, or none for a row whose best match is alive.
         """
-        return self.access.best_match(x, self.dead, self.level, weight)
+        return self.access.best_match(x, self.dead, self.level)
 
     def largest(self, k: int) -> Activations:
         """The ``k`` latents, dead or alive, of largest ``nearness(h)`` in each row."""

@@ -190,6 +190,14 @@ def row_norms(W: torch.Tensor) -> torch.Tensor:
     return W.detach().norm(dim=-1).clamp(min=torch.finfo(W.dtype).tiny)
 
 
+def relative(products: torch.Tensor) -> torch.Tensor:
+    """``products`` (B, n), each column divided by its norm, in place; no gradient."""
+    dtype = torch.promote_types(products.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(products, dim=0, dtype=dtype)
+    # 0 / 0 would be NaN, which is the largest of all products.
+    return products.div_(norms.clamp(min=torch.finfo(dtype).tiny))
+
+
 def scaled_product(
     x: torch.Tensor,
     W: torch.Tensor,
@@ -261,18 +269,10 @@ class Decoder:
         W = self._matrix(selected)
         return selected.dots(x.to(W.dtype), W)
 
-    def all_dots(
-        self, x: torch.Tensor, latents: slice, weight: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(B, n): the products of ``x`` (B, d_in) with rows of W_dec at unit length; no graph.
-
-        Those of each latent are multiplied by its ``weight`` (d_sae,), if that is given.
-        """
-        norms = row_norms(self.W[latents]) if self.norm is None else self.norm[latents]
-        # 0 / 0 would be NaN, which is the largest of all products.
-        scale = 1 / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-        scale = scale if weight is None else scale * weight[latents]
-        return scaled_product(x.to(self._autocast or self.W.dtype), self.W[latents].T, scale)
+    def all_matches(self, x: torch.Tensor, latents: slice) -> torch.Tensor:
+        """(B, n): the :func:`relative` products of ``x`` (B, d_in) with rows of W_dec; no graph."""
+        x = x.to(self._autocast or self.W.dtype)
+        return relative(scaled_product(x, self.W[latents].T, None))
 
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
         """``pre`` of selected entries times the norms of their latents, with the graph of both.

@@ -210,16 +210,15 @@ class ShardedAccess(SparseAccess):
     @override
     @torch.no_grad()
     def _best(
-        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
+        self, x: torch.Tensor, among: torch.Tensor, level: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         among, level = self.shard.local(among), self.shard.local_slice(level)
-        weight = None if weight is None else self.shard.local(weight)
         if level.start == level.stop:  # another process holds the level
             best = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
             product = x.new_full((len(x), 1), -torch.inf)
             h = product.to(self.encoder.hidden_pre.dtype)
         else:
-            h, product, best = super()._best(x, among, level, weight)
+            h, product, best = super()._best(x, among, level)
         return self.shard.keep_largest(h, product, 1), product, best
 
 

@@ -152,10 +152,8 @@ class SparseAccess:
     def largest(self, k: int, among: torch.Tensor | None, bound: int) -> SparseActivations:
         return self._activations(*self._nearest(k, among, bound))
 
-    def best_match(
-        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
-    ) -> SparseActivations:
-        h, _, best = self._best(x, among, level, weight)
+    def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> SparseActivations:
+        h, _, best = self._best(x, among, level)
         return self._activations(h, Pairs.per_row(best, self.encoder.W.shape[1]))
 
     def at_rows(self, rows: torch.Tensor) -> "SparseAccess":
@@ -176,10 +174,10 @@ class SparseAccess:
 
     @torch.no_grad()
     def _best(
-        self, x: torch.Tensor, among: torch.Tensor, level: slice, weight: torch.Tensor | None
+        self, x: torch.Tensor, among: torch.Tensor, level: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, 1) each: ``h`` of the latent of best match or -inf, how well it matches, which."""
-        products = self.encoder.decoder.all_dots(x, level, weight)
+        products = self.encoder.decoder.all_matches(x, level)
         product, best = top_k(self.nearness(products), 1)
         best += level.start or 0
         h = self.encoder.hidden_pre.gather(1, best)

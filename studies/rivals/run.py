@@ -40,13 +40,6 @@ DEAD_AFTER = 1_000_000
 UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
 
 
-CANDIDATES: dict[str, dict[str, Any]] = {
-    f"{name}{suffix}": {"aux_variant": variant, **start}
-    for name, variant in (("relative", "pursuit_relative"), ("dead only", "pursuit_dead"))
-    for suffix, start in (("", {}), (", mean", {"b_dec_init": "mean"}))
-}
-
-
 def arms(family: str) -> dict[str, dict[str, Any]]:
     """The fields of each, by name."""
     own: dict[str, dict[str, Any]] = {
@@ -56,7 +49,7 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
         "resampling": {"aux_variant": "none", "resample_every_steps": 500},
         "pursuit": {"aux_variant": "pursuit"},
         "pursuit, mean": {"aux_variant": "pursuit", "b_dec_init": "mean"},
-        **CANDIDATES,
+        "pursuit, only dead": {"aux_variant": "pursuit_dead"},
     }
     own = {name: {"architecture": f"auxk-{family}", **row} for name, row in own.items()}
     return {"SAELens": {"architecture": family}, **own}
@@ -85,7 +78,7 @@ def best_rates(model: str, family: str) -> dict[str, float]:
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     own = arms(args.family)
-    chosen = args.arms or [name for name in own if name not in CANDIDATES]
+    chosen = args.arms or [name for name in own if name != "pursuit, only dead"]
     own = {name: own[name] for name in own if name in chosen}
     if args.stage == "rates":
         return [
@@ -95,8 +88,7 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         ]
     if args.stage == "best":
         rates = best_rates(args.model, args.family)
-        # What each differs from has it, too.
-        rates |= {name: rates[name.replace(name.split(",")[0], "pursuit")] for name in CANDIDATES}
+        rates.setdefault("pursuit, only dead", rates["pursuit"])
     else:
         rates = dict.fromkeys(own, RATES[0])
     if missing := [name for name in own if name not in rates]:

@@ -75,6 +75,8 @@ def test_its_mean_over_the_samples_is_the_loss_of_all_rows() -> None:
 def test_samples_that_make_up_the_batch_have_its_gradient(architecture: str, variant: str) -> None:
     if variant == "ghost_gradients":
         pytest.skip("its scale is a ratio of two means: not a mean over rows")
+    if variant == "pursuit":
+        pytest.skip("it compares a match with those of the other rows")
     # A step moves the threshold, and there is one step more with samples.
     still = {"topk_threshold_lr": 0.0} if "batchtopk" in architecture else {}
     whole, some = pair_of(architecture, variant, 0.5, k_aux=3, **still)
