@@ -2,11 +2,12 @@
 
     python -m studies.rivals.equal_age rivals/best-smollm2-15-topk    # --seeds 1 in each process
 
-Every arm goes on from the same SAE, in which the same latents, drawn from those that fire, are
-replaced by random ones. A third of these fire at once. All arms train on the same text in the same
-order, each at its best rate. Replaced latents are measured beside as many that were left alone, and
-found again in what the comparison trained with other seeds. Writes equal_age-<seed>.json beside the
-results.
+Equal: every arm goes on from the same SAE, in which the same rare latents are replaced by random
+ones, and trains on the same text in the same order. Replaced latents are too weak to fire and count
+as dead from the first step, so it is the arm that revives them. Not equal: the learning rate (each
+arm's best), when a latent revives, and resampling, which replaces latents again. Replaced latents
+are measured beside as many rare ones that were left alone, and found again in what the comparison
+trained with other seeds. Writes equal_age-<seed>.json beside the results.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from sae_lens_auxk.compare.checks import resolve
 from sae_lens_auxk.compare.config import Comparison, Resolved
 from sae_lens_auxk.compare.effect import effects_of
 from sae_lens_auxk.compare.files import EFFECTS_FILENAME, read_results
-from sae_lens_auxk.compare.latents import count_firings
+from sae_lens_auxk.compare.latents import ROWS_PER_CHUNK, count_firings
 from sae_lens_auxk.compare.measure import reconstruction
 from sae_lens_auxk.compare.reproducibility import alive_latents, best_cosines
 from sae_lens_auxk.compare.schema import FOUND_AGAIN, Run
@@ -34,12 +35,15 @@ from sae_lens_auxk.compare.sources import Pass, Source, source_of
 from sae_lens_auxk.compare.train import LockstepTrainer, build_sae
 from sae_lens_auxk.files import write_json
 from sae_lens_auxk.saelens.checkpoints import open_sae
+from sae_lens_auxk.step.dead import Counts
 from studies.rivals.run import arms, best_rates
 
 ARMS = ("none", "SAELens", "auxk", "resampling", "pursuit")
 DEAD_AFTER = 500_000
-ENCODER_NORM = 0.1
-"""Of a replaced latent, whose decoder row has length 1; so long are SAELens's first rows."""
+RARE = 0.01
+"""Latents are drawn from those that fire on a smaller share of held-out rows: no dense ones."""
+STRENGTH = 0.5
+"""A replaced latent's largest h on held-out rows, relative to what it would need to fire there."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -71,6 +75,21 @@ def begin_from(sae: TrainingSAE[Any], saved: Tensors, scale: float) -> None:
     sae.load_state_dict(weights, strict=False)  # without the counts, which begin at 0
 
 
+@torch.no_grad()
+def weak_encoder(sae: SAE[Any], x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(d_in, n): the directions ``rows`` (n, d_in), as long as STRENGTH says.
+
+    Firing takes more than the row's smallest activation (TopK) or the threshold (BatchTopK).
+    """
+    most, threshold = rows.new_zeros(len(rows)), sae.state_dict().get("threshold")
+    for part in x.split(ROWS_PER_CHUNK):
+        acts = sae.encode(part)
+        smallest = acts.where(acts > 0, torch.inf).amin(dim=1, keepdim=True)
+        needed = smallest if threshold is None else threshold[0]
+        most = most.maximum((sae.process_sae_in(part) @ rows.T / needed).amax(dim=0))
+    return STRENGTH * rows.T / most
+
+
 def train(
     saes: dict[str, TrainingSAE[Any]], data: Pass, own: Resolved, scale: float, which: torch.Tensor
 ) -> Tensors:
@@ -90,8 +109,11 @@ def train(
     trainer = LockstepTrainer(
         data.trainer_config, saes, data.hook_name, data.batches(), own.dead_after, rates, note, fail
     )
-    for of_arm in trainer.trainers.values():  # before fit() estimates another
-        of_arm.activation_scaler.scaling_factor = scale
+    for of_arm in trainer.trainers.values():
+        of_arm.activation_scaler.scaling_factor = scale  # before fit() estimates another
+        of_arm.n_forward_passes_since_fired[which] = own.dead_feature_window + 1
+        if isinstance(of_arm.sae, Counts):  # SAELens's class counts above
+            of_arm.sae.tokens_since_fired[which] = own.dead_after
     trainer.fit()
     return first
 
@@ -110,11 +132,12 @@ def run_seed(
     scale = source.d_in**0.5 / x.float().norm(dim=-1).mean().item()  # as SAELens estimates it
     base = open_sae(paths[seed], own.device).eval()
     generator = torch.Generator().manual_seed(seed)
-    alive = count_firings(base, x).cpu().nonzero().flatten()
-    if len(alive) < 2 * n:
-        sys.exit(f"--n_latents {n}: of {len(alive)} that fire, as many again are left alone.")
-    alive = alive[torch.randperm(len(alive), generator=generator)]
-    groups = {"replaced": alive[:n], "untouched": alive[n : 2 * n]}
+    shares = count_firings(base, x).cpu() / len(x)
+    rare = ((shares > 0) & (shares < RARE)).nonzero().flatten()
+    if len(rare) < 2 * n:
+        sys.exit(f"--n_latents {n}: of {len(rare)} that fire rarely, as many again are left alone.")
+    rare = rare[torch.randperm(len(rare), generator=generator)]
+    groups = {"replaced": rare[:n], "untouched": rare[n : 2 * n]}
 
     @torch.no_grad()
     def measure(name: str, sae: SAE[Any]) -> dict[str, Any]:
@@ -141,7 +164,7 @@ def run_seed(
     rows = torch.randn(n, source.d_in, generator=generator).to(base.W_dec)
     rows = torch.nn.functional.normalize(rows, dim=-1)
     weights["W_dec"][groups["replaced"]] = rows
-    weights["W_enc"][:, groups["replaced"]] = ENCODER_NORM * rows.T
+    weights["W_enc"][:, groups["replaced"]] = weak_encoder(base, x, rows)
     weights["b_enc"][groups["replaced"]] = 0.0
 
     with tempfile.TemporaryDirectory() as temporary:
