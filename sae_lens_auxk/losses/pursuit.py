@@ -51,11 +51,11 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
 
     Source: ours; matching pursuit is Mallat and Zhang 1993.
     """
-    gain = _up(inputs) + down(inputs, cfg.resolved_k_aux)
+    gain = up(inputs) + down(inputs, cfg.resolved_k_aux)
     return gain.mean().detach() - gain.mean()
 
 
-def _up(inputs: AuxLossInputs) -> torch.Tensor:
+def up(inputs: AuxLossInputs) -> torch.Tensor:
     """(B,): the gain if the best match of each row fires; 0 if it is alive."""
     residual = inputs.residual
     best = inputs.best_dead_match(residual)

@@ -31,8 +31,9 @@ ARMS = (
     "resampling",
     "pursuit",
     "pursuit, mean",
-    "pursuit, whitened",
 )
+CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
+"""How pursuit may choose the latent that it teaches."""
 DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
 SMOLLM2 = {
     "smollm2-7-topk": "layer 7, TopK",
@@ -45,7 +46,6 @@ GEMMA = {
     "gemma3-6-batchtopk": "layer 6, BatchTopK",
     "gemma3-12-topk": "layer 12, TopK",
 }
-SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
 }
@@ -80,6 +80,15 @@ def of_arms(settings: dict[str, str]) -> str:
     return table(["arm", *groups], rows)
 
 
+def of_choices() -> str:
+    """A row for each setting, a column for each choice."""
+    rows = [
+        [name, *(_cell(groups_in(folder), arm) for arm in CHOICES)]
+        for name, folder in SETTINGS.items()
+    ]
+    return table(["setting", "largest match", "only dead compete", "relative: `pursuit`"], rows)
+
+
 def _difference(groups: Groups, a: str, b: str, key: str) -> str:
     if not have_one_l0(groups[a], groups[b]):
         return "–"
@@ -102,9 +111,8 @@ def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
     return table(["setting", "less", "found again", "EV", "CE recovered"], rows)
 
 
-def _spread(values: list[float], digits: int, factor: float = 1.0) -> str:
-    values = [factor * value for value in values]
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}"
 
 
 def _by_seed(group: Group, latents: str) -> list[float]:
@@ -136,53 +144,31 @@ def of_revived() -> str:
 
 
 def of_probes() -> str:
-    """Mean areas of each arm, over the seeds, and how far those of five are behind pursuit's."""
+    """Mean areas of each arm, over the seeds, and how far those of five are ahead of auxk's."""
     found: dict[str, list[list[float]]] = {}
     for run in read_json(HERE / "smollm2-15-topk" / "probes.json")["runs"]:
         found.setdefault(run["case"], []).append([mean(run[f"k{k}"]) for k in (1, 5)])
     rows = []
     for arm, of_seeds in found.items():
         one, five = (list(areas) for areas in zip(*of_seeds, strict=True))
-        less = [a - b[1] for a, b in zip(five, found["pursuit"], strict=True)]
+        less = [a - b[1] for a, b in zip(five, found["auxk"], strict=True)]
         low, high = interval(less)
-        behind = "" if arm == "pursuit" else f"{mean(less):+.3f} [{low:.3f}, {high:.3f}]"
-        rows.append([arm, _spread(one, 3), _spread(five, 3), behind])
-    return table(["arm", "one latent", "five latents", "five, less `pursuit`"], rows)
-
-
-def of_equal_age() -> str:
-    """What became of the replaced latents, over the seeds."""
-    files = sorted((HERE / "smollm2-15-topk").glob("equal_age-*.json"))
-    seeds = [read_json(path)["arms"] for path in files]
-    keys = {
-        "alive, %": ("alive", 0, 100.0),
-        "found again, %": ("found_again", 1, 100.0),
-        "found again of the alive, %": ("found_again_of_alive", 1, 100.0),
-        "best cosine of the alive": ("mean_best_cosine_of_alive", 3, 1.0),
-    }
-    rows = []
-    for arm in seeds[0]:
-        replaced = [of[arm]["replaced"] for of in seeds]
-        untouched = [of[arm]["untouched"]["found_again"] for of in seeds]
-        cells = (
-            _spread([of[key] for of in replaced], digits, factor)
-            for key, digits, factor in keys.values()
-        )
-        rows.append([arm, *cells, _spread(untouched, 1, 100.0)])
-    return table(["arm", *keys, "untouched: found again, %"], rows)
+        ahead = "" if arm == "auxk" else f"{mean(less):+.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([arm, _spread(one), _spread(five), ahead])
+    return table(["arm", "one latent", "five latents", "five, less `auxk`"], rows)
 
 
 START = "unit rows, mean, no loss"
 RIVALS = ("SAELens", START, "auxk")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
-    "gemma3": lambda: of_arms(GEMMA | SLOW),
+    "gemma3": lambda: of_arms(GEMMA),
+    "choices": of_choices,
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
     "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
     "unit rows": lambda: of_pairs(START, ("SAELens", "auxk")),
     "revived": of_revived,
     "probes": of_probes,
-    "equal age": of_equal_age,
 }
 
 
