@@ -31,6 +31,7 @@ ARMS = (
     "resampling",
     "pursuit",
     "pursuit, mean",
+    "pursuit, largest match, whitened",
 )
 CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
 """How pursuit may choose the latent that it teaches."""
