@@ -1,4 +1,4 @@
-"""Pursuit: the dead latent that would explain a row best learns as if it had fired."""
+"""Pursuit: the dead latent that suits a row best learns as if it had fired."""
 
 from typing import Any
 
@@ -27,17 +27,15 @@ def pursuit(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
     Down: ``-2 mean_b sum_{j in T_b, h_bj > 0} stopgrad(min(r_b . W_j - h_bj |W_j|^2, 0)) h_bj``,
     where ``T_b`` are the ``min(k_aux, |D|)`` dead latents with the largest ``h_b``.
 
-    Firing at ``a_b``, latent ``i`` would lower the row's squared error as much as one latent can
-    with its direction. If it is dead, it gets the gradients of the main loss as if it had fired:
-    its pre-activation gets that of the activation, its decoder row its own (the norm is a constant
-    where ``h`` is rescaled by it). Dead latents compete for a row instead of all learning the same
-    of it, and a row that suits a live latent better is left to that one. The rows of ``W_dec`` may
-    be of any length.
+    Firing at ``a_b`` lowers the row's squared error as much as latent ``i`` can. If it is dead, it
+    gets the gradients of the main loss as if it had fired: its pre-activation gets that of the
+    activation, its decoder row its own (the norm is a constant where ``h`` is rescaled by it). Dead
+    latents compete for a row instead of all learning the same of it, and a row that suits a live
+    latent better is left to that one. The rows of ``W_dec`` may be of any length.
 
-    Deviation from matching pursuit, which takes the largest ``p_b = r_b . W_i / |W_i|``: a residual
-    that lies mostly in a few directions matches every latent there better than a new one, on almost
-    every row. Compared with what is usual for each, it is the row that decides. studies/rivals has
-    both.
+    Deviation from matching pursuit, which takes the largest ``r_b . W_i / |W_i|``: where the
+    residual lies mostly in a few directions, latents there would win almost every row, alive or
+    not. studies/rivals has both.
 
     A latent that only ever learns where to fire comes back firing on whatever rows have large
     activations, and stays there: too rare to be useful, too frequent to be dead. So the dead
