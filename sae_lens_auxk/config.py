@@ -78,9 +78,9 @@ class AuxConfig:
             threshold; such a run gives a warning.
         aux_batch_fraction (float): The share of each batch's rows that the auxiliary loss is
             computed on, a new random sample at every step. It cuts the cost to that share, and the
-            mean over the sample is an unbiased estimate of the mean over the batch (except for
-            ghost_gradients, whose scale is a ratio of two means). Dead latents are counted over all
-            rows.
+            mean over the sample is an unbiased estimate of the mean over the batch, except for
+            ghost_gradients, whose scale is a ratio of two means, and pursuit, which compares a row
+            with the others of the sample. Dead latents are counted over all rows.
         aux_warm_up_steps (int): Steps over which the coefficient grows linearly from 0.
         aux_decay_start_step (int | None): Step at which the coefficient starts to fall
             linearly to 0. None: never. Needs aux_decay_steps.

@@ -52,7 +52,7 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
         "pursuit, only dead": {"aux_variant": "pursuit_dead"},
     }
     own = {name: {"architecture": f"auxk-{family}", **row} for name, row in own.items()}
-    return {"SAELens": {"architecture": family}, **own}
+    return {"SAELens": {"architecture": family.replace("-", "_")}, **own}
 
 
 def folder_of(args: argparse.Namespace) -> Path:
@@ -95,12 +95,6 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         sys.exit(
             f"{', '.join(missing)}: no rates yet. Run the stage rates, then studies.rivals.rates."
         )
-    if args.whitening:
-        own["pursuit, whitened"] = {
-            **own["pursuit"],
-            "normalize_activations": "covariance_whitening",
-        }
-        rates["pursuit, whitened"] = rates["pursuit"]
     return [{"name": name, "lr": rates[name], **row} for name, row in own.items()]
 
 
@@ -167,9 +161,6 @@ def main() -> None:
     parser.add_argument("--d_sae", type=int, default=9216)
     parser.add_argument("--batch_size", type=int, default=4096)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument(
-        "--whitening", action="store_true", help="pursuit on whitened activations, too"
-    )
     parser.add_argument("--arms", nargs="+", help="only these; studies/merge.py merges results")
     parser.add_argument("--effect", action="store_true")
     parser.add_argument("--device", default="cuda")

@@ -47,6 +47,7 @@ GEMMA = {
     "gemma3-6-batchtopk": "layer 6, BatchTopK",
     "gemma3-12-topk": "layer 12, TopK",
 }
+SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
 }
@@ -163,7 +164,7 @@ START = "unit rows, mean, no loss"
 RIVALS = ("SAELens", START, "auxk")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
-    "gemma3": lambda: of_arms(GEMMA),
+    "gemma3": lambda: of_arms(GEMMA | SLOW),
     "choices": of_choices,
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
     "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
