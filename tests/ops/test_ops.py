@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sae_lens_auxk import ops
 from sae_lens_auxk.ops.encoder import SelectedActivations
-from sae_lens_auxk.ops.matrices import Decoder, LatentGradient, handle, transposed
+from sae_lens_auxk.ops.matrices import Decoder, LatentGradient, handle, relative, transposed
 from sae_lens_auxk.ops.selection import InColumns, Pairs, group_size, top_k, top_k_of_batch
 from tests.helpers import (
     TOPK_ARCHITECTURES,
@@ -120,6 +120,18 @@ def test_transposing(n: int) -> None:
     x = torch.randn(n, 7)
     assert torch.equal(transposed(x), x.T)
     assert transposed(x).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_are_relative_to_the_norm_of_their_column(dtype: torch.dtype) -> None:
+    products = torch.randn(300, 40).to(dtype)
+    products[:, 3], products[:, 4] = 0, 1e-30  # the square of 1e-30 is 0 in float32
+    exact = products.double()
+    expected = exact / exact.norm(dim=0).where(exact.abs().amax(dim=0) > 0, 1)
+    if dtype != torch.float64:
+        expected[:, 4] = 0
+    tolerance = {"rtol": 0, "atol": 0} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(relative(products), expected.to(dtype), **tolerance)
 
 
 def test_both_forms_of_a_selection_are_the_same() -> None:
