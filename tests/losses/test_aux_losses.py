@@ -131,8 +131,11 @@ def test_loss_and_gradients_equal_the_reference(
     assert_equals_reference(sae, torch.randn(n_rows, d_in, dtype=torch.float64), dead)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if AUX_LOSSES[v].uses_dead_latents])
-def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str) -> None:
+def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(
+    variant: str, sparse: bool
+) -> None:
     sae = build_sae(
         "auxk-matryoshka-batchtopk",
         d_sae=24,
@@ -143,7 +146,8 @@ def test_matryoshka_levels_add_up_the_losses_of_their_own_residuals(variant: str
         k_aux=2,
         dtype="float64",
     )
-    x = torch.randn(4, 8, dtype=torch.float64)
+    sae.may_be_sparse = sparse
+    x = torch.randn(16, 8, dtype=torch.float64)
     dead = torch.zeros(24, dtype=torch.bool)
     dead[[0, 1, 2, 13, 20, 21]] = True  # none in the second level
 
@@ -290,6 +294,32 @@ def test_a_decoder_row_of_zeros_does_no_harm(
     gradients = aux_gradients(sae, torch.randn(6, 8), torch.arange(24) < 9)
     assert gradients["W_enc"].abs().max() > 0
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pursuit_never_chooses_what_matches_nothing(architecture: str, sparse: bool) -> None:
+    """A decoder row of 0, in every row 0 / 0, and rows that are explained or that none matches."""
+    fields = {"rescale_acts_by_decoder_norm": False} if "topk" in architecture else {}
+    sae = build_sae(
+        architecture, aux_variant="pursuit", dead_criterion="steps", dtype="float64", **fields
+    )
+    sae.may_be_sparse = sparse
+    x = torch.randn(6, 8, dtype=torch.float64)
+    dead = torch.arange(24) < 20
+    for zeros in ([0, 5], [0, 23]):  # all dead, or one alive
+        with torch.no_grad():
+            sae.W_dec[zeros] = 0
+        assert_equals_reference(sae, x, dead)
+    with torch.no_grad():  # nothing fires
+        for name, parameter in sae.named_parameters():
+            if name not in ("W_dec", "threshold"):
+                parameter.zero_()
+        sae.W_dec.uniform_(0.1, 1)
+    x[0], x[1] = 0, -x[1].abs()
+    assert_equals_reference(sae, x, dead)
+    gradients = aux_gradients(sae, torch.zeros_like(x), dead)
+    assert all((gradient == 0).all() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

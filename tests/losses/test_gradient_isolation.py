@@ -130,6 +130,32 @@ def test_pursuit_pushes_down_what_is_near_to_firing_where_it_should_not(
     assert min(n_pushed, n_left) >= 5, "the test would see nothing"
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_pursuit_teaches_dead_latents_where_the_residual_is_mostly_in_one_direction(
+    sparse: bool,
+) -> None:
+    """Live latents in that direction match each row best, and each row as well as any other."""
+    sae = build("auxk-topk", aux_variant="pursuit", rescale_acts_by_decoder_norm=False)
+    sae.may_be_sparse = sparse
+    kill_latents(sae, D_SAE)  # no latent fires
+    with torch.no_grad():
+        sae.b_dec.zero_()
+        sae.W_dec.zero_()
+        sae.W_dec[:7, 1:] = torch.eye(7)
+        sae.W_dec[N_DEAD:, 0] = 1.0
+    scales = torch.tensor([0.0, 1.0, 0.1, 1.0, 0.5, 1.0, 0.1, 1.0])
+    x = torch.randn(64, 8) * scales
+    x[:, 0] = 10 + 0.01 * torch.randn(64)
+    assert (x.argmax(dim=1) == 0).all(), "live latents match best"
+    shares = x / x.norm(dim=0)
+    won = torch.nn.functional.one_hot(shares.argmax(dim=1), 8)[:, 1:]
+    assert (won.sum(dim=0) > 0).all()
+    expected = -2 / 64 * sae.cfg.resolved_aux_coefficient * (won * x[:, 1:]).sum(dim=0)
+    gradient = aux_gradients(sae, x, DEAD)["b_enc"]
+    torch.testing.assert_close(gradient[:7], expected)
+    assert (gradient[7:] == 0).all()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pursuit_does_not_depend_on_the_length_of_dead_rows(architecture: str) -> None:
     """Where decoder rows keep their lengths, those of dead latents stay short while others grow."""

@@ -7,7 +7,15 @@ import torch
 
 from sae_lens_auxk import register_aux_loss
 from sae_lens_auxk.losses.registry import AUX_LOSSES
-from tests.helpers import ARCHITECTURES, PAIRS, aux_gradients, aux_loss, build_sae, forward
+from tests.helpers import (
+    ARCHITECTURES,
+    PAIRS,
+    aux_gradients,
+    aux_loss,
+    aux_value_and_gradients,
+    build_sae,
+    forward,
+)
 
 DEAD = torch.arange(24) < 10
 
@@ -89,6 +97,22 @@ def test_samples_that_make_up_the_batch_have_its_gradient(architecture: str, var
             total[name] += gradient / 2
     for name, gradient in expected.items():
         torch.testing.assert_close(total[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize(("architecture", "variant"), PAIRS)
+def test_the_loss_of_a_sample_is_that_of_a_batch_of_its_rows(
+    architecture: str, variant: str
+) -> None:
+    # BatchTopK chooses in all rows together, unless it can choose everything.
+    fields = {"k": 24} if "batchtopk" in architecture else {}
+    whole, some = pair_of(architecture, variant, 0.5, k_aux=3, **fields)
+    x, rows = torch.randn(6, 8, dtype=torch.float64), torch.tensor([4, 0, 3])
+    some._aux_rows = lambda n_rows, step: rows  # noqa: ARG005
+    value, gradients = aux_value_and_gradients(some, x, DEAD)
+    expected, expected_gradients = aux_value_and_gradients(whole, x[rows], DEAD)
+    torch.testing.assert_close(value, expected)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, msg=name)
 
 
 def test_the_sample_is_the_same_again_after_resuming_and_another_at_the_next_step() -> None:
