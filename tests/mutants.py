@@ -256,13 +256,13 @@ MUTANTS = [
     Mutant(
         "losses",
         "pursuit_largest_match",
-        "relative(scaled_product(x, self.W[latents].T, None))",
+        "unit_columns_(scaled_product(x, self.W[latents].T, None))",
         "scaled_product(x, self.W[latents].T, 1 / row_norms(self.W[latents]))",
     ),
     Mutant(
         "losses",
         "pursuit_largest_match_dense",
-        "relative(x.to(rows.dtype) @ rows.T)",
+        "unit_columns_(x.to(rows.dtype) @ rows.T)",
         "x.to(rows.dtype) @ rows.T / row_norms(rows)",
     ),
     Mutant(
@@ -302,8 +302,8 @@ MUTANTS = [
     Mutant(
         "losses",
         "pursuit_best_by_sign_dense",
-        "self.nearness(relative(x.to(rows.dtype) @ rows.T))",
-        "relative(x.to(rows.dtype) @ rows.T)",
+        "self.nearness(unit_columns_(x.to(rows.dtype) @ rows.T))",
+        "unit_columns_(x.to(rows.dtype) @ rows.T)",
     ),
     Mutant(
         "losses",

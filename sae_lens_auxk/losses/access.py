@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from sae_lens_auxk.ops.matrices import relative, row_norms
+from sae_lens_auxk.ops.matrices import row_norms, unit_columns_
 from sae_lens_auxk.ops.selection import beyond, indices_of, top_k
 
 Pointwise = Callable[[torch.Tensor], torch.Tensor]
@@ -171,7 +171,7 @@ class DenseAccess:
     def best_match(self, x: torch.Tensor, among: torch.Tensor, level: slice) -> Activations:
         with torch.no_grad():
             rows = self.W_dec[level]
-            products = self.nearness(relative(x.to(rows.dtype) @ rows.T))
+            products = self.nearness(unit_columns_(x.to(rows.dtype) @ rows.T))
             best = products.argmax(dim=-1, keepdim=True) + (level.start or 0)
             chosen = torch.zeros_like(self.h, dtype=torch.bool).scatter_(-1, best, among[best])
         return DenseActivations.of(self.h, chosen, self.W_dec, self.rescaled)

@@ -1,4 +1,4 @@
-"""Pursuit: the dead latent that suits a row best learns as if it had fired."""
+"""Pursuit: the dead latent that a row suits best learns as if it had fired."""
 
 from typing import Any
 

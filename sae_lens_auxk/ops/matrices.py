@@ -200,8 +200,11 @@ def column_norms(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(squares).sum(dim=0).sqrt()
 
 
-def relative(products: torch.Tensor) -> torch.Tensor:
-    """``products`` (B, n), each column divided by its norm, in place; no gradient."""
+def unit_columns_(products: torch.Tensor) -> torch.Tensor:
+    """``products`` (B, n), each column divided by its norm, in place; no gradient.
+
+    The norm is the root mean square times the root of B.
+    """
     norms = column_norms(products)
     # 0 / 0 would be NaN, which is the largest of all products.
     return products.div_(norms.where(norms > 0, torch.inf))
@@ -279,9 +282,9 @@ class Decoder:
         return selected.dots(x.to(W.dtype), W)
 
     def all_matches(self, x: torch.Tensor, latents: slice) -> torch.Tensor:
-        """(B, n): the :func:`relative` products of ``x`` (B, d_in) with rows of W_dec; no graph."""
+        """(B, n): products of ``x`` (B, d_in) with rows of W_dec, in unit columns; no graph."""
         x = x.to(self._autocast or self.W.dtype)
-        return relative(scaled_product(x, self.W[latents].T, None))
+        return unit_columns_(scaled_product(x, self.W[latents].T, None))
 
     def times_norm(self, pre: torch.Tensor, selected: Selected | None = None) -> torch.Tensor:
         """``pre`` of selected entries times the norms of their latents, with the graph of both.

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sae_lens_auxk import ops
 from sae_lens_auxk.ops.encoder import SelectedActivations
-from sae_lens_auxk.ops.matrices import Decoder, LatentGradient, handle, relative, transposed
+from sae_lens_auxk.ops.matrices import Decoder, LatentGradient, handle, transposed, unit_columns_
 from sae_lens_auxk.ops.selection import InColumns, Pairs, group_size, top_k, top_k_of_batch
 from tests.helpers import (
     TOPK_ARCHITECTURES,
@@ -131,7 +131,7 @@ def test_products_are_relative_to_the_norm_of_their_column(dtype: torch.dtype) -
     if dtype != torch.float64:
         expected[:, 4] = 0
     tolerance = {"rtol": 0, "atol": 0} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(relative(products), expected.to(dtype), **tolerance)
+    torch.testing.assert_close(unit_columns_(products), expected.to(dtype), **tolerance)
 
 
 def test_both_forms_of_a_selection_are_the_same() -> None:
