@@ -110,7 +110,7 @@ def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
         groups = groups_in(folder)
         for b in rivals:
             rows.append([name, b, *(_difference(groups, a, b, key) for key in keys)])
-    return table(["setting", "less", "found again", "EV", "CE recovered"], rows)
+    return table(["setting", "minus", "found again", "EV", "CE recovered"], rows)
 
 
 def _spread(values: list[float]) -> str:
@@ -157,7 +157,7 @@ def of_probes() -> str:
         low, high = interval(less)
         ahead = "" if arm == "auxk" else f"{mean(less):+.3f} [{low:.3f}, {high:.3f}]"
         rows.append([arm, _spread(one), _spread(five), ahead])
-    return table(["arm", "one latent", "five latents", "five, less `auxk`"], rows)
+    return table(["arm", "one latent", "five latents", "five, minus `auxk`"], rows)
 
 
 START = "unit rows, mean, no loss"
