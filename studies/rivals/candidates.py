@@ -18,7 +18,10 @@ from sae_lens_auxk.ops.matrices import row_norms
     "pursuit_dead", default_coefficient=1 / 2, uses_k_aux=True, sync_free=True, capturable=True
 )
 def pursuit_dead(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
-    """``pursuit`` where ``i`` is the dead latent with the largest ``p_b``; rows are rescaled."""
+    """``pursuit`` where ``i`` is the dead latent with the largest ``r_b . W_i / |W_i|``.
+
+    Only for SAEs that rescale activations by the decoder norm, as TopK's do.
+    """
     columns, residual = inputs.dead_columns(), inputs.residual
     with torch.no_grad():
         matches = (residual @ columns.rows.T).masked_fill(~columns.real, -torch.inf)
