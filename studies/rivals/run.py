@@ -79,6 +79,8 @@ def best_rates(model: str, family: str) -> dict[str, float]:
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     own = arms(args.family)
     chosen = args.arms or [name for name in own if name != "pursuit, only dead"]
+    if unknown := [name for name in chosen if name not in own]:
+        sys.exit(f"--arms {', '.join(unknown)}: must be of {', '.join(own)}.")
     own = {name: own[name] for name in own if name in chosen}
     if args.stage == "rates":
         return [
