@@ -27,9 +27,10 @@ def pursuit_dead(inputs: AuxLossInputs, cfg: Any) -> torch.Tensor:
         matches = (residual @ columns.rows.T).masked_fill(~columns.real, -torch.inf)
         product, best = matches.max(dim=1, keepdim=True)
         latents = columns.latents[best[:, 0]]
+        product = inputs.fire(product)
     rows = inputs.W_dec.index_select(0, latents)
-    fired = inputs.fire(product) * rows / row_norms(rows).unsqueeze(1)
+    fired = product * rows / row_norms(rows).unsqueeze(1)
     h = columns.h.gather(1, best)
-    up = 2 * (inputs.total(inputs.fire(product) * h) + (residual * fired).sum(dim=-1))
+    up = 2 * (inputs.total(product * h) + (residual * fired).sum(dim=-1))
     gain = up + down(inputs, cfg.resolved_k_aux)
     return gain.mean().detach() - gain.mean()

@@ -90,7 +90,8 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         ]
     if args.stage == "best":
         rates = best_rates(args.model, args.family)
-        rates.setdefault("pursuit, only dead", rates["pursuit"])
+        if "pursuit" in rates:
+            rates.setdefault("pursuit, only dead", rates["pursuit"])
     else:
         rates = dict.fromkeys(own, RATES[0])
     if missing := [name for name in own if name not in rates]:
