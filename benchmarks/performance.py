@@ -6,7 +6,8 @@
 
 Results go to docs/performance/<device>.json, with the machine, versions, date and commit; tables go
 between the markers in docs/performance.md, the plot beside the results. ``--sections`` measures
-some and keeps the others.
+some and keeps the others; ``--only pursuit "pursuit, switched off"`` measures the cases of these
+names, notes the commit in each, and keeps the others.
 """
 
 import argparse
@@ -96,30 +97,37 @@ def variant_cases(device: str) -> dict[str, Case]:
 CASES = {"peers": peer_cases, "growth": growth_cases, "variants": variant_cases}
 
 
-def run(device: str, sections: list[str]) -> None:
+def chosen(cases: dict[str, Case], only: list[str]) -> dict[str, Case]:
+    """Those whose name ends with one of ``only``; all if that is empty."""
+    return {n: case for n, case in cases.items() if not only or n.split("|")[-1] in only}
+
+
+def run(device: str, sections: list[str], only: list[str]) -> None:
     path = DOCS / "performance" / f"{device}.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        **{name: version(name) for name in ("torch", "sae-lens", "eai-sparsify")},
-        "python": platform.python_version(),
-        "commit": commit(),
-    }
+    if not only:
+        results |= {section: {} for section in sections if section in CASES}
+        results["machine"] = {
+            "date": date.today().isoformat(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+            **{name: version(name) for name in ("torch", "sae-lens", "eai-sparsify")},
+            "python": platform.python_version(),
+            "commit": commit(),
+        }
+    made_by = {"commit": commit()} if only else {}
     for section in sections:
         if section == "parts":
             with (path.parent / f"{device}-parts.txt").open("w") as file, redirect_stdout(file):
                 d_sae, batch = (131_072, 4096) if device == "cuda" else (CPU.d_sae, CPU.batch)
                 measure_parts(device, d_sae, batch, (0.1, 0.5, 0.9))
             continue
-        results[section] = {}
-        for name, case in CASES[section](device).items():
-            results[section][name] = {"case": asdict(case), **measure(case, device)}
+        for name, case in chosen(CASES[section](device), only).items():
+            results[section][name] = {"case": asdict(case), **measure(case, device), **made_by}
             print(section, name, results[section][name], flush=True)
             write_json(path, results)
     # Last: for a process that has been profiled, every launch takes longer.
     if device == "cuda" and "peers" in sections:
-        for name, case in peer_cases(device).items():
+        for name, case in chosen(peer_cases(device), only).items():
             if name.split("|")[-1] in ("SAELens", "sparsify", *OURS, "the trainer alone"):
                 results["peers"][name]["device"] = device_milliseconds(case)
                 print(name, results["peers"][name]["device"], flush=True)
@@ -252,11 +260,13 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if not args.render:
-        run(args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.sections)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        run(device, args.sections, args.only)
     try:
         render()
     except ImportError as error:

@@ -3,6 +3,7 @@
     python -m studies.rivals.run rates smollm2 15 topk    # one seed at three learning rates
     python -m studies.rivals.run best smollm2 15 topk     # three others, each arm at its best rate
     python -m studies.rivals.run slow gemma3 12 topk      # the same, all arms at 3e-4
+    python -m studies.rivals.run slow smollm2 15 jumprelu --l0_coefficient 0.1
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
@@ -33,10 +34,20 @@ from studies.rivals.rates import read_rates
 
 RATES = (3e-4, 1e-3, 2e-3)
 MODELS = ("smollm2", "gemma3", "synthsaebench")
+FAMILIES = ("topk", "batchtopk", "matryoshka-batchtopk", "jumprelu")
 SYNTHETIC = Path(__file__).parents[1] / "synthsaebench" / "config.yaml"
 SPECIAL = {"smollm2": [0], "gemma3": [2]}
 """The first token of each row, whose norm is hundreds of times the others'."""
 DEAD_AFTER = 1_000_000
+JUMPRELU: dict[str, Any] = {
+    "jumprelu_sparsity_loss_mode": "quadratic",
+    "target_l0": 32.0,
+    "jumprelu_bandwidth": 2.0,
+    "jumprelu_init_threshold": 0.1,
+    "jumprelu_ste_to_input": True,
+}
+"""The penalty is Gemma Scope 2's, which has the same L0 as its aim in every arm; the gradients are
+Anthropic's (Circuits Updates, January 2025), and so is a coefficient that rises all the time."""
 UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
 
 
@@ -52,7 +63,10 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
         "pursuit, only dead": {"aux_variant": "pursuit_dead"},
     }
     own = {name: {"architecture": f"auxk-{family}", **row} for name, row in own.items()}
-    return {"SAELens": {"architecture": family.replace("-", "_")}, **own}
+    saelens: dict[str, Any] = {"architecture": family.replace("-", "_")}
+    if family == "jumprelu":  # SAELens has a loss against dead latents there, but off
+        saelens["pre_act_loss_coefficient"] = 3e-6
+    return {"SAELens": saelens, **own}
 
 
 def folder_of(args: argparse.Namespace) -> Path:
@@ -120,6 +134,10 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         published = yaml.safe_load(SYNTHETIC.read_text(encoding="utf-8"))
         names = ("k", "n_features", "d_in", "synthetic_model")
         return Comparison(**shared, **{name: published[name] for name in names})
+    sae: dict[str, Any] = {"normalize_activations": "expected_average_only_in"}
+    if args.family == "jumprelu":
+        n_steps = n_tokens // args.batch_size
+        sae |= {**JUMPRELU, "l0_coefficient": args.l0_coefficient, "l0_warm_up_steps": n_steps}
     prompts = 16 if args.model == "smollm2" else 4  # of whose logits there are five times as many
     return Comparison(
         **shared,
@@ -131,7 +149,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         max_norm_multiple=10.0,
         context_size=256,
         effect=args.effect,
-        sae={"normalize_activations": "expected_average_only_in"},
+        sae=sae,
         language_model={
             "streaming": False,
             "prepend_bos": False,
@@ -152,7 +170,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("rates", "best", "slow"))
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("layer", type=int)
-    parser.add_argument("family", choices=("topk", "batchtopk", "matryoshka-batchtopk"))
+    parser.add_argument("family", choices=FAMILIES)
     parser.add_argument(
         "--data", type=Path, default=Path(), help="the folder of the models' folders"
     )
@@ -161,6 +179,7 @@ def main() -> None:
         "--rates", type=float, nargs="+", default=RATES, help="learning rates of the stage rates"
     )
     parser.add_argument("--tokens", type=float, default=10, help="millions")
+    parser.add_argument("--l0_coefficient", type=float, default=0.1, help="of jumprelu")
     parser.add_argument("--d_sae", type=int, default=9216)
     parser.add_argument("--batch_size", type=int, default=4096)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
