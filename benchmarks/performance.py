@@ -29,8 +29,9 @@ from benchmarks.made_by import commit
 from benchmarks.pages import table, with_blocks
 from benchmarks.parts import measure_parts
 from benchmarks.step import Case, device_milliseconds, measure
-from sae_lens_auxk.compare.cases import PRESETS, STOCK
+from sae_lens_auxk.compare.cases import STOCK
 from sae_lens_auxk.files import write_json
+from sae_lens_auxk.losses import BUILT_IN
 
 DOCS = Path(__file__).parent.parent / "docs"
 SECTIONS = ("peers", "growth", "variants", "parts")
@@ -88,10 +89,7 @@ def growth_cases(device: str) -> dict[str, Case]:
 def variant_cases(device: str) -> dict[str, Case]:
     """Every variant, half of the latents dead."""
     size = replace(Case("auxk-topk", 24_576), **ON_GPU) if device == "cuda" else CPU
-    return {
-        case["aux_variant"]: replace(size, fields={"aux_variant": case["aux_variant"]})
-        for case in PRESETS["variants"]
-    }
+    return {name: replace(size, fields={"aux_variant": name}) for name in BUILT_IN}
 
 
 CASES = {"peers": peer_cases, "growth": growth_cases, "variants": variant_cases}
