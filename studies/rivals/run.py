@@ -9,7 +9,7 @@ Each call is one comparison, in a folder of ``--output`` named after its argumen
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
 explained variance, of the mean over both layers of SmolLM2, for TopK and BatchTopK separately:
 studies.rivals.rates collects them, and no rate is chosen on Gemma 3. Matryoshka takes BatchTopK's.
-SynthSAEBench, which has no layers (0), has rates of its own. README.md says how to get the models
+Synthetic models have no layers (0) and rates of their own. README.md says how to get the models
 and the text.
 
 SAELens's loss is SAELens's own class; its unit rows are computed by this package's step, which ends
@@ -32,10 +32,14 @@ from sae_lens_auxk.compare.run import run_comparison
 from studies.rivals import candidates  # noqa: F401  registers its losses
 from studies.rivals.rates import read_rates
 
+STUDIES = Path(__file__).parents[1]
 RATES = (3e-4, 1e-3, 2e-3)
-MODELS = ("smollm2", "gemma3", "synthsaebench")
+SYNTHETIC = {
+    "synthsaebench": STUDIES / "synthsaebench" / "config.yaml",
+    "synthetic": STUDIES / "pursuit" / "heldout.yaml",  # a small one, for a CPU
+}
+MODELS = ("smollm2", "gemma3", *SYNTHETIC)
 FAMILIES = ("topk", "batchtopk", "matryoshka-batchtopk", "jumprelu")
-SYNTHETIC = Path(__file__).parents[1] / "synthsaebench" / "config.yaml"
 SPECIAL = {"smollm2": [0], "gemma3": [2]}
 """The first token of each row, whose norm is hundreds of times the others'."""
 DEAD_AFTER = 1_000_000
@@ -76,11 +80,11 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 def best_rates(model: str, family: str) -> dict[str, float]:
     """The learning rate of each arm, as the module says."""
-    chosen_on = "synthsaebench" if model == "synthsaebench" else "smollm2"
+    chosen_on = model if model in SYNTHETIC else "smollm2"
     layers = [
         arms
         for name, arms in read_rates().items()
-        if name.startswith(chosen_on) and name.split("-")[2:] == [family.split("-")[-1]]
+        if name.split("-")[0] == chosen_on and name.split("-")[2:] == [family.split("-")[-1]]
     ]
     if not layers:
         sys.exit(f"{chosen_on}, {family}: no rates yet. Run the stage rates, then .rates.")
@@ -130,10 +134,10 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         "autocast": args.device.startswith("cuda"),
         "cases": cases_of(args),
     }
-    if args.model == "synthsaebench":
-        published = yaml.safe_load(SYNTHETIC.read_text(encoding="utf-8"))
+    if args.model in SYNTHETIC:
+        given = yaml.safe_load(SYNTHETIC[args.model].read_text(encoding="utf-8"))
         names = ("k", "n_features", "d_in", "synthetic_model")
-        return Comparison(**shared, **{name: published[name] for name in names})
+        return Comparison(**shared, **{name: given[name] for name in names})
     sae: dict[str, Any] = {"normalize_activations": "expected_average_only_in"}
     if args.family == "jumprelu":
         n_steps = n_tokens // args.batch_size
