@@ -39,6 +39,9 @@ SYNTHETIC = {
     "synthetic": STUDIES / "pursuit" / "heldout.yaml",  # a small one, for a CPU
 }
 MODELS = ("smollm2", "gemma3", *SYNTHETIC)
+USUAL = (10.0, 9216, 4096)
+"""Millions of tokens, latents and rows of a batch."""
+SIZES = {"synthsaebench": (10.0, 4096, 4096), "synthetic": (0.6, 768, 512)}
 FAMILIES = ("topk", "batchtopk", "matryoshka-batchtopk", "jumprelu")
 SPECIAL = {"smollm2": [0], "gemma3": [2]}
 """The first token of each row, whose norm is hundreds of times the others'."""
@@ -74,7 +77,7 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    tokens = "" if args.tokens == 10 else f"-{args.tokens:g}m"
+    tokens = "" if args.tokens == SIZES.get(args.model, USUAL)[0] else f"-{args.tokens:g}m"
     return args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{tokens}"
 
 
@@ -183,15 +186,18 @@ def main() -> None:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=RATES, help="learning rates of the stage rates"
     )
-    parser.add_argument("--tokens", type=float, default=10, help="millions")
+    parser.add_argument("--tokens", type=float, help="millions")
     parser.add_argument("--l0_coefficient", type=float, default=0.1, help="of jumprelu")
-    parser.add_argument("--d_sae", type=int, default=9216)
-    parser.add_argument("--batch_size", type=int, default=4096)
+    parser.add_argument("--d_sae", type=int)
+    parser.add_argument("--batch_size", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", help="only these; studies/merge.py merges results")
     parser.add_argument("--effect", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
+    usual = SIZES.get(args.model, USUAL)
+    for name, value in zip(("tokens", "d_sae", "batch_size"), usual, strict=True):
+        setattr(args, name, getattr(args, name) or value)
     folder = folder_of(args)
     comparison = resolve(comparison_of(args))
     command = f"python -m studies.rivals.run {shlex.join(sys.argv[1:])}  # commit {commit()}"
