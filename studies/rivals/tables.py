@@ -47,6 +47,8 @@ GEMMA = {
     "gemma3-6-batchtopk": "layer 6, BatchTopK",
     "gemma3-12-topk": "layer 12, TopK",
 }
+KNOWN = {"synthetic-0-topk": "TopK", "synthetic-0-batchtopk": "BatchTopK"}
+"""A synthetic model, whose features are known."""
 SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
@@ -62,6 +64,11 @@ def read_json(path: Path) -> Any:
 def groups_in(folder: str) -> Groups:
     """The seeds of each arm, by its name."""
     return {group["case"]: group for group in read_results(HERE / folder)["groups"]}
+
+
+def comparison_of(folder: str) -> dict[str, Any]:
+    """The configuration."""
+    return read_results(HERE / folder)["comparison"]
 
 
 def _cell(groups: Groups, arm: str) -> str:
@@ -160,6 +167,31 @@ def of_probes() -> str:
     return table(["arm", "one latent", "five latents", "five, minus `auxk`"], rows)
 
 
+def of_known_features() -> str:
+    """A row for each family and arm: its learning rate, and the means over the seeds."""
+    metrics = ("explained_variance", "f1", "mcc", "found_again", "dead_fraction")
+    rows = []
+    for folder, family in KNOWN.items():
+        groups = groups_in(folder)
+        rates = {case["name"]: case["lr"] for case in comparison_of(folder)["cases"]}
+        for arm in (arm for arm in ARMS if arm in groups):
+            shown = (METRICS[key].show(*number(groups[arm], key)) for key in metrics)
+            rows.append([family, arm, f"{rates[arm]:g}", *shown])
+    return table(["family", "arm", "rate", "EV", "F1", "MCC", "found again", "dead"], rows)
+
+
+def of_known_pairs() -> str:
+    """What pursuit is ahead of the others on the synthetic model."""
+    keys = ("f1", "mcc", "explained_variance", "found_again")
+    rows = []
+    for folder, family in KNOWN.items():
+        groups = groups_in(folder)
+        for a in ("pursuit", "pursuit, mean"):
+            for b in (*RIVALS, "resampling"):
+                rows.append([family, a, b, *(_difference(groups, a, b, key) for key in keys)])
+    return table(["family", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
+
+
 START = "unit rows, mean, no loss"
 RIVALS = ("SAELens", START, "auxk")
 TABLES = {
@@ -171,6 +203,8 @@ TABLES = {
     "unit rows": lambda: of_pairs(START, ("SAELens", "auxk")),
     "revived": of_revived,
     "probes": of_probes,
+    "known features": of_known_features,
+    "known pairs": of_known_pairs,
 }
 
 
