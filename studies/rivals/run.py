@@ -55,6 +55,12 @@ JUMPRELU: dict[str, Any] = {
 }
 """The penalty is Gemma Scope 2's, which has the same L0 as its aim in every arm; the gradients are
 Anthropic's (Circuits Updates, January 2025), and so is a coefficient that rises all the time."""
+TRIED = {
+    "pursuit, only dead": "pursuit_dead",
+    "pursuit, gated": "pursuit_gated",
+    "pursuit, exchange": "pursuit_exchange",
+}
+"""Changes to pursuit, which run only if ``--arms`` names them."""
 UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
 
 
@@ -67,7 +73,7 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
         "resampling": {"aux_variant": "none", "resample_every_steps": 500},
         "pursuit": {"aux_variant": "pursuit"},
         "pursuit, mean": {"aux_variant": "pursuit", "b_dec_init": "mean"},
-        "pursuit, only dead": {"aux_variant": "pursuit_dead"},
+        **{name: {"aux_variant": variant} for name, variant in TRIED.items()},
     }
     own = {name: {"architecture": f"auxk-{family}", **row} for name, row in own.items()}
     saelens: dict[str, Any] = {"architecture": family.replace("-", "_")}
@@ -99,7 +105,7 @@ def best_rates(model: str, family: str) -> dict[str, float]:
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     own = arms(args.family)
-    chosen = args.arms or [name for name in own if name != "pursuit, only dead"]
+    chosen = args.arms or [name for name in own if name not in TRIED]
     if unknown := [name for name in chosen if name not in own]:
         sys.exit(f"--arms {', '.join(unknown)}: must be of {', '.join(own)}.")
     own = {name: own[name] for name in own if name in chosen}
@@ -112,7 +118,7 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.stage == "best":
         rates = best_rates(args.model, args.family)
         if "pursuit" in rates:
-            rates.setdefault("pursuit, only dead", rates["pursuit"])
+            rates = dict.fromkeys(TRIED, rates["pursuit"]) | rates
     else:
         rates = dict.fromkeys(own, RATES[0])
     if missing := [name for name in own if name not in rates]:

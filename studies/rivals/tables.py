@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from benchmarks.pages import table, with_blocks
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
-from sae_lens_auxk.compare.schema import METRICS, Group
+from sae_lens_auxk.compare.schema import METRICS, PEEKING, Group
 from sae_lens_auxk.compare.seeds import by_seed, differences, have_one_l0, interval
 
 HERE = Path(__file__).parent
@@ -192,6 +192,21 @@ def of_known_pairs() -> str:
     return table(["family", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
 
+def of_junk() -> str:
+    """Of revived latents and of those that never died: how many, and the share that is junk."""
+    rows = []
+    for folder, family in KNOWN.items():
+        groups = groups_in(folder)
+        for arm in (arm for arm in ARMS if arm in groups):
+            cells = []
+            for latents in ("revived", "never_died"):
+                n, _ = number(groups[arm], "n_alive", latents)
+                share = PEEKING["junk_share"].show(*number(groups[arm], "junk_share", latents))
+                cells.append(f"{n or 0:.0f}: {share}")
+            rows.append([family, arm, *cells])
+    return table(["family", "arm", "revived", "never died"], rows)
+
+
 START = "unit rows, mean, no loss"
 RIVALS = ("SAELens", START, "auxk")
 TABLES = {
@@ -205,6 +220,7 @@ TABLES = {
     "probes": of_probes,
     "known features": of_known_features,
     "known pairs": of_known_pairs,
+    "junk": of_junk,
 }
 
 
