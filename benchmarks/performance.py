@@ -97,7 +97,12 @@ CASES = {"peers": peer_cases, "growth": growth_cases, "variants": variant_cases}
 
 def chosen(cases: dict[str, Case], only: list[str]) -> dict[str, Case]:
     """Those whose name ends with one of ``only``; all if that is empty."""
-    return {n: case for n, case in cases.items() if not only or n.split("|")[-1] in only}
+    return {name: case for name, case in cases.items() if not only or last(name) in only}
+
+
+def last(name: str) -> str:
+    """What is measured: the name without architecture and size."""
+    return name.split("|")[-1]
 
 
 def run(device: str, sections: list[str], only: list[str]) -> None:
@@ -119,9 +124,10 @@ def run(device: str, sections: list[str], only: list[str]) -> None:
                 d_sae, batch = (131_072, 4096) if device == "cuda" else (CPU.d_sae, CPU.batch)
                 measure_parts(device, d_sae, batch, (0.1, 0.5, 0.9))
             continue
+        measured = results.setdefault(section, {})
         for name, case in chosen(CASES[section](device), only).items():
-            results[section][name] = {"case": asdict(case), **measure(case, device), **made_by}
-            print(section, name, results[section][name], flush=True)
+            measured[name] = {"case": asdict(case), **measure(case, device), **made_by}
+            print(section, name, measured[name], flush=True)
             write_json(path, results)
     # Last: for a process that has been profiled, every launch takes longer.
     if device == "cuda" and "peers" in sections:
@@ -264,6 +270,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if not args.render:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        known = {last(name) for cases in CASES.values() for name in cases(device)}
+        if unknown := [name for name in args.only if name not in known]:
+            parser.error(f"--only {', '.join(unknown)}: must be of {', '.join(sorted(known))}.")
         run(device, args.sections, args.only)
     try:
         render()

@@ -48,11 +48,11 @@ STRENGTH = 0.25
 Tensors = dict[str, torch.Tensor]
 
 
-def continued(folder: Path, before: Resolved, case: str, n_tokens: int, device: str) -> Resolved:
-    """The comparison in ``folder`` with the arms of this script and their training."""
+def continued(before: Resolved, case: str, n_tokens: int, device: str) -> Resolved:
+    """The comparison with the arms of this script and their training."""
     architecture = before.architecture[0]
     family = architecture.removeprefix("auxk-")
-    rates = best_rates(folder.name.split("-")[1], family)
+    rates = best_rates(Path(before.model_name or "").parent.name, family)
     rates["none"] = rates[case]  # at which the SAE was trained so far
     rows = {**arms(family), "none": {"architecture": architecture, "aux_variant": "none"}}
     return replace(
@@ -211,7 +211,7 @@ def main() -> None:
     results = read_results(args.folder)
     runs = [r for r in results["runs"] if r["case"] == args.case and r["status"] == "finished"]
     before = resolve(Comparison(**results["comparison"]))
-    own = continued(args.folder, before, args.case, int(1e6 * args.tokens), args.device)
+    own = continued(before, args.case, int(1e6 * args.tokens), args.device)
     source = source_of(own)
     for seed in args.seeds:
         run_seed(args, own, source, runs, seed)

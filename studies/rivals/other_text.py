@@ -9,7 +9,7 @@ r"""Are latents found again where the other seed reads other text?
 
 The other comparisons of this study have one text for all seeds, so a passage that an SAE memorises
 is found again, too. Here each seed has a third of a text of 42 million tokens, and no row is
-in two. Writes studies/rivals/other_text.json, from which .tables makes its table.
+in two. Writes studies/rivals/other_text.json.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def split(model: Path, parts: Path, n: int) -> None:
     for i in range(n):
         folder = parts / str(i + 1) / model.name
         (folder / "text").mkdir(parents=True)
-        text.shard(n, i).to_parquet(folder / "text" / "train.parquet")
+        text.shard(n, i, contiguous=False).to_parquet(folder / "text" / "train.parquet")
         (folder / "model").symlink_to((model / "model").resolve())
 
 

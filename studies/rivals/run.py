@@ -53,8 +53,8 @@ JUMPRELU: dict[str, Any] = {
     "jumprelu_init_threshold": 0.1,
     "jumprelu_ste_to_input": True,
 }
-"""The penalty is Gemma Scope 2's, which has the same L0 as its aim in every arm; the gradients are
-Anthropic's (Circuits Updates, January 2025), and so is a coefficient that rises all the time."""
+"""The penalty is Gemma Scope 2's, which aims at one L0 in every arm; the gradients are Anthropic's
+(Circuits Updates, January 2025), and so is a coefficient that rises all the time."""
 TRIED = {
     "pursuit, only dead": "pursuit_dead",
     "pursuit, gated": "pursuit_gated",
@@ -84,7 +84,10 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
 
 def folder_of(args: argparse.Namespace) -> Path:
     tokens = "" if args.tokens == SIZES.get(args.model, USUAL)[0] else f"-{args.tokens:g}m"
-    return args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{tokens}"
+    coefficient = f"-{args.l0_coefficient:g}" if args.family == "jumprelu" else ""
+    return (
+        args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{coefficient}{tokens}"
+    )
 
 
 def best_rates(model: str, family: str) -> dict[str, float]:
@@ -203,7 +206,10 @@ def main() -> None:
     args = parser.parse_args()
     usual = SIZES.get(args.model, USUAL)
     for name, value in zip(("tokens", "d_sae", "batch_size"), usual, strict=True):
-        setattr(args, name, getattr(args, name) or value)
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.family == "jumprelu" and args.model in SYNTHETIC:
+        sys.exit(f"{args.model} jumprelu: only on a language model. studies/jumprelu has another.")
     folder = folder_of(args)
     comparison = resolve(comparison_of(args))
     command = f"python -m studies.rivals.run {shlex.join(sys.argv[1:])}  # commit {commit()}"

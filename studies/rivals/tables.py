@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 from benchmarks.pages import table, with_blocks
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
-from sae_lens_auxk.compare.schema import METRICS, PEEKING, Group
+from sae_lens_auxk.compare.report.summary import MAX_RATE_RATIO
+from sae_lens_auxk.compare.schema import METRICS, Group
 from sae_lens_auxk.compare.seeds import by_seed, differences, have_one_l0, interval
 
 HERE = Path(__file__).parent
@@ -35,6 +36,8 @@ ARMS = (
 )
 CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
 """How pursuit may choose the latent that it teaches."""
+REVIVING = ("SAELens", "auxk", "pursuit", "pursuit, mean")
+BOTH = ("revived", "never_died")
 DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
 SMOLLM2 = {
     "smollm2-7-topk": "layer 7, TopK",
@@ -131,25 +134,25 @@ def _by_seed(group: Group, latents: str) -> list[float]:
 
 def _ahead(group: Group) -> list[float]:
     """Of revived latents less of those that never died."""
-    both = (_by_seed(group, latents) for latents in ("revived", "never_died"))
+    both = (_by_seed(group, latents) for latents in BOTH)
     return [revived - never_died for revived, never_died in zip(*both, strict=True)]
 
 
 def of_revived() -> str:
     """How far revived latents are ahead: mean and 95% t interval of the jackknife's values."""
-    arms = ("SAELens", "auxk", "pursuit", "pursuit, mean")
     rows = []
-    for name, folder in SETTINGS.items():
+    settings = SETTINGS | {f"synthetic, {family}": folder for folder, family in KNOWN.items()}
+    for name, folder in settings.items():
         cells = []
-        for arm in arms:
+        for arm in REVIVING:
             group = groups_in(folder)[arm]
             ahead = _ahead(group)
             low, high = interval(ahead)
-            shares = (mean(_by_seed(group, latents)) for latents in ("revived", "never_died"))
+            shares = (mean(_by_seed(group, latents)) for latents in BOTH)
             both = ", ".join(f"{share:.1f}%" for share in shares)
             cells.append(f"{both}: {mean(ahead):+.1f} [{low:.1f}, {high:.1f}]")
         rows.append([name, *cells])
-    return table(["setting", *arms], rows)
+    return table(["setting", *REVIVING], rows)
 
 
 def of_probes() -> str:
@@ -187,24 +190,40 @@ def of_known_pairs() -> str:
     for folder, family in KNOWN.items():
         groups = groups_in(folder)
         for a in ("pursuit", "pursuit, mean"):
-            for b in RIVALS:
+            for b in RIVALS if a == "pursuit" else (*RIVALS, "pursuit"):
                 rows.append([family, a, b, *(_difference(groups, a, b, key) for key in keys)])
     return table(["family", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
 
 def of_junk() -> str:
-    """Of revived latents and of those that never died: how many, and the share that is junk."""
+    """How many latents came back, the shares of junk of these and of others, and the difference.
+
+    None where the others do not fire about as often.
+    """
     rows = []
     for folder, family in KNOWN.items():
-        groups = groups_in(folder)
-        for arm in (arm for arm in ARMS if arm in groups):
-            cells = []
-            for latents in ("revived", "never_died"):
-                n, _ = number(groups[arm], "n_alive", latents)
-                share = PEEKING["junk_share"].show(*number(groups[arm], "junk_share", latents))
-                cells.append(f"{n or 0:.0f}: {share}")
-            rows.append([family, arm, *cells])
-    return table(["family", "arm", "revived", "never died"], rows)
+        for arm in REVIVING:
+            group = groups_in(folder)[arm]
+            rates = [number(group, "firing_rate", latents)[0] or 0.0 for latents in BOTH]
+            shares = [number(group, "junk_share", latents)[0] or 0.0 for latents in BOTH]
+            ahead = [
+                100 * (junk[0] - junk[1])
+                for run in group["runs"]
+                if (junk := [(run["peeking"] or {})[of]["junk_share"] for of in BOTH])
+            ]
+            low, high = interval(ahead)
+            alike = max(rates) <= MAX_RATE_RATIO * min(rates)
+            rows.append(
+                [
+                    family,
+                    arm,
+                    f"{number(group, 'n_alive', 'revived')[0]:.0f}",
+                    *(f"{100 * share:.1f}%" for share in shares),
+                    f"{mean(ahead):+.1f} [{low:.1f}, {high:.1f}]" if alike else "–",
+                ]
+            )
+    head = ["family", "arm", "came back", "junk of these", "of never-died", "difference"]
+    return table(head, rows)
 
 
 START = "unit rows, mean, no loss"
@@ -268,7 +287,7 @@ def main() -> None:
     draw(FIGURES / "rivals.png", "found again, % of all latents",
          _found_again, DRAWN)  # fmt: skip
     draw(FIGURES / "revived.png", "revived minus never died, points",
-         _revived, ("SAELens", "auxk", "pursuit", "pursuit, mean"))  # fmt: skip
+         _revived, REVIVING)  # fmt: skip
 
 
 if __name__ == "__main__":
