@@ -50,7 +50,11 @@ GEMMA = {
     "gemma3-6-batchtopk": "layer 6, BatchTopK",
     "gemma3-12-topk": "layer 12, TopK",
 }
-KNOWN = {"synthetic-0-topk": "TopK", "synthetic-0-batchtopk": "BatchTopK"}
+KNOWN = {
+    "synthetic-0-topk": "TopK",
+    "synthetic-0-batchtopk": "BatchTopK",
+    "synthetic-0-matryoshka": "Matryoshka",
+}
 """A synthetic model, whose features are known."""
 SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
