@@ -132,7 +132,7 @@ def run(device: str, sections: list[str], only: list[str]) -> None:
     # Last: for a process that has been profiled, every launch takes longer.
     if device == "cuda" and "peers" in sections:
         for name, case in chosen(peer_cases(device), only).items():
-            if name.split("|")[-1] in ("SAELens", "sparsify", *OURS, "the trainer alone"):
+            if last(name) in ("SAELens", "sparsify", *OURS, "the trainer alone"):
                 results["peers"][name]["device"] = device_milliseconds(case)
                 print(name, results["peers"][name]["device"], flush=True)
         write_json(path, results)
@@ -216,9 +216,7 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
         points = sorted(
             (result["case"]["d_sae"], result["median"])
             for key, result in steps.items()
-            if key.split("|")[-1] == name
-            and "batchtopk" not in key
-            and result["case"]["batch"] == 4096
+            if last(key) == name and "batchtopk" not in key and result["case"]["batch"] == 4096
         )
         panel.plot(*zip(*points, strict=True), f"{marker}-", label=name)
     panel.set_xscale("log", base=2)

@@ -155,7 +155,6 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         n_steps = n_tokens // args.batch_size
         sae |= {**JUMPRELU, "l0_coefficient": args.l0_coefficient, "l0_warm_up_steps": n_steps}
     prompts = 16 if args.model == "smollm2" else 4  # of whose logits there are five times as many
-    n_prompts = max(prompts, min(128, int(12.8 * args.tokens)))  # fewer for a trial on a CPU
     return Comparison(
         **shared,
         model_name=str(args.data / args.model / "model"),
@@ -173,7 +172,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
             "exclude_special_tokens": SPECIAL[args.model],
             "store_batch_size_prompts": 64,
             "n_batches_in_buffer": 1024,
-            "n_eval_batches": 2 if args.stage == "rates" else n_prompts // prompts,
+            "n_eval_batches": 2 if args.stage == "rates" else 128 // prompts,
             "eval_batch_size_prompts": prompts,
             "model_from_pretrained_kwargs": {"dtype": "bfloat16"},
         },

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from benchmarks.pages import table, with_blocks
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
-from sae_lens_auxk.compare.report.summary import MAX_RATE_RATIO
+from sae_lens_auxk.compare.report.summary import MAX_RATE_RATIO, REVIVED_OR_NOT
 from sae_lens_auxk.compare.schema import METRICS, Group
 from sae_lens_auxk.compare.seeds import by_seed, differences, have_one_l0, interval
 
@@ -37,7 +37,6 @@ ARMS = (
 CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
 """How pursuit may choose the latent that it teaches."""
 REVIVING = ("SAELens", "auxk", "pursuit", "pursuit, mean")
-BOTH = ("revived", "never_died")
 DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
 SMOLLM2 = {
     "smollm2-7-topk": "layer 7, TopK",
@@ -71,11 +70,6 @@ def read_json(path: Path) -> Any:
 def groups_in(folder: str) -> Groups:
     """The seeds of each arm, by its name."""
     return {group["case"]: group for group in read_results(HERE / folder)["groups"]}
-
-
-def comparison_of(folder: str) -> dict[str, Any]:
-    """The configuration."""
-    return read_results(HERE / folder)["comparison"]
 
 
 def _cell(groups: Groups, arm: str) -> str:
@@ -138,7 +132,7 @@ def _by_seed(group: Group, latents: str) -> list[float]:
 
 def _ahead(group: Group) -> list[float]:
     """Of revived latents less of those that never died."""
-    both = (_by_seed(group, latents) for latents in BOTH)
+    both = (_by_seed(group, latents) for latents in REVIVED_OR_NOT)
     return [revived - never_died for revived, never_died in zip(*both, strict=True)]
 
 
@@ -152,7 +146,7 @@ def of_revived() -> str:
             group = groups_in(folder)[arm]
             ahead = _ahead(group)
             low, high = interval(ahead)
-            shares = (mean(_by_seed(group, latents)) for latents in BOTH)
+            shares = (mean(_by_seed(group, latents)) for latents in REVIVED_OR_NOT)
             both = ", ".join(f"{share:.1f}%" for share in shares)
             cells.append(f"{both}: {mean(ahead):+.1f} [{low:.1f}, {high:.1f}]")
         rows.append([name, *cells])
@@ -180,7 +174,8 @@ def of_known_features() -> str:
     rows = []
     for folder, family in KNOWN.items():
         groups = groups_in(folder)
-        rates = {case["name"]: case["lr"] for case in comparison_of(folder)["cases"]}
+        cases = read_results(HERE / folder)["comparison"]["cases"]
+        rates = {case["name"]: case["lr"] for case in cases}
         for arm in (arm for arm in ARMS if arm in groups):
             shown = (METRICS[key].show(*number(groups[arm], key)) for key in metrics)
             rows.append([family, arm, f"{rates[arm]:g}", *shown])
@@ -208,24 +203,18 @@ def of_junk() -> str:
     for folder, family in KNOWN.items():
         for arm in REVIVING:
             group = groups_in(folder)[arm]
-            rates = [number(group, "firing_rate", latents)[0] or 0.0 for latents in BOTH]
-            shares = [number(group, "junk_share", latents)[0] or 0.0 for latents in BOTH]
-            ahead = [
-                100 * (junk[0] - junk[1])
-                for run in group["runs"]
-                if (junk := [(run["peeking"] or {})[of]["junk_share"] for of in BOTH])
-            ]
-            low, high = interval(ahead)
-            alike = max(rates) <= MAX_RATE_RATIO * min(rates)
-            rows.append(
-                [
-                    family,
-                    arm,
-                    f"{number(group, 'n_alive', 'revived')[0]:.0f}",
-                    *(f"{100 * share:.1f}%" for share in shares),
-                    f"{mean(ahead):+.1f} [{low:.1f}, {high:.1f}]" if alike else "–",
-                ]
-            )
+            rates = [number(group, "firing_rate", latents)[0] or 0.0 for latents in REVIVED_OR_NOT]
+            shares = [number(group, "junk_share", latents)[0] or 0.0 for latents in REVIVED_OR_NOT]
+            difference = "–"
+            if max(rates) <= MAX_RATE_RATIO * min(rates):
+                by_run: list[Any] = [run["peeking"] for run in group["runs"]]
+                junk = [[100 * of[name]["junk_share"] for name in REVIVED_OR_NOT] for of in by_run]
+                ahead = [revived - never_died for revived, never_died in junk]
+                low, high = interval(ahead)
+                difference = f"{mean(ahead):+.1f} [{low:.1f}, {high:.1f}]"
+            came_back = f"{number(group, 'n_alive', 'revived')[0]:.0f}"
+            shown = (f"{100 * share:.1f}%" for share in shares)
+            rows.append([family, arm, came_back, *shown, difference])
     head = ["family", "arm", "came back", "junk of these", "of never-died", "difference"]
     return table(head, rows)
 

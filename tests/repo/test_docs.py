@@ -60,7 +60,7 @@ def test_each_section_of_performance_has_its_cases(device: str) -> None:
     """They are measured on a GPU, where a name that no longer exists costs the whole run."""
     sections = {name: cases(device) for name, cases in performance.CASES.items()}
     assert set(sections["variants"]) == set(BUILT_IN)
-    assert {name.split("|")[-1] for name in sections["peers"]} >= {*performance.OURS, "SAELens"}
+    assert {performance.last(name) for name in sections["peers"]} >= {*performance.OURS, "SAELens"}
 
 
 def test_the_tables_of_rivals_have_the_committed_numbers() -> None:
