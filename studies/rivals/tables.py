@@ -4,7 +4,7 @@ python -m studies.rivals.tables
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.pages import table, with_blocks
+from sae_lens_auxk.compare.effect import CONTRASTS
 from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
 from sae_lens_auxk.compare.report.summary import MAX_RATE_RATIO, REVIVED_OR_NOT
@@ -48,13 +49,17 @@ GEMMA = {
     "gemma3-6-topk": "layer 6, TopK",
     "gemma3-6-batchtopk": "layer 6, BatchTopK",
     "gemma3-12-topk": "layer 12, TopK",
+    "gemma3-12-batchtopk": "layer 12, BatchTopK",
 }
+LONGER = {"smollm2-15-topk-40m": "layer 15, TopK, 40 million tokens"}
 KNOWN = {
-    "synthetic-0-topk": "TopK",
-    "synthetic-0-batchtopk": "BatchTopK",
-    "synthetic-0-matryoshka": "Matryoshka",
+    "synthetic-0-topk": "small, TopK",
+    "synthetic-0-batchtopk": "small, BatchTopK",
+    "synthetic-0-matryoshka": "small, Matryoshka",
+    "synthsaebench-0-topk": "SynthSAEBench, TopK",
+    "synthsaebench-0-batchtopk": "SynthSAEBench, BatchTopK",
 }
-"""A synthetic model, whose features are known."""
+"""Synthetic models, whose features are known."""
 SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
@@ -139,7 +144,7 @@ def _ahead(group: Group) -> list[float]:
 def of_revived() -> str:
     """How far revived latents are ahead: mean and 95% t interval of the jackknife's values."""
     rows = []
-    settings = SETTINGS | {f"synthetic, {family}": folder for folder, family in KNOWN.items()}
+    settings = SETTINGS | {name: folder for folder, name in KNOWN.items()}
     for name, folder in settings.items():
         cells = []
         for arm in REVIVING:
@@ -151,6 +156,55 @@ def of_revived() -> str:
             cells.append(f"{both}: {mean(ahead):+.1f} [{low:.1f}, {high:.1f}]")
         rows.append([name, *cells])
     return table(["setting", *REVIVING], rows)
+
+
+def _less(both: Iterable[list[float]], digits: int) -> str:
+    """Two means, and their difference with its 95% interval."""
+    a, b = both
+    values = [x - y for x, y in zip(a, b, strict=True)]
+    low, high = (f"{end:.{digits}f}" for end in interval(values))
+    means = f"{mean(a):.{digits}f}, {mean(b):.{digits}f}"
+    return f"{means}: {mean(values):+.{digits}f} [{low}, {high}]"
+
+
+def of_effects() -> str:
+    """What is lost where a latent is taken out, of two groups of like latents."""
+    rows = []
+    for arm, group in groups_in("smollm2-15-topk").items():
+        effects: list[Any] = [run.get("effect") for run in group["runs"] if "effect" in run]
+        for pair in CONTRASTS:
+            if not any(pair[0] in effect for effect in effects):
+                continue
+            first, second = ([effect[name] for effect in effects] for name in pair)
+            nats = ([1000 * of["ce_rise"] for of in part] for part in (first, second))
+            ratios = ([of["ce_per_mse"] for of in part] for part in (first, second))
+            latents = ", ".join(pair).replace("_", " ")
+            pairs = f"{mean(of['n_pairs'] for of in first):.0f}"
+            rows.append([arm, latents, pairs, _less(nats, 1), _less(ratios, 2)])
+    return table(["arm", "latents", "pairs", "CE rise, thousandths", "CE / MSE"], rows)
+
+
+def of_equal_age() -> str:
+    """What became of replaced latents, and of as many others: means over the seeds."""
+    paths = (HERE / "smollm2-15-topk").glob("equal_age-*.json")
+    by_seed = [read_json(path)["arms"] for path in sorted(paths)]
+    rows = []
+    for arm in by_seed[0]:
+        of_seeds = [arms[arm] for arms in by_seed]
+        replaced, untouched = ([of[name] for of in of_seeds] for name in ("replaced", "untouched"))
+        alive = [of["alive"] for of in replaced]
+        found = [of["found_again_of_alive"] for of in replaced]
+        others = [of["found_again_of_alive"] for of in untouched]
+        explained = [of["explained_variance"] for of in of_seeds]
+        shown = (_share(values) for values in (alive, found, others))
+        rows.append([arm, *shown, _spread(explained)])
+    return table(["arm", "alive", "found again", "the others", "EV"], rows)
+
+
+def _share(values: list[float | None]) -> str:
+    """In percent; a dash where there is nothing that it is a share of."""
+    known = [100 * value for value in values if value is not None]
+    return f"{mean(known):.1f} ± {stdev(known):.1f}%" if known else "–"
 
 
 def of_probes() -> str:
@@ -169,29 +223,29 @@ def of_probes() -> str:
 
 
 def of_known_features() -> str:
-    """A row for each family and arm: its learning rate, and the means over the seeds."""
+    """A row for each setting and arm: its learning rate, and the means over the seeds."""
     metrics = ("explained_variance", "f1", "mcc", "found_again", "dead_fraction")
     rows = []
-    for folder, family in KNOWN.items():
+    for folder, name in KNOWN.items():
         groups = groups_in(folder)
         cases = read_results(HERE / folder)["comparison"]["cases"]
         rates = {case["name"]: case["lr"] for case in cases}
         for arm in (arm for arm in ARMS if arm in groups):
             shown = (METRICS[key].show(*number(groups[arm], key)) for key in metrics)
-            rows.append([family, arm, f"{rates[arm]:g}", *shown])
-    return table(["family", "arm", "rate", "EV", "F1", "MCC", "found again", "dead"], rows)
+            rows.append([name, arm, f"{rates[arm]:g}", *shown])
+    return table(["setting", "arm", "rate", "EV", "F1", "MCC", "found again", "dead"], rows)
 
 
 def of_known_pairs() -> str:
     """What pursuit is ahead of the others on the synthetic model."""
     keys = ("f1", "mcc", "explained_variance", "found_again")
     rows = []
-    for folder, family in KNOWN.items():
+    for folder, name in KNOWN.items():
         groups = groups_in(folder)
         for a in ("pursuit", "pursuit, mean"):
             for b in RIVALS if a == "pursuit" else (*RIVALS, "pursuit"):
-                rows.append([family, a, b, *(_difference(groups, a, b, key) for key in keys)])
-    return table(["family", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
+                rows.append([name, a, b, *(_difference(groups, a, b, key) for key in keys)])
+    return table(["setting", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
 
 def of_junk() -> str:
@@ -200,7 +254,7 @@ def of_junk() -> str:
     None where the others do not fire about as often.
     """
     rows = []
-    for folder, family in KNOWN.items():
+    for folder, name in KNOWN.items():
         for arm in REVIVING:
             group = groups_in(folder)[arm]
             rates = [number(group, "firing_rate", latents)[0] or 0.0 for latents in REVIVED_OR_NOT]
@@ -214,8 +268,8 @@ def of_junk() -> str:
                 difference = f"{mean(ahead):+.1f} [{low:.1f}, {high:.1f}]"
             came_back = f"{number(group, 'n_alive', 'revived')[0]:.0f}"
             shown = (f"{100 * share:.1f}%" for share in shares)
-            rows.append([family, arm, came_back, *shown, difference])
-    head = ["family", "arm", "came back", "junk of these", "of never-died", "difference"]
+            rows.append([name, arm, came_back, *shown, difference])
+    head = ["setting", "arm", "came back", "junk of these", "of never-died", "difference"]
     return table(head, rows)
 
 
@@ -224,11 +278,14 @@ RIVALS = ("SAELens", START, "auxk")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
     "gemma3": lambda: of_arms(GEMMA | SLOW),
+    "longer": lambda: of_arms(LONGER),
     "choices": of_choices,
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
     "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
     "unit rows": lambda: of_pairs(START, ("SAELens", "auxk")),
     "revived": of_revived,
+    "effects": of_effects,
+    "equal age": of_equal_age,
     "probes": of_probes,
     "known features": of_known_features,
     "known pairs": of_known_pairs,
