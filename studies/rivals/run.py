@@ -35,7 +35,7 @@ from studies.rivals.rates import read_rates
 STUDIES = Path(__file__).parents[1]
 RATES = (3e-4, 1e-3, 2e-3)
 SYNTHETIC = {
-    "synthsaebench": STUDIES / "synthsaebench" / "config.yaml",
+    "synthsaebench": Path(__file__).with_name("synthsaebench.yaml"),
     "synthetic": STUDIES / "pursuit" / "heldout.yaml",  # a small one, for a CPU
 }
 MODELS = ("smollm2", "gemma3", *SYNTHETIC)

@@ -190,7 +190,7 @@ def test_numpy_numbers_of_a_case() -> None:
 
 def test_the_published_benchmark() -> None:
     """Every value of SynthSAEBench-16k's published table."""
-    comparison = resolve(Comparison.from_file(ROOT / "studies" / "synthsaebench" / "config.yaml"))
+    comparison = resolve(Comparison.from_file(ROOT / "studies" / "rivals" / "synthsaebench.yaml"))
     model: Any = comparison.synthetic_model_config(seed=7)
     assert isinstance(model, SyntheticModelConfig)
     assert (model.num_features, model.hidden_dim, model.seed) == (16384, 768, 42)
