@@ -176,12 +176,16 @@ def of_effects() -> str:
             if not any(pair[0] in effect for effect in effects):
                 continue
             first, second = ([effect[name] for effect in effects] for name in pair)
-            nats = ([1000 * of["ce_rise"] for of in part] for part in (first, second))
-            ratios = ([of["ce_per_mse"] for of in part] for part in (first, second))
             latents = ", ".join(pair).replace("_", " ")
-            pairs = f"{mean(of['n_pairs'] for of in first):.0f}"
-            rows.append([arm, latents, pairs, _less(nats, 1), _less(ratios, 2)])
-    return table(["arm", "latents", "pairs", "CE rise, thousandths", "CE / MSE"], rows)
+            columns = (("ce_rise", 1000, 1), ("mse_rise", 100, 2), ("ce_per_mse", 1, 2))
+            cells = [
+                _less(([scale * of[key] for of in part] for part in (first, second)), digits)
+                for key, scale, digits in columns
+            ]
+            rows.append([arm, latents, f"{mean(of['n_pairs'] for of in first):.0f}", *cells])
+    return table(
+        ["arm", "latents", "pairs", "CE rise, thousandths", "MSE rise, %", "CE / MSE"], rows
+    )
 
 
 def of_equal_age() -> str:
@@ -196,9 +200,11 @@ def of_equal_age() -> str:
         found = [of["found_again_of_alive"] for of in replaced]
         others = [of["found_again_of_alive"] for of in untouched]
         explained = [of["explained_variance"] for of in of_seeds]
+        back = f"{mean(of['tokens_to_first'] for of in of_seeds) / 1e6:.2f}"
         shown = (_share(values) for values in (alive, found, others))
-        rows.append([arm, *shown, _spread(explained)])
-    return table(["arm", "alive", "found again", "the others", "EV"], rows)
+        rows.append([arm, back, *shown, _spread(explained)])
+    head = ["arm", "fire after, millions", "alive", "found again", "the others", "EV"]
+    return table(head, rows)
 
 
 def _share(values: list[float | None]) -> str:
