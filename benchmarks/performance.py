@@ -96,7 +96,7 @@ CASES = {"peers": peer_cases, "growth": growth_cases, "variants": variant_cases}
 
 
 def chosen(cases: dict[str, Case], only: list[str]) -> dict[str, Case]:
-    """Those whose name ends with one of ``only``; all if that is empty."""
+    """The cases that measure one of ``only``; all if that is empty."""
     return {name: case for name, case in cases.items() if not only or last(name) in only}
 
 

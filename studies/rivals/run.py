@@ -32,11 +32,10 @@ from sae_lens_auxk.compare.run import run_comparison
 from studies.rivals import candidates  # noqa: F401  registers its losses
 from studies.rivals.rates import read_rates
 
-STUDIES = Path(__file__).parents[1]
 RATES = (3e-4, 1e-3, 2e-3)
 SYNTHETIC = {
     "synthsaebench": Path(__file__).with_name("synthsaebench.yaml"),
-    "synthetic": STUDIES / "pursuit" / "heldout.yaml",  # a small one, for a CPU
+    "synthetic": Path(__file__).parents[1] / "pursuit" / "heldout.yaml",  # a small one, for a CPU
 }
 MODELS = ("smollm2", "gemma3", *SYNTHETIC)
 USUAL = (10.0, 9216, 4096)

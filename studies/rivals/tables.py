@@ -108,11 +108,15 @@ def _difference(groups: Groups, a: str, b: str, key: str) -> str:
     if not have_one_l0(groups[a], groups[b]):
         return "–"
     values = differences(groups[a], groups[b], key)
-    low, high = interval(values)
-    middle = mean(values)
     if key == "found_again":
-        return f"{100 * middle:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{middle:+.4f} [{low:.4f}, {high:.4f}]"
+        return _with_interval([100 * value for value in values], 1)
+    return _with_interval(values, 4)
+
+
+def _with_interval(values: list[float], digits: int) -> str:
+    """The mean of differences, with its 95% interval."""
+    low, high = interval(values)
+    return f"{mean(values):+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
@@ -149,11 +153,9 @@ def of_revived() -> str:
         cells = []
         for arm in REVIVING:
             group = groups_in(folder)[arm]
-            ahead = _ahead(group)
-            low, high = interval(ahead)
             shares = (mean(_by_seed(group, latents)) for latents in REVIVED_OR_NOT)
             both = ", ".join(f"{share:.1f}%" for share in shares)
-            cells.append(f"{both}: {mean(ahead):+.1f} [{low:.1f}, {high:.1f}]")
+            cells.append(f"{both}: {_with_interval(_ahead(group), 1)}")
         rows.append([name, *cells])
     return table(["setting", *REVIVING], rows)
 
@@ -161,10 +163,8 @@ def of_revived() -> str:
 def _less(both: Iterable[list[float]], digits: int) -> str:
     """Two means, and their difference with its 95% interval."""
     a, b = both
-    values = [x - y for x, y in zip(a, b, strict=True)]
-    low, high = (f"{end:.{digits}f}" for end in interval(values))
-    means = f"{mean(a):.{digits}f}, {mean(b):.{digits}f}"
-    return f"{means}: {mean(values):+.{digits}f} [{low}, {high}]"
+    less = [x - y for x, y in zip(a, b, strict=True)]
+    return f"{mean(a):.{digits}f}, {mean(b):.{digits}f}: {_with_interval(less, digits)}"
 
 
 def of_effects() -> str:
@@ -222,8 +222,7 @@ def of_probes() -> str:
     for arm, of_seeds in found.items():
         one, five = (list(areas) for areas in zip(*of_seeds, strict=True))
         less = [a - b[1] for a, b in zip(five, found["auxk"], strict=True)]
-        low, high = interval(less)
-        ahead = "" if arm == "auxk" else f"{mean(less):+.3f} [{low:.3f}, {high:.3f}]"
+        ahead = "" if arm == "auxk" else _with_interval(less, 3)
         rows.append([arm, _spread(one), _spread(five), ahead])
     return table(["arm", "one latent", "five latents", "five, minus `auxk`"], rows)
 
@@ -269,9 +268,7 @@ def of_junk() -> str:
             if max(rates) <= MAX_RATE_RATIO * min(rates):
                 by_run: list[Any] = [run["peeking"] for run in group["runs"]]
                 junk = [[100 * of[name]["junk_share"] for name in REVIVED_OR_NOT] for of in by_run]
-                ahead = [revived - never_died for revived, never_died in junk]
-                low, high = interval(ahead)
-                difference = f"{mean(ahead):+.1f} [{low:.1f}, {high:.1f}]"
+                difference = _with_interval([revived - others for revived, others in junk], 1)
             came_back = f"{number(group, 'n_alive', 'revived')[0]:.0f}"
             shown = (f"{100 * share:.1f}%" for share in shares)
             rows.append([name, arm, came_back, *shown, difference])
