@@ -207,7 +207,11 @@ def unit_columns_(products: torch.Tensor) -> torch.Tensor:
     """
     norms = column_norms(products)
     # 0 / 0 would be NaN, which is the largest of all products.
-    return products.div_(norms.where(norms > 0, torch.inf))
+    norms = norms.where(norms > 0, torch.inf)
+    if k := KERNELS[products.device.type]:
+        # Torch divides bfloat16 by float32 entry by entry, in over twice the time.
+        return k.scaled_cast(products, norms.reciprocal(), products.dtype, out=products)
+    return products.div_(norms)
 
 
 def scaled_product(

@@ -435,9 +435,15 @@ def _transposed(x_ptr, out_ptr, m, n, TILE: tl.constexpr):
 
 
 @_on_its_device
-def scaled_cast(W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(m, n): ``W * scale``, which is (n,) or (m, 1), in ``dtype``, in one pass; contiguous."""
-    out = torch.empty(W.shape, dtype=dtype, device=W.device)
+def scaled_cast(
+    W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(m, n): ``W * scale``, which is (n,) or (m, 1), in ``dtype``, in one pass; contiguous.
+
+    ``out`` may be ``W``.
+    """
+    if out is None:
+        out = torch.empty(W.shape, dtype=dtype, device=W.device)
     m, n = W.shape
     of_row = scale.ndim == 2
     _scaled_cast[(m, triton.cdiv(n, 1024))](

@@ -3,7 +3,7 @@
     python -m studies.rivals.run rates smollm2 15 topk    # one seed at three learning rates
     python -m studies.rivals.run best smollm2 15 topk     # three others, each arm at its best rate
     python -m studies.rivals.run slow gemma3 12 topk      # the same, all arms at 3e-4
-    python -m studies.rivals.run slow smollm2 15 jumprelu --l0_coefficient 0.1
+    python -m studies.rivals.run slow smollm2 15 jumprelu --l0_coefficient 0.1 --rates 1e-3
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
 repeated, or made by several processes at once. The rate of an arm is the one with the highest
@@ -122,7 +122,7 @@ def cases_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         if "pursuit" in rates:
             rates = dict.fromkeys(TRIED, rates["pursuit"]) | rates
     else:
-        rates = dict.fromkeys(own, RATES[0])
+        rates = dict.fromkeys(own, args.rates[0])
     if missing := [name for name in own if name not in rates]:
         sys.exit(
             f"{', '.join(missing)}: no rates yet. Run the stage rates, then studies.rivals.rates."
@@ -191,7 +191,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("rivals"))
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=RATES, help="learning rates of the stage rates"
+        "--rates",
+        type=float,
+        nargs="+",
+        default=RATES,
+        help="learning rates of the stage rates; slow has the first",
     )
     parser.add_argument("--tokens", type=float, help="millions")
     parser.add_argument("--l0_coefficient", type=float, default=0.1, help="of jumprelu")

@@ -53,6 +53,14 @@ def test_scaled_cast(shape: tuple[int, ...]) -> None:
     assert torch.equal(kernels.scaled_cast(W, scale, torch.float32), W * scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_cast_in_place(dtype: torch.dtype) -> None:
+    W, scale = torch.randn(5, 3000).to(dtype), torch.rand(3000)
+    expected = (W * scale).to(dtype)
+    assert kernels.scaled_cast(W, scale, dtype, out=W) is W
+    torch.testing.assert_close(W, expected, rtol=2**-7, atol=0)
+
+
 def test_scaled_cast_that_rounds() -> None:
     W, scale = torch.randn(5, 300), torch.rand(300)
     # The interpreter cuts where a GPU rounds: one unit of bfloat16's last place.
