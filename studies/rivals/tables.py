@@ -38,6 +38,7 @@ ARMS = (
 CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
 """How pursuit may choose the latent that it teaches."""
 REVIVING = ("SAELens", "auxk", "pursuit", "pursuit, mean")
+RECONSTRUCTION = ("explained_variance", "ce_loss_recovered")
 DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
 SMOLLM2 = {
     "smollm2-7-topk": "layer 7, TopK",
@@ -51,7 +52,19 @@ GEMMA = {
     "gemma3-12-topk": "layer 12, TopK",
     "gemma3-12-batchtopk": "layer 12, BatchTopK",
 }
-LONGER = {"smollm2-15-topk-40m": "layer 15, TopK, 40 million tokens"}
+LONGER = {
+    "smollm2-15-topk-40m": "SmolLM2, layer 15",
+    "gemma3-12-topk-40m": "Gemma 3, layer 12",
+}
+OTHERS = {
+    "smollm2-15-matryoshka": "Matryoshka",
+    "smollm2-15-topk-36864": "TopK, 36,864 latents",
+    "smollm2-15-jumprelu-0.3": "JumpReLU",
+}
+EFFECTS = {
+    "smollm2-15-topk": "SmolLM2, layer 15",
+    "gemma3-12-topk-effects": "Gemma 3, layer 12",
+}
 KNOWN = {
     "synthetic-0-topk": "small, TopK",
     "synthetic-0-batchtopk": "small, BatchTopK",
@@ -85,6 +98,22 @@ def _cell(groups: Groups, arm: str) -> str:
     ev, dead = number(group, "explained_variance")[0], number(group, "dead_fraction")[0]
     found = METRICS["found_again"].show(*number(group, "found_again"))
     return f"{ev:.4f}, {found}, {100 * (dead or 0):.0f}%"
+
+
+def of_other_text() -> str:
+    """A row for each arm: one text for all seeds, and a third of it for each."""
+    same = groups_in("smollm2-15-topk")
+    rows = []
+    for arm, other in read_json(HERE / "other_text.json")["arms"].items():
+        # The pairs of a seed are with the others in order; each pair counts in both directions.
+        of = [[pair["metrics"]["found_again"] for pair in pairs] for pairs in other["pairs"]]
+        ij = [(i, j) for i in range(len(of)) for j in range(i + 1, len(of))]
+        pairs = [(of[i][j - 1] + of[j][i]) / 2 for i, j in ij]
+        ev = mean(other["explained_variance"])
+        found = METRICS["found_again"].show(mean(pairs), stdev(pairs))
+        dead = 100 * mean(other["dead_fraction"])
+        rows.append([arm, _cell(same, arm), f"{ev:.4f}, {found}, {dead:.0f}%"])
+    return table(["arm", "one text", "other text for each seed"], rows)
 
 
 def of_arms(settings: dict[str, str]) -> str:
@@ -121,13 +150,28 @@ def _with_interval(values: list[float], digits: int) -> str:
 
 def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
     """What ``a`` is ahead of others, found again in points: mean and 95% interval."""
-    keys = ("found_again", "explained_variance", "ce_loss_recovered")
-    rows = []
-    for name, folder in SETTINGS.items():
-        groups = groups_in(folder)
-        for b in rivals:
-            rows.append([name, b, *(_difference(groups, a, b, key) for key in keys)])
+    rows = _pairs(SETTINGS, a, rivals, ("found_again", *RECONSTRUCTION))
     return table(["setting", "minus", "found again", "EV", "CE recovered"], rows)
+
+
+def of_other_pairs() -> str:
+    """The same of pursuit, where latents found again were not measured."""
+    settings = {name: folder for folder, name in OTHERS.items()}
+    settings |= {f"Gemma 3, {name}": folder for folder, name in SLOW.items()}
+    rows = _pairs(settings, "pursuit", RIVALS, RECONSTRUCTION)
+    return table(["setting", "minus", "EV", "CE recovered"], rows)
+
+
+def _pairs(
+    settings: dict[str, str], a: str, rivals: Iterable[str], keys: Sequence[str]
+) -> list[list[str]]:
+    """A row for each setting and rival that has been run there."""
+    return [
+        [name, b, *(_difference(groups_in(folder), a, b, key) for key in keys)]
+        for name, folder in settings.items()
+        for b in rivals
+        if b in groups_in(folder)
+    ]
 
 
 def _spread(values: list[float]) -> str:
@@ -170,7 +214,8 @@ def _less(both: Iterable[list[float]], digits: int) -> str:
 def of_effects() -> str:
     """What is lost where a latent is taken out, of two groups of like latents."""
     rows = []
-    for arm, group in groups_in("smollm2-15-topk").items():
+    groups = [(name, group) for of, name in EFFECTS.items() for group in groups_in(of).values()]
+    for name, group in groups:
         effects: list[Any] = [run.get("effect") for run in group["runs"] if "effect" in run]
         for pair in CONTRASTS:
             if not any(pair[0] in effect for effect in effects):
@@ -182,10 +227,10 @@ def of_effects() -> str:
                 _less(([scale * of[key] for of in part] for part in (first, second)), digits)
                 for key, scale, digits in columns
             ]
-            rows.append([arm, latents, f"{mean(of['n_pairs'] for of in first):.0f}", *cells])
-    return table(
-        ["arm", "latents", "pairs", "CE rise, thousandths", "MSE rise, %", "CE / MSE"], rows
-    )
+            n_pairs = f"{mean(of['n_pairs'] for of in first):.0f}"
+            rows.append([name, group["case"], latents, n_pairs, *cells])
+    head = ["setting", "arm", "latents", "pairs", "CE rise, thousandths", "MSE rise, %", "CE / MSE"]
+    return table(head, rows)
 
 
 def of_equal_age() -> str:
@@ -246,10 +291,8 @@ def of_known_pairs() -> str:
     keys = ("f1", "mcc", "explained_variance", "found_again")
     rows = []
     for folder, name in KNOWN.items():
-        groups = groups_in(folder)
-        for a in ("pursuit", "pursuit, mean"):
-            for b in RIVALS if a == "pursuit" else (*RIVALS, "pursuit"):
-                rows.append([name, a, b, *(_difference(groups, a, b, key) for key in keys)])
+        for a, rivals in (("pursuit", RIVALS), ("pursuit, mean", (*RIVALS, "pursuit"))):
+            rows += [[at, a, *rest] for at, *rest in _pairs({name: folder}, a, rivals, keys)]
     return table(["setting", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
 
@@ -282,6 +325,9 @@ TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
     "gemma3": lambda: of_arms(GEMMA | SLOW),
     "longer": lambda: of_arms(LONGER),
+    "others": lambda: of_arms(OTHERS),
+    "other pairs": of_other_pairs,
+    "other text": of_other_text,
     "choices": of_choices,
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
     "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
