@@ -4,6 +4,8 @@
 
 The parts are folders of ``sae-lens-auxk compare``, of the same data and training, that differ in
 cases, architectures, k or seeds. If two of them have finished the same run, the first is used.
+Seeds of different parts cannot find each other's latents: train them in one folder, which several
+processes may share.
 """
 
 import argparse

@@ -6,11 +6,11 @@
     python -m studies.rivals.run slow smollm2 15 jumprelu --l0_coefficient 0.1 --rates 1e-3
 
 Each call is one comparison, in a folder of ``--output`` named after its arguments, and may be
-repeated, or made by several processes at once. The rate of an arm is the one with the highest
-explained variance, of the mean over both layers of SmolLM2, for TopK and BatchTopK separately:
-studies.rivals.rates collects them, and no rate is chosen on Gemma 3. Matryoshka takes BatchTopK's.
-Synthetic models have no layers (0) and rates of their own. README.md says how to get the models
-and the text.
+repeated, or made by several processes at once, each of which takes a seed. Seeds in another folder
+cannot find each other's latents. The rate of an arm is the one with the highest explained variance,
+of the mean over both layers of SmolLM2, for TopK and BatchTopK separately: studies.rivals.rates
+collects them, and no rate is chosen on Gemma 3. Matryoshka takes BatchTopK's. Synthetic models have
+no layers (0) and rates of their own. README.md says how to get the models and the text.
 
 SAELens's loss is SAELens's own class; its unit rows are computed by this package's step, which ends
 with SAELens's weights (tests/saelens/test_swapped_class.py).

@@ -1,4 +1,4 @@
-"""The tables of README.md and the figures of docs/figures, from the committed results.
+"""The tables of this folder's pages and the figures of docs/figures, from the committed results.
 
 python -m studies.rivals.tables
 """
@@ -24,6 +24,7 @@ from sae_lens_auxk.compare.schema import METRICS, Group
 from sae_lens_auxk.compare.seeds import by_seed, differences, have_one_l0, interval
 
 HERE = Path(__file__).parent
+PAGES = (HERE / "README.md", HERE / "tables.md")
 FIGURES = HERE.parents[1] / "docs" / "figures"
 ARMS = (
     "SAELens",
@@ -343,8 +344,9 @@ TABLES = {
 
 
 def with_tables(text: str) -> str:
-    """The page with each table between its markers."""
-    return with_blocks(text, {name: of() for name, of in TABLES.items()})
+    """The page with each of its tables between its markers."""
+    of_page = {name: of for name, of in TABLES.items() if f"<!-- {name} -->" in text}
+    return with_blocks(text, {name: of() for name, of in of_page.items()})
 
 
 def _found_again(group: Group) -> float:
@@ -381,8 +383,8 @@ def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence
 
 
 def main() -> None:
-    readme = HERE / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw(FIGURES / "rivals.png", "found again, % of all latents",
          _found_again, DRAWN)  # fmt: skip
     draw(FIGURES / "revived.png", "revived minus never died, points",
