@@ -54,13 +54,17 @@ JUMPRELU: dict[str, Any] = {
 }
 """The penalty is Gemma Scope 2's, which aims at one L0 in every arm; the gradients are Anthropic's
 (Circuits Updates, January 2025), and so is a coefficient that rises all the time."""
-TRIED = {
-    "pursuit, only dead": "pursuit_dead",
-    "pursuit, gated": "pursuit_gated",
-    "pursuit, exchange": "pursuit_exchange",
-}
-"""Changes to pursuit, which run only if ``--arms`` names them."""
 UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
+TRIED: dict[str, dict[str, Any]] = {
+    "pursuit, only dead": {"aux_variant": "pursuit_dead"},
+    "pursuit, gated": {"aux_variant": "pursuit_gated"},
+    "pursuit, exchange": {"aux_variant": "pursuit_exchange"},
+    "unit rows, pursuit": {**UNIT_ROWS, "aux_variant": "pursuit"},
+    "unit rows, mean, pursuit": {**UNIT_ROWS, "aux_variant": "pursuit", "b_dec_init": "mean"},
+    "unit rows, mean, auxk": {**UNIT_ROWS, "aux_variant": "auxk", "b_dec_init": "mean"},
+}
+"""Changes to pursuit, and losses on top of unit rows. They run only if ``--arms`` names them, at
+pursuit's rate where they have none of their own."""
 
 
 def arms(family: str) -> dict[str, dict[str, Any]]:
@@ -72,7 +76,7 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
         "resampling": {"aux_variant": "none", "resample_every_steps": 500},
         "pursuit": {"aux_variant": "pursuit"},
         "pursuit, mean": {"aux_variant": "pursuit", "b_dec_init": "mean"},
-        **{name: {"aux_variant": variant} for name, variant in TRIED.items()},
+        **TRIED,
     }
     own = {name: {"architecture": f"auxk-{family}", **row} for name, row in own.items()}
     saelens: dict[str, Any] = {"architecture": family.replace("-", "_")}
