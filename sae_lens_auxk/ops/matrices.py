@@ -201,7 +201,7 @@ def column_norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def unit_columns_(products: torch.Tensor) -> torch.Tensor:
-    """``products`` (B, n), each column divided by its norm, in place; no gradient.
+    """``products`` (B, n), contiguous, each column divided by its norm, in place; no gradient.
 
     The norm is the root mean square times the root of B.
     """

@@ -438,7 +438,7 @@ def _transposed(x_ptr, out_ptr, m, n, TILE: tl.constexpr):
 def scaled_cast(
     W: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(m, n): ``W * scale``, which is (n,) or (m, 1), in ``dtype``, in one pass; contiguous.
+    """(m, n): ``W * scale``, which is (n,) or (m, 1), in ``dtype``, in one pass; all contiguous.
 
     ``out`` may be ``W``.
     """

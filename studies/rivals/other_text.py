@@ -13,6 +13,7 @@ in two. Writes studies/rivals/other_text.json.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def compare(folders: list[Path], device: str) -> None:
     arms: dict[str, Any] = {}
     for arm, runs in by_arm.items():
         alive = [alive_latents(run, folder, device) for folder, run in runs]
+        if None in alive:
+            sys.exit(f"{arm}: the weights of a run are gone.")
         pairs = reproducibility([latents for latents in alive if latents is not None])
         arms[arm] = {
             "explained_variance": [run["metrics"]["explained_variance"] for _, run in runs],

@@ -54,14 +54,14 @@ JUMPRELU: dict[str, Any] = {
 }
 """The penalty is Gemma Scope 2's, which aims at one L0 in every arm; the gradients are Anthropic's
 (Circuits Updates, January 2025), and so is a coefficient that rises all the time."""
-UNIT_ROWS: dict[str, Any] = {"aux_variant": "none", "decoder_init_norm": 1.0}
+UNIT_ROWS: dict[str, Any] = {"decoder_init_norm": 1.0}
 TRIED: dict[str, dict[str, Any]] = {
     "pursuit, only dead": {"aux_variant": "pursuit_dead"},
     "pursuit, gated": {"aux_variant": "pursuit_gated"},
     "pursuit, exchange": {"aux_variant": "pursuit_exchange"},
-    "unit rows, pursuit": {**UNIT_ROWS, "aux_variant": "pursuit"},
-    "unit rows, mean, pursuit": {**UNIT_ROWS, "aux_variant": "pursuit", "b_dec_init": "mean"},
-    "unit rows, mean, auxk": {**UNIT_ROWS, "aux_variant": "auxk", "b_dec_init": "mean"},
+    "unit rows, pursuit": {"aux_variant": "pursuit", **UNIT_ROWS},
+    "unit rows, mean, pursuit": {"aux_variant": "pursuit", **UNIT_ROWS, "b_dec_init": "mean"},
+    "unit rows, mean, auxk": {"aux_variant": "auxk", **UNIT_ROWS, "b_dec_init": "mean"},
 }
 """Changes to pursuit, and losses on top of unit rows. They run only if ``--arms`` names them, at
 pursuit's rate where they have none of their own."""
@@ -70,8 +70,8 @@ pursuit's rate where they have none of their own."""
 def arms(family: str) -> dict[str, dict[str, Any]]:
     """The fields of each, by name."""
     own: dict[str, dict[str, Any]] = {
-        "unit rows, no loss": UNIT_ROWS,
-        "unit rows, mean, no loss": {**UNIT_ROWS, "b_dec_init": "mean"},
+        "unit rows, no loss": {"aux_variant": "none", **UNIT_ROWS},
+        "unit rows, mean, no loss": {"aux_variant": "none", **UNIT_ROWS, "b_dec_init": "mean"},
         "auxk": {"aux_variant": "auxk"},
         "resampling": {"aux_variant": "none", "resample_every_steps": 500},
         "pursuit": {"aux_variant": "pursuit"},
@@ -86,11 +86,17 @@ def arms(family: str) -> dict[str, dict[str, Any]]:
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    tokens = "" if args.tokens == SIZES.get(args.model, USUAL)[0] else f"-{args.tokens:g}m"
-    coefficient = f"-{args.l0_coefficient:g}" if args.family == "jumprelu" else ""
-    return (
-        args.output / f"{args.stage}-{args.model}-{args.layer}-{args.family}{coefficient}{tokens}"
-    )
+    parts = [args.stage, args.model, str(args.layer), args.family]
+    if args.family == "jumprelu":
+        parts.append(f"{args.l0_coefficient:g}")
+    tokens, d_sae, _ = SIZES.get(args.model, USUAL)
+    if args.d_sae != d_sae:
+        parts.append(str(args.d_sae))
+    if args.tokens != tokens:
+        parts.append(f"{args.tokens:g}m")
+    if args.stage == "slow" and args.rates[0] != RATES[0]:
+        parts.append(f"{args.rates[0]:g}")
+    return args.output / "-".join(parts)
 
 
 def best_rates(model: str, family: str) -> dict[str, float]:
