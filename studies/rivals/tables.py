@@ -35,6 +35,9 @@ ARMS = (
     "pursuit",
     "pursuit, mean",
     "pursuit, largest match, whitened",
+    "unit rows, pursuit",
+    "unit rows, mean, pursuit",
+    "unit rows, mean, auxk",
 )
 CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
 """How pursuit may choose the latent that it teaches."""
