@@ -20,10 +20,11 @@ from typing import Any
 from datasets import load_dataset
 
 from sae_lens_auxk.compare.files import read_results
-from sae_lens_auxk.compare.reproducibility import alive_latents, reproducibility
+from sae_lens_auxk.compare.reproducibility import with_reproducibility
 from sae_lens_auxk.files import write_json
 
 FILE = Path(__file__).with_name("other_text.json")
+KEPT = ("case", "architecture", "k", "seed", "status", "metrics", "peeking", "pairs")
 
 
 def split(model: Path, parts: Path, n: int) -> None:
@@ -37,28 +38,18 @@ def split(model: Path, parts: Path, n: int) -> None:
 
 
 def compare(folders: list[Path], device: str) -> None:
-    """Of each arm the explained variances, and what is found again over the pairs of seeds."""
-    by_arm: dict[str, list[tuple[Path, Any]]] = {}
-    commands: list[str] = []
-    for folder in folders:
-        results = read_results(folder)
-        commands.append(results["command"])
-        for run in results["runs"]:
-            if run["status"] == "finished":
-                by_arm.setdefault(run["case"], []).append((folder, run))
-    arms: dict[str, Any] = {}
-    for arm, runs in by_arm.items():
-        alive = [alive_latents(run, folder, device) for folder, run in runs]
-        if None in alive:
-            sys.exit(f"{arm}: the weights of a run are gone.")
-        pairs = reproducibility([latents for latents in alive if latents is not None])
-        arms[arm] = {
-            "explained_variance": [run["metrics"]["explained_variance"] for _, run in runs],
-            "dead_fraction": [run["metrics"]["dead_fraction"] for _, run in runs],
-            "pairs": pairs,
-        }
-        print(arm, [pair["metrics"]["found_again"] for of_run in pairs for pair in of_run])
-    write_json(FILE, {"commands": commands, "arms": arms})
+    """Write what the runs reached, and what is found again over the pairs of seeds."""
+    parts = [read_results(folder) for folder in folders]
+    runs: list[Any] = [
+        {**run, "folder": str(folder / (run["folder"] or ""))}
+        for folder, part in zip(folders, parts, strict=True)
+        for run in part["runs"]
+    ]
+    runs = with_reproducibility(runs, Path(), device)
+    if lacking := [run["folder"] for run in runs if "pairs" not in run]:
+        sys.exit(f"{', '.join(lacking)}: has no weights, or no other seed.")
+    kept = [{key: run[key] for key in KEPT} for run in runs]
+    write_json(FILE, {"commands": [part["command"] for part in parts], "runs": kept})
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from sae_lens_auxk.compare.files import read_results
 from sae_lens_auxk.compare.report.groups import PALETTE, number
 from sae_lens_auxk.compare.report.summary import MAX_RATE_RATIO, REVIVED_OR_NOT
 from sae_lens_auxk.compare.schema import METRICS, Group
-from sae_lens_auxk.compare.seeds import by_seed, differences, have_one_l0, interval
+from sae_lens_auxk.compare.seeds import by_seed, differences, groups_of, have_one_l0, interval
 
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE / "tables.md")
@@ -107,16 +107,9 @@ def _cell(groups: Groups, arm: str) -> str:
 def of_other_text() -> str:
     """A row for each arm: one text for all seeds, and a third of it for each."""
     same = groups_in("smollm2-15-topk")
-    rows = []
-    for arm, other in read_json(HERE / "other_text.json")["arms"].items():
-        # The pairs of a seed are with the others in order; each pair counts in both directions.
-        of = [[pair["metrics"]["found_again"] for pair in pairs] for pairs in other["pairs"]]
-        ij = [(i, j) for i in range(len(of)) for j in range(i + 1, len(of))]
-        pairs = [(of[i][j - 1] + of[j][i]) / 2 for i, j in ij]
-        ev = mean(other["explained_variance"])
-        found = METRICS["found_again"].show(mean(pairs), stdev(pairs))
-        dead = 100 * mean(other["dead_fraction"])
-        rows.append([arm, _cell(same, arm), f"{ev:.4f}, {found}, {dead:.0f}%"])
+    runs = read_json(HERE / "other_text.json")["runs"]
+    other = {group["case"]: group for group in groups_of(runs)}
+    rows = [[arm, _cell(same, arm), _cell(other, arm)] for arm in other]
     return table(["arm", "one text", "other text for each seed"], rows)
 
 
