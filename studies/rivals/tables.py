@@ -42,7 +42,8 @@ ARMS = (
 CHOICES = ("pursuit, largest match", "pursuit, only dead", "pursuit")
 """How pursuit may choose the latent that it teaches."""
 REVIVING = ("SAELens", "auxk", "pursuit", "pursuit, mean")
-RECONSTRUCTION = ("explained_variance", "ce_loss_recovered")
+COMPARED = ("found_again", "explained_variance", "ce_loss_recovered")
+PAIRS_HEAD = ["setting", "minus", "found again", "EV", "CE recovered"]
 DRAWN = ("SAELens", "unit rows, mean, no loss", "auxk", "pursuit", "pursuit, mean")
 SMOLLM2 = {
     "smollm2-7-topk": "layer 7, TopK",
@@ -57,13 +58,14 @@ GEMMA = {
     "gemma3-12-batchtopk": "layer 12, BatchTopK",
 }
 LONGER = {
-    "smollm2-15-topk-40m": "SmolLM2, layer 15",
-    "gemma3-12-topk-40m": "Gemma 3, layer 12",
+    "smollm2-15-topk-40m": "SmolLM2, layer 15, TopK, 40M",
+    "gemma3-12-topk-40m": "Gemma 3, layer 12, TopK, 40M",
 }
 OTHERS = {
     "smollm2-15-matryoshka": "Matryoshka",
     "smollm2-15-topk-36864": "TopK, 36,864 latents",
-    "smollm2-15-jumprelu-0.3": "JumpReLU",
+    "smollm2-15-jumprelu-0.3": "JumpReLU, 0.3",
+    "smollm2-15-jumprelu-0.003": "JumpReLU, 0.003",
 }
 EFFECTS = {
     "smollm2-15-topk": "SmolLM2, layer 15",
@@ -77,7 +79,7 @@ KNOWN = {
     "synthsaebench-0-batchtopk": "SynthSAEBench, BatchTopK",
 }
 """Synthetic models, whose features are known."""
-SLOW = {"gemma3-12-topk-slow": "layer 12, TopK, 3e-4"}
+SLOW = {"gemma3-12-topk-slow": "Gemma 3, layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
 }
@@ -147,19 +149,16 @@ def _with_interval(values: list[float], digits: int) -> str:
 
 def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
     """What ``a`` is ahead of others, found again in points: mean and 95% interval."""
-    rows = _pairs(SETTINGS, a, rivals, ("found_again", *RECONSTRUCTION))
-    return table(["setting", "minus", "found again", "EV", "CE recovered"], rows)
+    return table(PAIRS_HEAD, _pairs(SETTINGS, a, rivals, COMPARED))
 
 
-def of_other_pairs() -> str:
-    """The same of pursuit, where latents found again were not measured."""
-    settings = {name: folder for folder, name in OTHERS.items()}
-    settings |= {f"Gemma 3, {name}": folder for folder, name in SLOW.items()}
+def of_other_pairs(settings: dict[str, str]) -> str:
+    """The same of pursuit, in settings that may lack a rival."""
     rows = []
-    for name, folder in settings.items():
+    for folder, name in settings.items():
         rivals = [arm for arm in RIVALS if arm in groups_in(folder)]
-        rows += _pairs({name: folder}, "pursuit", rivals, RECONSTRUCTION)
-    return table(["setting", "minus", "EV", "CE recovered"], rows)
+        rows += _pairs({name: folder}, "pursuit", rivals, COMPARED)
+    return table(PAIRS_HEAD, rows)
 
 
 def _pairs(
@@ -191,10 +190,13 @@ def _ahead(group: Group) -> list[float]:
 def of_revived() -> str:
     """How far revived latents are ahead: mean and 95% t interval of the jackknife's values."""
     rows = []
-    settings = SETTINGS | {name: folder for folder, name in KNOWN.items()}
+    settings = SETTINGS | {name: folder for folder, name in (LONGER | KNOWN).items()}
     for name, folder in settings.items():
         cells = []
         for arm in REVIVING:
+            if arm not in groups_in(folder):
+                cells.append("–")
+                continue
             group = groups_in(folder)[arm]
             shares = (mean(_by_seed(group, latents)) for latents in REVIVED_OR_NOT)
             both = ", ".join(f"{share:.1f}%" for share in shares)
@@ -290,7 +292,8 @@ def of_known_pairs() -> str:
     keys = ("f1", "mcc", "explained_variance", "found_again")
     rows = []
     for folder, name in KNOWN.items():
-        for a, rivals in (("pursuit", RIVALS), ("pursuit, mean", (*RIVALS, "pursuit"))):
+        all_rivals = [arm for arm in (*RIVALS, *OTHER_RIVALS) if arm in groups_in(folder)]
+        for a, rivals in (("pursuit", all_rivals), ("pursuit, mean", (*RIVALS, "pursuit"))):
             rows += [[at, a, *rest] for at, *rest in _pairs({name: folder}, a, rivals, keys)]
     return table(["setting", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
@@ -320,17 +323,21 @@ def of_junk() -> str:
 
 START = "unit rows, mean, no loss"
 RIVALS = ("SAELens", START, "auxk")
+OTHER_RIVALS = ("unit rows, mean, auxk", "unit rows, no loss", "resampling")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
-    "gemma3": lambda: of_arms(GEMMA | SLOW),
+    "gemma3": lambda: of_arms(GEMMA | {folder: "layer 12, TopK, 3e-4" for folder in SLOW}),
     "longer": lambda: of_arms(LONGER),
     "others": lambda: of_arms(OTHERS),
-    "other pairs": of_other_pairs,
+    "longer pairs": lambda: of_other_pairs(LONGER),
+    "other pairs": lambda: of_other_pairs(OTHERS | SLOW),
     "other text": of_other_text,
     "choices": of_choices,
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
     "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
+    "pursuit, others": lambda: of_pairs("pursuit", OTHER_RIVALS),
     "unit rows": lambda: of_pairs(START, ("SAELens", "auxk")),
+    "unit rows, pursuit": lambda: of_pairs("unit rows, mean, pursuit", (START, "pursuit")),
     "revived": of_revived,
     "effects": of_effects,
     "equal age": of_equal_age,
@@ -357,16 +364,18 @@ def _revived(group: Group) -> float:
 
 def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence[str]) -> None:
     """A dot for each arm and setting; most spreads are smaller than a dot."""
-    figure, axes = plt.subplots(figsize=(4.5, 5.2), layout="constrained")
+    settings = SETTINGS | {name: folder for folder, name in LONGER.items()}
+    figure, axes = plt.subplots(figsize=(4.5, 6.3), layout="constrained")
     for arm in arms:
         place = DRAWN.index(arm)
-        x = [value(groups_in(folder)[arm]) for folder in SETTINGS.values()]
-        y = [row + 0.08 * (place - 2) for row in range(len(x))]
+        rows = [row for row, of in enumerate(settings.values()) if arm in groups_in(of)]
+        x = [value(groups_in([*settings.values()][row])[arm]) for row in rows]
+        y = [row + 0.08 * (place - 2) for row in rows]
         marker = "oDsv^"[place]
         axes.plot(x, y, marker, color=PALETTE[place], label=arm, markersize=8, clip_on=False)
     axes.set_yticks(
-        range(len(SETTINGS)),
-        [name.replace(", layer", ",\nlayer") for name in SETTINGS],
+        range(len(settings)),
+        [name.replace(", layer", ",\nlayer") for name in settings],
         fontsize=11,
     )
     axes.invert_yaxis()
