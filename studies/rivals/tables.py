@@ -79,6 +79,11 @@ KNOWN = {
     "synthsaebench-0-batchtopk": "SynthSAEBench, BatchTopK",
 }
 """Synthetic models, whose features are known."""
+KNOWN_LONGER = {
+    "synthetic-0-topk-2.4m": "small, TopK, 2.4M",
+    "synthetic-0-batchtopk-2.4m": "small, BatchTopK, 2.4M",
+}
+"""Four times as many samples, after which most arms have few latents that came back."""
 SLOW = {"gemma3-12-topk-slow": "Gemma 3, layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
@@ -189,20 +194,21 @@ def _ahead(group: Group) -> list[float]:
 
 def of_revived() -> str:
     """How far revived latents are ahead: mean and 95% t interval of the jackknife's values."""
-    rows = []
-    settings = SETTINGS | {name: folder for folder, name in (LONGER | KNOWN).items()}
-    for name, folder in settings.items():
-        cells = []
-        for arm in REVIVING:
-            if arm not in groups_in(folder):
-                cells.append("–")
-                continue
-            group = groups_in(folder)[arm]
-            shares = (mean(_by_seed(group, latents)) for latents in REVIVED_OR_NOT)
-            both = ", ".join(f"{share:.1f}%" for share in shares)
-            cells.append(f"{both}: {_with_interval(_ahead(group), 1)}")
-        rows.append([name, *cells])
+    settings = SETTINGS | {name: folder for folder, name in (LONGER | KNOWN | KNOWN_LONGER).items()}
+    rows = [
+        [name, *(_revived_cell(groups_in(folder).get(arm)) for arm in REVIVING)]
+        for name, folder in settings.items()
+    ]
     return table(["setting", *REVIVING], rows)
+
+
+def _revived_cell(group: Group | None) -> str:
+    """A dash where the arm was not run, or a seed has too few of them."""
+    both = [_by_seed(group, latents) for latents in REVIVED_OR_NOT] if group else []
+    if group is None or not all(both):
+        return "–"
+    shares = ", ".join(f"{mean(values):.1f}%" for values in both)
+    return f"{shares}: {_with_interval(_ahead(group), 1)}"
 
 
 def _less(both: Iterable[list[float]], digits: int) -> str:
@@ -277,7 +283,7 @@ def of_known_features() -> str:
     """A row for each setting and arm: its learning rate, and the means over the seeds."""
     metrics = ("explained_variance", "f1", "mcc", "found_again", "dead_fraction")
     rows = []
-    for folder, name in KNOWN.items():
+    for folder, name in (KNOWN | KNOWN_LONGER).items():
         groups = groups_in(folder)
         cases = read_results(HERE / folder)["comparison"]["cases"]
         rates = {case["name"]: case["lr"] for case in cases}
@@ -291,7 +297,7 @@ def of_known_pairs() -> str:
     """What pursuit is ahead of the others on the synthetic model."""
     keys = ("f1", "mcc", "explained_variance", "found_again")
     rows = []
-    for folder, name in KNOWN.items():
+    for folder, name in (KNOWN | KNOWN_LONGER).items():
         all_rivals = [arm for arm in (*RIVALS, *OTHER_RIVALS) if arm in groups_in(folder)]
         for a, rivals in (("pursuit", all_rivals), ("pursuit, mean", (*RIVALS, "pursuit"))):
             rows += [[at, a, *rest] for at, *rest in _pairs({name: folder}, a, rivals, keys)]
@@ -326,7 +332,7 @@ RIVALS = ("SAELens", START, "auxk")
 OTHER_RIVALS = ("unit rows, mean, auxk", "unit rows, no loss", "resampling")
 TABLES = {
     "smollm2": lambda: of_arms(SMOLLM2),
-    "gemma3": lambda: of_arms(GEMMA | {folder: "layer 12, TopK, 3e-4" for folder in SLOW}),
+    "gemma3": lambda: of_arms(GEMMA | SLOW),
     "longer": lambda: of_arms(LONGER),
     "others": lambda: of_arms(OTHERS),
     "longer pairs": lambda: of_other_pairs(LONGER),
