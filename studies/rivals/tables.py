@@ -166,6 +166,21 @@ def of_other_pairs(settings: dict[str, str]) -> str:
     return table(PAIRS_HEAD, rows)
 
 
+def of_unit_rows() -> str:
+    """What a loss adds to unit rows, and what ``pursuit`` loses on them."""
+    pairs = {
+        "unit rows, pursuit": ("unit rows, no loss", "pursuit"),
+        "unit rows, mean, pursuit": (START, "pursuit, mean"),
+        "unit rows, mean, auxk": (START,),
+    }
+    rows = [
+        [at, a, *rest]
+        for a, rivals in pairs.items()
+        for at, *rest in _pairs(SETTINGS, a, rivals, COMPARED)
+    ]
+    return table([PAIRS_HEAD[0], "arm", *PAIRS_HEAD[1:]], rows)
+
+
 def _pairs(
     settings: dict[str, str], a: str, rivals: Iterable[str], keys: Sequence[str]
 ) -> list[list[str]]:
@@ -343,7 +358,7 @@ TABLES = {
     "pursuit, mean": lambda: of_pairs("pursuit, mean", (*RIVALS, "pursuit")),
     "pursuit, others": lambda: of_pairs("pursuit", OTHER_RIVALS),
     "unit rows": lambda: of_pairs(START, ("SAELens", "auxk")),
-    "unit rows, pursuit": lambda: of_pairs("unit rows, mean, pursuit", (START, "pursuit")),
+    "on unit rows": of_unit_rows,
     "revived": of_revived,
     "effects": of_effects,
     "equal age": of_equal_age,
