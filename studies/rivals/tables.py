@@ -83,7 +83,7 @@ KNOWN_LONGER = {
     "synthetic-0-topk-2.4m": "small, TopK, 2.4M",
     "synthetic-0-batchtopk-2.4m": "small, BatchTopK, 2.4M",
 }
-"""Four times as many samples, after which most arms have few latents that came back."""
+"""The same with four times as many samples, at one rate."""
 SLOW = {"gemma3-12-topk-slow": "Gemma 3, layer 12, TopK, 3e-4"}
 SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
     f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
@@ -158,12 +158,9 @@ def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
 
 
 def of_other_pairs(settings: dict[str, str]) -> str:
-    """The same of pursuit, in settings that may lack a rival."""
-    rows = []
-    for folder, name in settings.items():
-        rivals = [arm for arm in RIVALS if arm in groups_in(folder)]
-        rows += _pairs({name: folder}, "pursuit", rivals, COMPARED)
-    return table(PAIRS_HEAD, rows)
+    """The same of pursuit, in these settings."""
+    named = {name: folder for folder, name in settings.items()}
+    return table(PAIRS_HEAD, _pairs(named, "pursuit", RIVALS, COMPARED))
 
 
 def of_unit_rows() -> str:
@@ -184,11 +181,12 @@ def of_unit_rows() -> str:
 def _pairs(
     settings: dict[str, str], a: str, rivals: Iterable[str], keys: Sequence[str]
 ) -> list[list[str]]:
-    """A row for each setting and rival."""
+    """A row for each setting and rival that has both arms."""
     return [
         [name, b, *(_difference(groups_in(folder), a, b, key) for key in keys)]
         for name, folder in settings.items()
         for b in rivals
+        if {a, b} <= groups_in(folder).keys()
     ]
 
 
@@ -313,8 +311,8 @@ def of_known_pairs() -> str:
     keys = ("f1", "mcc", "explained_variance", "found_again")
     rows = []
     for folder, name in (KNOWN | KNOWN_LONGER).items():
-        all_rivals = [arm for arm in (*RIVALS, *OTHER_RIVALS) if arm in groups_in(folder)]
-        for a, rivals in (("pursuit", all_rivals), ("pursuit, mean", (*RIVALS, "pursuit"))):
+        pairs = {"pursuit": (*RIVALS, *OTHER_RIVALS), "pursuit, mean": (*RIVALS, "pursuit")}
+        for a, rivals in pairs.items():
             rows += [[at, a, *rest] for at, *rest in _pairs({name: folder}, a, rivals, keys)]
     return table(["setting", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
