@@ -24,11 +24,14 @@ MEASURED = ("metrics", "peeking", "found_again_by_age", "pairs")
 def compact(results: Results) -> Results:
     """The same results with fewer digits and points."""
     given: Results = {**results, "groups": list(groups_of(results["runs"]))}
-    digits = DIGITS
+    digits, report = DIGITS, ""
     while True:
         runs = [rounded(run, digits) for run in results["runs"]]
         small: Results = {**results, "runs": runs, "groups": list(groups_of(runs))}
-        if small == given or _report(small) == _report(given):
+        if small == given:
+            return small
+        report = report or _report(given)
+        if _report(small) == report:
             return small
         digits += 1
 

@@ -85,8 +85,8 @@ KNOWN_LONGER = {
 }
 """The same with four times as many samples, at one rate."""
 SLOW = {"gemma3-12-topk-slow": "Gemma 3, layer 12, TopK, 3e-4"}
-SETTINGS = {f"SmolLM2, {name}": folder for folder, name in SMOLLM2.items()} | {
-    f"Gemma 3, {name}": folder for folder, name in GEMMA.items()
+SETTINGS = {folder: f"SmolLM2, {name}" for folder, name in SMOLLM2.items()} | {
+    folder: f"Gemma 3, {name}" for folder, name in GEMMA.items()
 }
 Groups = dict[str, Group]
 
@@ -132,7 +132,7 @@ def of_choices() -> str:
     """A row for each setting, a column for each choice."""
     rows = [
         [name, *(_cell(groups_in(folder), arm) for arm in CHOICES)]
-        for name, folder in SETTINGS.items()
+        for folder, name in SETTINGS.items()
     ]
     return table(["setting", "largest match", "only dead compete", "relative: `pursuit`"], rows)
 
@@ -152,15 +152,9 @@ def _with_interval(values: list[float], digits: int) -> str:
     return f"{mean(values):+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def of_pairs(a: str, rivals: tuple[str, ...]) -> str:
+def of_pairs(a: str, rivals: tuple[str, ...], settings: dict[str, str] = SETTINGS) -> str:
     """What ``a`` is ahead of others, found again in points: mean and 95% interval."""
-    return table(PAIRS_HEAD, _pairs(SETTINGS, a, rivals, COMPARED))
-
-
-def of_other_pairs(settings: dict[str, str]) -> str:
-    """The same of pursuit, in these settings."""
-    named = {name: folder for folder, name in settings.items()}
-    return table(PAIRS_HEAD, _pairs(named, "pursuit", RIVALS, COMPARED))
+    return table(PAIRS_HEAD, _pairs(settings, a, rivals, COMPARED))
 
 
 def of_unit_rows() -> str:
@@ -184,7 +178,7 @@ def _pairs(
     """A row for each setting and rival that has both arms."""
     return [
         [name, b, *(_difference(groups_in(folder), a, b, key) for key in keys)]
-        for name, folder in settings.items()
+        for folder, name in settings.items()
         for b in rivals
         if {a, b} <= groups_in(folder).keys()
     ]
@@ -207,18 +201,19 @@ def _ahead(group: Group) -> list[float]:
 
 def of_revived() -> str:
     """How far revived latents are ahead: mean and 95% t interval of the jackknife's values."""
-    settings = SETTINGS | {name: folder for folder, name in (LONGER | KNOWN | KNOWN_LONGER).items()}
     rows = [
         [name, *(_revived_cell(groups_in(folder).get(arm)) for arm in REVIVING)]
-        for name, folder in settings.items()
+        for folder, name in (SETTINGS | LONGER | KNOWN | KNOWN_LONGER).items()
     ]
     return table(["setting", *REVIVING], rows)
 
 
 def _revived_cell(group: Group | None) -> str:
     """A dash where the arm was not run, or a seed has too few of them."""
-    both = [_by_seed(group, latents) for latents in REVIVED_OR_NOT] if group else []
-    if group is None or not all(both):
+    if group is None:
+        return "–"
+    both = [_by_seed(group, latents) for latents in REVIVED_OR_NOT]
+    if not all(both):
         return "–"
     shares = ", ".join(f"{mean(values):.1f}%" for values in both)
     return f"{shares}: {_with_interval(_ahead(group), 1)}"
@@ -313,7 +308,7 @@ def of_known_pairs() -> str:
     for folder, name in (KNOWN | KNOWN_LONGER).items():
         pairs = {"pursuit": (*RIVALS, *OTHER_RIVALS), "pursuit, mean": (*RIVALS, "pursuit")}
         for a, rivals in pairs.items():
-            rows += [[at, a, *rest] for at, *rest in _pairs({name: folder}, a, rivals, keys)]
+            rows += [[at, a, *rest] for at, *rest in _pairs({folder: name}, a, rivals, keys)]
     return table(["setting", "arm", "minus", "F1", "MCC", "EV", "found again"], rows)
 
 
@@ -348,8 +343,8 @@ TABLES = {
     "gemma3": lambda: of_arms(GEMMA | SLOW),
     "longer": lambda: of_arms(LONGER),
     "others": lambda: of_arms(OTHERS),
-    "longer pairs": lambda: of_other_pairs(LONGER),
-    "other pairs": lambda: of_other_pairs(OTHERS | SLOW),
+    "longer pairs": lambda: of_pairs("pursuit", RIVALS, LONGER),
+    "other pairs": lambda: of_pairs("pursuit", RIVALS, OTHERS | SLOW),
     "other text": of_other_text,
     "choices": of_choices,
     "pursuit": lambda: of_pairs("pursuit", RIVALS),
@@ -383,18 +378,18 @@ def _revived(group: Group) -> float:
 
 def draw(path: Path, label: str, value: Callable[[Group], float], arms: Sequence[str]) -> None:
     """A dot for each arm and setting; most spreads are smaller than a dot."""
-    settings = SETTINGS | {name: folder for folder, name in LONGER.items()}
+    settings = SETTINGS | LONGER
     figure, axes = plt.subplots(figsize=(4.5, 6.3), layout="constrained")
     for arm in arms:
         place = DRAWN.index(arm)
-        rows = [row for row, of in enumerate(settings.values()) if arm in groups_in(of)]
-        x = [value(groups_in([*settings.values()][row])[arm]) for row in rows]
-        y = [row + 0.08 * (place - 2) for row in rows]
+        rows = {of: row for row, of in enumerate(settings) if arm in groups_in(of)}
+        x = [value(groups_in(folder)[arm]) for folder in rows]
+        y = [row + 0.08 * (place - 2) for row in rows.values()]
         marker = "oDsv^"[place]
         axes.plot(x, y, marker, color=PALETTE[place], label=arm, markersize=8, clip_on=False)
     axes.set_yticks(
         range(len(settings)),
-        [name.replace(", layer", ",\nlayer") for name in settings],
+        [name.replace(", layer", ",\nlayer") for name in settings.values()],
         fontsize=11,
     )
     axes.invert_yaxis()
